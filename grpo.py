@@ -1,0 +1,89 @@
+"""Group-relative policy optimisation of a Gaussian denoising policy (Flow-GRPO, arXiv 2505.05470).
+
+Stands alone: copy the file. Tensors and scalars in, tensors out; nothing here knows of ranks or networks.
+
+    symbol    variable        meaning
+    r         rewards         (N,) of the whole epoch, all ranks
+    A         advantages      (N,) or (B,)
+    log pi    log_prob        (B,) of one denoising step, averaged over the latent's dimensions
+    rho       ratio           exp(log_prob - old_log_prob)
+    e         clip_range      how far the ratio may move before its gradient stops
+
+    N samples in an epoch, K of them in a group (the same prompt), B in a micro-batch.
+"""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, std: str = "global", eps: float = 1e-4,
+                     clip: float = 5.0) -> Tensor:
+    """How much each sample beat its group: (r - mean of the group) / (std + eps), clipped to +-`clip`. (N,) -> (N,).
+
+    rewards: (N,) float. group_ids: (N,) integers; samples of one group share an id, whatever their prompt's text.
+    std: population standard deviation, "global" over all N rewards (the published runs) or "group" (the paper's eq. 4).
+    A group of equal rewards gets exactly 0. Source: arXiv 2505.05470, eq. 4.
+    Raises ValueError for another `std`, shapes that differ, or rewards that are not finite.
+    """
+    if std not in ("global", "group"):
+        raise ValueError(f"std is {std!r}: 'global' or 'group'")
+    if rewards.ndim != 1 or rewards.shape != group_ids.shape:
+        raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}: both must be (N,)")
+    if not rewards.isfinite().all():
+        raise ValueError(f"rewards are not finite: {rewards[~rewards.isfinite()][0].item()}")
+    # In float64 the mean of equal float32 rewards is exactly that reward.
+    r, (_, group, counts) = rewards.double(), group_ids.unique(return_inverse=True, return_counts=True)
+    mean = r.new_zeros(len(counts)).index_add(0, group, r) / counts
+    centred = r - mean[group]
+    if std == "group":
+        scale = (r.new_zeros(len(counts)).index_add(0, group, centred**2) / counts).sqrt()[group]
+    else:
+        scale = r.std(correction=0)
+    return (centred / (scale + eps)).clamp(-clip, clip).to(rewards.dtype)
+
+
+def zero_variance_groups(rewards: Tensor, group_ids: Tensor) -> int:
+    """How many groups have equal rewards, and so nothing to teach. rewards, group_ids: (N,)."""
+    return sum(int(rewards[group_ids == g].unique().numel() == 1) for g in group_ids.unique())
+
+
+def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """PPO's clipped loss of each sample, max(-A rho, -A clip(rho, 1 - e, 1 + e)). All (B,) -> (B,).
+
+    At rho = 1 its gradient is REINFORCE's, -A grad log pi. Source: arXiv 2505.05470, eq. 5; 1707.06347, eq. 7.
+    """
+    ratio = torch.exp(log_prob - old_log_prob)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(ref_mean, std^2)), averaged over the latent's dimensions: (B, C, H, W) -> (B,).
+
+        mean((mean - ref_mean)^2) / (2 std^2)
+
+    This is the exact KL of one step. The published settings were tuned with the per-time form: pass s = std / sqrt(D)
+    as `std`. Source: arXiv 2505.05470, eq. 10.
+    Raises ValueError where std is 0 (on a CPU; elsewhere a look at the value would stall the queue).
+    """
+    if std.device.type == "cpu" and (std == 0).any():
+        raise ValueError("std is 0: a deterministic step has no KL")
+    return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
+@torch.no_grad()
+def ratio_statistics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """What PPO users watch, per sample: each (B,), to be averaged, or for `ratio_deviation` maximised, over the update.
+
+    approx_kl: (rho - 1) - log rho, an estimate of KL(old || new) that is never negative.
+    clip_fraction_high, clip_fraction_low: 1 where rho > 1 + e, where rho < 1 - e.
+    ratio: rho. ratio_deviation: |rho - 1|.
+    """
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    return {
+        "approx_kl": (ratio - 1) - log_ratio,
+        "clip_fraction_high": (ratio > 1 + clip_range).to(ratio.dtype),
+        "clip_fraction_low": (ratio < 1 - clip_range).to(ratio.dtype),
+        "ratio": ratio,
+        "ratio_deviation": (ratio - 1).abs(),
+    }

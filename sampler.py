@@ -1,0 +1,230 @@
+"""Flow-matching sampling as a Markov chain with log-probabilities (Flow-GRPO, arXiv 2505.05470).
+
+Stands alone: copy the file. Tensors and scalars in, tensors out.
+
+Time runs from sigma = 1 (noise) to sigma = 0 (data):
+
+    x_sigma = (1 - sigma) x_0 + sigma eps          v = eps - x_0          dx/dsigma = v
+
+    symbol          variable            meaning
+    sigma, sigma'   sigma, sigma_next   noise share before and after a step, sigma' < sigma
+    D               delta               sigma - sigma'
+    v               velocity            what the network predicts
+    x0, x1          x0, x1              the data and the noise that v implies: x - sigma v, x + (1 - sigma) v
+    a               noise_level         how stochastic a step is; 0 is the ODE
+    s               diffusion           the SDE's diffusion coefficient (sigma_t in the paper)
+    std             std                 standard deviation of one step, s sqrt(D)
+
+    B images in a micro-batch, T denoising steps, S of them trained, C H W the size of a latent (any shape after B works).
+
+Log-probs are averaged over the latent's dimensions, not summed: that sets the scale of the clip range.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RULES = ("flow_sde", "dance_sde", "cps")
+Velocity = Callable[[Tensor, Tensor], Tensor]      # (latents (B, C, H, W), sigma (B,)) -> velocity (B, C, H, W)
+
+
+def timestep_schedule(num_steps: int, shift: float = 3.0, sigma_min: float | None = None,
+                      dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sigmas (T + 1,) from 1 down to 0, equal to diffusers' `FlowMatchEulerDiscreteScheduler`.
+
+    `sigma_min` is the last value of the evenly spaced grid before the shift. Its default is Stable Diffusion 3's: 1/1000,
+    shifted once. FLUX passes `sigma_min=1 / num_steps` and `shift=exp(mu)`.
+    Raises ValueError if `num_steps` < 1, or if `shift` or `sigma_min` is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps is {num_steps}: at least 1 is needed")
+    if not shift > 0:
+        raise ValueError(f"shift is {shift}: it must be positive (1 leaves the grid as it is)")
+
+    def shifted(sigma):
+        return shift * sigma / (1 + (shift - 1) * sigma)       # arXiv 2403.03206, eq. 23
+
+    if sigma_min is None:
+        sigma_min = shifted(1 / 1000)
+    if not 0 < sigma_min <= 1:
+        raise ValueError(f"sigma_min is {sigma_min}: it must lie in (0, 1]")
+    grid = torch.linspace(1, sigma_min, num_steps, dtype=torch.float64)
+    return torch.cat([shifted(grid), torch.zeros(1, dtype=torch.float64)]).to(dtype)
+
+
+def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_level, rule: str = "flow_sde",
+                   sigma_max: float | None = None) -> tuple[Tensor, Tensor]:
+    """The Gaussian of one denoising step from `sigma` to `sigma_next`: (mean, std).
+
+    velocity, latents: (B, C, H, W), float32 or float64. sigma, sigma_next, noise_level: scalars or (B,).
+    mean: (B, C, H, W). std: broadcasts over the latents, () or (B, 1, 1, 1); 0 where the step is deterministic.
+    `sigma_max`, the schedule's second value, is what `flow_sde` puts for sigma in the denominator 1 - sigma of s at
+    sigma = 1; only there is it needed.
+
+    flow_sde: Flow-GRPO, arXiv 2505.05470, eq. 9. dance_sde: DanceGRPO, 2505.07818. cps: Flow-CPS, 2509.05952. With
+    noise_level 0 all three are the Euler step of the ODE.
+    Raises ValueError for an unknown rule, half-precision latents, or a `flow_sde` step from sigma 1 without `sigma_max`.
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}: one of {', '.join(RULES)}")
+    if latents.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"latents are {latents.dtype}: a transition needs float32 or float64, "
+                         "or its log-prob would belong to another sample")
+    x, v = latents, velocity.to(latents.dtype)
+    sigma, sigma_next, a = (_per_sample(value, x) for value in (sigma, sigma_next, noise_level))
+    delta = sigma - sigma_next
+    x0 = x - sigma * v
+    x1 = x + (1 - sigma) * v
+
+    if rule == "flow_sde":
+        if sigma_max is None:
+            if (sigma == 1).any():
+                raise ValueError("flow_sde from sigma 1: pass sigma_max, the schedule's second value (s diverges at 1)")
+            sigma_max = 0.0
+        # s = a sqrt(sigma / (1 - sigma))
+        s = a * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
+        # mean = x (1 - s^2 D / (2 sigma)) - v (1 + s^2 (1 - sigma) / (2 sigma)) D
+        mean = (x * (1 - s**2 * delta / (2 * sigma))
+                - v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * delta)
+        return mean, s * delta.sqrt()
+
+    if rule == "dance_sde":
+        # mean = x - D (v + a^2 (x - (1 - sigma) x0) / (2 sigma^2))
+        mean = x - delta * (v + a**2 * (x - (1 - sigma) * x0) / (2 * sigma**2))
+        return mean, a * delta.sqrt()
+
+    # mean = (1 - sigma') x0 + sqrt(sigma'^2 - std^2) x1,  std = sigma' sin(a pi / 2)
+    std = sigma_next * torch.sin(a * math.pi / 2)
+    mean = (1 - sigma_next) * x0 + sigma_next * torch.cos(a * math.pi / 2) * x1
+    return mean, std
+
+
+def log_prob(sample: Tensor, mean: Tensor, std: Tensor, rule: str = "flow_sde") -> Tensor:
+    """Log-probability (B,) of `sample` (B, C, H, W) under N(mean, std^2), averaged over the latent's dimensions.
+
+    `cps` has its own: -mean((sample - mean)^2), without the Gaussian's scale and normalisation, as Flow-CPS
+    (arXiv 2509.05952) and the published settings have it.
+    Raises ValueError where std is 0: a deterministic step has no log-prob.
+    """
+    _require_noise(std)
+    square = (sample - mean) ** 2
+    if rule != "cps":
+        square = square / (2 * std**2) + torch.log(std) + 0.5 * math.log(2 * math.pi)
+    return -square.flatten(1).mean(1)                          # (B,)
+
+
+@dataclass
+class Trajectory:
+    """What training needs of one micro-batch of sampling. Sample b's trained steps are first_step[b] ... first_step[b] + S - 1.
+
+    final:        (B, C, H, W)      the latents at sigma 0
+    latents:      (S + 1, B, C, H, W)  before each trained step, and after the last; as sampled, never rounded
+    log_probs:    (S, B)            of the steps taken
+    first_step:   (B,) int64
+    sigmas:       (T + 1,)          the schedule
+    noise_levels: (T, B)            0 where the step was the ODE's
+    rule:         the transition rule
+    """
+    final: Tensor
+    latents: Tensor
+    log_probs: Tensor
+    first_step: Tensor
+    sigmas: Tensor
+    noise_levels: Tensor
+    rule: str
+
+    def select(self, indices) -> "Trajectory":
+        """The samples `indices` of the micro-batch."""
+        return Trajectory(self.final[indices], self.latents[:, indices], self.log_probs[:, indices],
+                          self.first_step[indices], self.sigmas, self.noise_levels[:, indices], self.rule)
+
+    @staticmethod
+    def concatenate(parts: list["Trajectory"]) -> "Trajectory":
+        """One trajectory of several that share schedule and rule."""
+        return Trajectory(torch.cat([p.final for p in parts]), torch.cat([p.latents for p in parts], 1),
+                          torch.cat([p.log_probs for p in parts], 1), torch.cat([p.first_step for p in parts]),
+                          parts[0].sigmas, torch.cat([p.noise_levels for p in parts], 1), parts[0].rule)
+
+
+@torch.no_grad()
+def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, noise, rule: str = "flow_sde",
+            first_step=0, num_trained: int = 0) -> Trajectory:
+    """Sample from start noise to data, and keep the `num_trained` consecutive steps from `first_step` on for training.
+
+    latents:      (B, C, H, W)      start noise, float32 or float64
+    sigmas:       (T + 1,)          from `timestep_schedule`
+    noise_levels: scalar, (T,), or (T, B) when windows differ between samples; 0 makes a step the ODE's
+    noise:        (T, B, C, H, W), a torch.Generator, or None for the ODE
+    first_step:   int or (B,)
+    Raises ValueError if shapes disagree, or if a trained step is deterministic.
+    """
+    T, B = len(sigmas) - 1, len(latents)
+    noise_levels = torch.as_tensor(noise_levels, dtype=latents.dtype, device="cpu")
+    noise_levels = (noise_levels[:, None] if noise_levels.ndim == 1 else noise_levels).expand(T, B)
+    first_step = torch.as_tensor(first_step, device="cpu").expand(B)
+    _check_trained_steps(sigmas, noise_levels, first_step, num_trained, rule)
+    if noise is None and noise_levels.any():
+        raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a torch.Generator")
+
+    stored = latents.new_empty(num_trained + 1 if num_trained else 0, *latents.shape)
+    log_probs = latents.new_empty(num_trained, B)
+    x = latents
+    for step in range(T):
+        trained = ((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0]     # on the host
+        slot = step - first_step[trained]
+        stored[slot, trained] = x[trained]
+
+        sigma = sigmas[step].to(x).expand(B)
+        mean, std = sde_transition(velocity(x, sigma), x, sigma, sigmas[step + 1], noise_levels[step], rule, sigmas[1])
+        if noise_levels[step].any():
+            eps = noise[step] if isinstance(noise, Tensor) else torch.randn(
+                x.shape, generator=noise, dtype=x.dtype, device=noise.device)
+            x = mean + std * eps.to(x)
+        else:
+            x = mean
+
+        if len(trained):
+            log_probs[slot, trained] = log_prob(x[trained], mean[trained], std[trained], rule)
+            stored[slot + 1, trained] = x[trained]
+    return Trajectory(x, stored, log_probs, first_step, sigmas, noise_levels, rule)
+
+
+def replay(velocity: Velocity, trajectory: Trajectory, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k-th trained step again, under the present network: (log_prob (B,), mean (B, C, H, W), std (B, 1, 1, 1)).
+
+    Differentiable through `velocity`. With the network that sampled, log_prob equals trajectory.log_probs[k].
+    """
+    t = trajectory
+    x, x_next = t.latents[k], t.latents[k + 1]
+    step = t.first_step + k                                    # (B,)
+    sigma = t.sigmas[step].to(x)
+    a = t.noise_levels[step, torch.arange(len(step))]
+    mean, std = sde_transition(velocity(x, sigma), x, sigma, t.sigmas[step + 1], a, t.rule, t.sigmas[1])
+    return log_prob(x_next, mean, std, t.rule), mean, std
+
+
+def _per_sample(value, latents: Tensor) -> Tensor:
+    """A scalar as () and a (B,) vector as (B, 1, 1, 1), of the latents' dtype and device."""
+    value = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
+    return value if value.ndim == 0 else value.reshape(-1, *[1] * (latents.ndim - 1))
+
+
+def _require_noise(std: Tensor) -> None:
+    # Only where a look at the value is free: on an accelerator it would stall the queue, and rollout has checked on the host.
+    if std.device.type == "cpu" and (std == 0).any():
+        raise ValueError("std is 0: a deterministic step (noise_level 0, or cps at sigma 0) has no log-prob, KL or ratio")
+
+
+def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tensor, num_trained: int, rule: str) -> None:
+    """Every trained step must exist and be stochastic."""
+    T = len(sigmas) - 1
+    if num_trained and (first_step.min() < 0 or first_step.max() + num_trained > T):
+        raise ValueError(f"trained steps {first_step.min()} to {first_step.max() + num_trained - 1} do not lie in 0 to {T - 1}")
+    for k in range(num_trained):
+        step = first_step + k
+        if (noise_levels[step, torch.arange(len(step))] == 0).any() or (rule == "cps" and (sigmas[step + 1] == 0).any()):
+            raise ValueError(f"a trained step among {step.unique().tolist()} is deterministic and has no log-prob: "
+                             "train fewer steps or raise noise_level")

@@ -1,0 +1,484 @@
+"""Flow-GRPO training (arXiv 2505.05470): sample, reward, advantage, update, log, evaluate, save.
+
+    torchrun --nproc_per_node=8 train.py [PRESET] [--field value ...]
+
+What departs from the paper or from its authors' implementation:
+- Samples are split among an epoch's updates by their index, not by a random permutation; the images of a group are exchangeable.
+- Where beta is 0, samples with zero advantage are not replayed, since they add nothing, but they stay in the denominator.
+  The authors' code drops such samples and averages over the rest.
+- Latents are kept in float32 between steps. Rounded to half precision, a stored log-prob belongs to another sample.
+- Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on the micro-batches.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+from config import Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
+from distributed import is_main
+from grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, zero_variance_groups
+from policy import Policy, WeightAverage, check_model
+from prompts import Prompt, epoch_prompt_indices, load_prompts
+from rewards import RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
+from sampler import Trajectory, replay, rollout, timestep_schedule
+
+TRAIN_NOISE, EVAL_NOISE, WINDOW = 0, 1, 2      # what a random stream is for: no two share numbers
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; one line."""
+
+
+# ------------------------------------------------------------------------------------------------------- randomness
+
+def generator(*key: int) -> torch.Generator:
+    """An independent random stream for every key, on every machine the same."""
+    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+
+def draw_noise(seed: int, purpose: int, epoch: int, samples: list[int], count: int, shape: tuple) -> Tensor:
+    """Standard normal (count, B, *shape) float32; a sample's noise depends on nothing but (seed, purpose, epoch, sample)."""
+    return torch.stack([torch.randn(count, *shape, generator=generator(seed, purpose, epoch, i)) for i in samples], 1)
+
+
+def draw_windows(config: Config, epoch: int) -> Tensor:
+    """First trained step of each group (groups_per_epoch,): 0 without a window, else anew for each group and epoch."""
+    if not config.window_size:
+        return torch.zeros(config.groups_per_epoch, dtype=torch.long)
+    first, last = config.window_range
+    return torch.randint(first, last - config.window_size + 1, (config.groups_per_epoch,),
+                         generator=generator(config.seed, WINDOW, epoch))
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+
+@dataclass
+class Samples:
+    """This rank's samples of an epoch. `indices` tells where each stands among all; sample i belongs to update i % U."""
+
+    indices: list[int]
+    prompts: list[Prompt]
+    trajectory: Trajectory
+    scores: dict[str, Tensor]      # reward name -> (samples of this rank,) float32
+
+
+def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas: Tensor, config: Config, epoch: int,
+                 scorer: ThreadPoolExecutor) -> Samples | None:
+    """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next."""
+    plan = batch_plan(config, distributed.world_size())
+    chosen = epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch)
+    windows = draw_windows(config, epoch)
+    steps = torch.arange(config.num_steps)
+    mine = distributed.share(plan.samples, distributed.rank(), distributed.world_size())
+    mine = sorted(mine, key=lambda i: (i % config.updates_per_epoch, i))
+    trajectories, pending = [], []
+    for batch in progress(batches(mine, config.rollout_batch), "sample"):
+        drawn = [prompts[chosen[i // config.group_size]] for i in batch]
+        first_step = windows[[i // config.group_size for i in batch]]                                    # (B,)
+        noise_levels = torch.full((config.num_steps, len(batch)), config.noise_level, dtype=policy.compute_dtype)
+        if config.window_size:                                                                           # elsewhere the ODE
+            inside = (steps[:, None] >= first_step) & (steps[:, None] < first_step + config.window_size)  # (T, B)
+            noise_levels = noise_levels * inside
+        noise = draw_noise(config.seed, TRAIN_NOISE, epoch, batch, config.num_steps + 1, policy.latent_shape)
+        noise = noise.to(policy.device, policy.compute_dtype)
+        text = policy.encode([p.text for p in drawn])
+        trajectory = rollout(policy.velocity(text, config.guidance_scale), noise[0], sigmas, noise_levels, noise[1:],
+                             config.rule, first_step, plan.trained_steps)
+        images = policy.decode(trajectory.final).numpy()
+        pending.append(scorer.submit(rewards, images, [p.text for p in drawn], [p.metadata for p in drawn]))
+        trajectories.append(trajectory)
+    if not mine:
+        return None
+    scores = [future.result() for future in pending]
+    return Samples(mine, [prompts[chosen[i // config.group_size]] for i in mine], Trajectory.concatenate(trajectories),
+                   {name: torch.from_numpy(np.concatenate([s[name] for s in scores])) for name in scores[0]})
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage,
+                samples: Samples | None, advantages: Tensor, config: Config, epoch: int) -> dict[str, float]:
+    """All updates of an epoch on its samples; `advantages` (N,) is global. Metrics are over all ranks."""  # all ranks
+    plan = batch_plan(config, distributed.world_size())
+    metrics, grad_norms, overflows = {}, [], 0
+    bar = progress(range(config.updates_per_epoch), "train")
+    for update in bar:
+        in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
+        mine = [] if samples is None else [
+            j for j, i in enumerate(samples.indices)
+            if i % config.updates_per_epoch == update and (config.beta or advantages[i] != 0)]
+        statistics = Statistics(policy.compute_dtype)
+        for batch in batches(mine, config.train_batch):
+            accumulate_gradients(policy, samples, batch, advantages, in_update * plan.trained_steps, scaler, statistics, config)
+        distributed.sum_gradients(policy.parameters)
+        averages, ratio_deviation = statistics.over_all_ranks(in_update * plan.trained_steps)
+        if update == 0:                                                       # the policy that sampled: the ratio must be 1
+            metrics["ratio_deviation_before"] = ratio_deviation
+            if ratio_deviation > config.clip_range and is_main():
+                tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {ratio_deviation:.1e} from 1, more than "
+                           f"clip_range {config.clip_range:g}; usual causes: rollout and training batches differ in half "
+                           "precision, or dropout")
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, config.max_grad_norm).item()
+        if not np.isfinite(grad_norm):
+            if not scaler.is_enabled():
+                raise TrainingError(f"the gradient norm of epoch {epoch}, update {update} is {grad_norm}: the weights were left "
+                                    "as they are; lower --learning-rate or --noise-level, or use --dtype float32")
+            overflows += 1                                                    # float16: the scaler skips this step
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if np.isfinite(grad_norm):
+            grad_norms.append(grad_norm)
+            average.step()
+        for name, value in averages.items():
+            metrics[name] = metrics.get(name, 0.0) + value * in_update / plan.samples
+        metrics["ratio_deviation"] = max(metrics.get("ratio_deviation", 0.0), ratio_deviation)
+    return {**metrics, "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0, "overflows": overflows}
+
+
+def accumulate_gradients(policy: Policy, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
+                         scaler: torch.amp.GradScaler, statistics: "Statistics", config: Config) -> None:
+    """Add one micro-batch's part to the gradient of the mean over `terms` (sample, step) pairs, all ranks."""
+    trajectory = samples.trajectory.select(batch)
+    text = policy.encode([samples.prompts[j].text for j in batch])
+    velocity = policy.velocity(text, config.guidance_scale)
+    reference = policy.reference_velocity(text, config.guidance_scale) if config.beta else None
+    A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
+    for k in range(len(trajectory.log_probs)):
+        log_prob, mean, std = replay(velocity, trajectory, k)                                            # (B,), (B, C, H, W)
+        old_log_prob = trajectory.log_probs[k]
+        policy_loss = clipped_loss(log_prob, old_log_prob, A, config.clip_range)                         # (B,)
+        loss, kl = policy_loss, torch.zeros_like(policy_loss)
+        if reference is not None:
+            with torch.no_grad():
+                _, ref_mean, _ = replay(reference, trajectory, k)
+            if config.kl == "per_time":                                                                  # s = std / sqrt(D)
+                step = trajectory.first_step + k
+                delta = (trajectory.sigmas[step] - trajectory.sigmas[step + 1]).to(std).view_as(std)
+                std = std / delta.sqrt()
+            kl = gaussian_kl(mean, ref_mean, std)                                                        # (B,)
+            loss = policy_loss + config.beta * kl
+        scaler.scale(loss.sum() / terms).backward()
+        statistics.add(policy_loss=policy_loss, kl=kl, **ratio_statistics(log_prob, old_log_prob, config.clip_range))
+
+
+class Statistics:
+    """Sums over (sample, step) pairs, and the largest ratio deviation, kept on the device until asked for."""
+
+    NAMES = ("policy_loss", "kl", "approx_kl", "clip_fraction_high", "clip_fraction_low", "ratio")
+
+    def __init__(self, dtype: torch.dtype):
+        self.sums: dict[str, Tensor] = {name: torch.zeros((), dtype=torch.float64) for name in self.NAMES}
+        self.terms = 0
+        self.largest = torch.zeros((), dtype=dtype)
+
+    def add(self, ratio_deviation: Tensor, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name].to(value.device) + value.detach().double().sum()
+        self.terms += len(ratio_deviation)
+        self.largest = torch.maximum(self.largest.to(ratio_deviation), ratio_deviation.max())
+
+    def over_all_ranks(self, terms: int) -> tuple[dict[str, float], float]:  # all ranks
+        """Averages over `terms`, to which the pairs left out for their zero advantage add a ratio of 1; largest deviation."""
+        sums = torch.stack([*(self.sums[name].cpu() for name in self.NAMES), torch.tensor(float(self.terms)).double()])
+        *sums, counted = distributed.sum_over_ranks(sums).tolist()
+        averages = {name: value / terms for name, value in zip(self.NAMES, sums)}
+        averages["ratio"] += (terms - counted) / terms
+        return averages, distributed.max_over_ranks(self.largest.double().cpu()).item()
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: list[Prompt], config: Config,
+             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray]:
+    """Mean scores of the averaged weights by the ODE, and the first images; every prompt once, with noise of its own.
+
+    The noise does not depend on the run's seed, so that runs can be compared.
+    """  # all ranks
+    mine = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
+    sigmas = timestep_schedule(config.eval_num_steps, policy.shift, dtype=policy.compute_dtype)
+    kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
+    with average.applied():
+        for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
+            drawn = [prompts[i] for i in batch]
+            noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
+            velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
+            images = policy.decode(rollout(velocity, noise[0], sigmas, 0.0, None).final)
+            pending.append(scorer.submit(rewards, images.numpy(), [p.text for p in drawn], [p.metadata for p in drawn]))
+            kept = torch.cat([kept, images[:max(0, config.eval_images - batch[0])]])
+    scores = [future.result() for future in pending]
+    metrics = {}
+    for name in (*rewards.weights, "total"):
+        local = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s[name] for s in scores)]))
+        metrics[f"eval/{name}"] = distributed.gather_rows(local, list(mine), len(prompts)).double().mean().item()
+    rows = list(mine)[:len(kept)]
+    return metrics, distributed.gather_rows(kept, rows, min(config.eval_images, len(prompts))).numpy()
+
+
+# ----------------------------------------------------------------------------------------------------- run directory
+
+def open_run(config: Config, preset: str) -> tuple[Path | None, str]:
+    """Main rank: make or continue the run's directory, as its one writer. (directory, error); no directory means an error."""
+    name = config.run_name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = Path(config.output_dir) / name
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / "lock", "a+")
+    for attempt in range(20):                    # a writer that was just killed takes a moment to be gone
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            time.sleep(0.1)
+    else:
+        lock.seek(0)
+        return None, (f"{directory} is being written by process {lock.read().strip()}: wait for it, stop it, "
+                      "or choose another --run-name")
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    open_run.lock = lock                         # held until this process ends, however it ends
+
+    saved = directory / "config.json"
+    if saved.exists():
+        changed = changed_fields(old := json.loads(saved.read_text()), config)
+        if changed:
+            field = changed[0]
+            return None, (f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {name!r} was started with "
+                          f"{old.get(field)!r}: give that, or choose another --run-name")
+    write_whole(saved, json.dumps(to_dict(config), indent=1))
+    return directory, ""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file has its old content or its new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in (directory / "checkpoints").glob("epoch_*") if (p / "state.pt").exists())
+
+
+def save_checkpoint(directory: Path, epoch: int, policy: Policy, optimizer: torch.optim.Optimizer,
+                    scaler: torch.amp.GradScaler, average: WeightAverage) -> None:
+    """Main rank: averaged weights for use, and the state from which training goes on; whole or not at all."""
+    final = directory / "checkpoints" / f"epoch_{epoch:05d}"
+    partial = final.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with average.applied():
+        policy.save(partial)
+    torch.save({"epoch": epoch, "trained": [p.detach() for p in policy.parameters], "average": average.average,
+                "average_steps": average.steps, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+               partial / "state.pt")
+    for path in (p for p in partial.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for older in checkpoints(directory)[:-2]:    # adapters are all kept, the state only of the newest two
+        (older / "state.pt").unlink()
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                    average: WeightAverage) -> int:
+    """Put everything back; the number of epochs done."""
+    state = torch.load(path / "state.pt", map_location=policy.device, weights_only=True)
+    for p, value in zip(policy.parameters, state["trained"], strict=True):
+        p.copy_(value)
+    average.average, average.steps = state["average"], state["average_steps"]
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["epoch"]
+
+
+def write_metrics(directory: Path, metrics: dict) -> None:
+    """Append an epoch's line."""
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def read_metrics(directory: Path, epochs: int) -> list[dict]:
+    """The lines of the first `epochs` epochs; those of epochs that a resumed run does again are dropped from the file."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]                   # a killed writer may leave half a line
+    metrics = [m for m in map(json.loads, whole) if m["epoch"] <= epochs]
+    write_whole(path, "".join(json.dumps(m) + "\n" for m in metrics))
+    return metrics
+
+
+def save_images(directory: Path, epoch: int, images: np.ndarray) -> None:
+    folder = directory / "images" / f"epoch_{epoch:05d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+
+
+def save_comparison(directory: Path, before: int, after: int, columns: int = 8, scale: int = 2) -> Path:
+    """Images of two epochs, pair above pair: in each block of two rows, the earlier epoch stands above."""
+    pairs = [[np.asarray(Image.open(path)) for path in sorted((directory / "images" / f"epoch_{e:05d}").glob("*.png"))]
+             for e in (before, after)]
+    height, width, _ = pairs[0][0].shape
+    rows = -(-len(pairs[0]) // columns)
+    sheet = np.full((rows * (2 * height + 4), columns * (width + 4), 3), 255, np.uint8)
+    for i, pair in enumerate(zip(*pairs)):
+        x, y = i % columns * (width + 4), i // columns * (2 * height + 4)
+        sheet[y:y + 2 * height, x:x + width] = np.concatenate(pair)
+    path = directory / "before_after.png"
+    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+def batches(items: list, size: int) -> list[list]:
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def progress(items, what: str):
+    return tqdm(items, desc=what, leave=False, disable=not is_main())
+
+
+def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
+    """Everything that can be found wrong before a model loads. Raises ConfigError, ValueError, OSError or ImportError."""
+    preset, config = parse_config(arguments, quiet=not is_main())
+    validate(config)
+    weights = dict(config.rewards)
+    check_reward_weights(weights)
+    train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
+    for prompts in (train_prompts, test_prompts):
+        check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
+    check_model(config.model)
+    return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
+
+
+def main() -> None:
+    try:
+        preset, config, train_prompts, test_prompts = prepare(sys.argv[1:])
+        device = distributed.setup()
+        directory, error = distributed.broadcast_object(open_run(config, preset) if is_main() else None)
+        if error:
+            raise ConfigError(error)
+        rewards = build_rewards(dict(config.rewards), config.reward_threads)
+        torch.manual_seed(config.seed)
+        policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length,
+                        config.lora_rank, config.lora_alpha, config.full_finetune, with_reference=config.beta > 0)
+    except (ValueError, OSError, ImportError) as error:
+        stop(error, everywhere=False)
+    try:
+        with ThreadPoolExecutor(max_workers=1) as scorer:
+            run(config, directory, policy, rewards, train_prompts, test_prompts, scorer)
+    except (RewardError, TrainingError) as error:
+        stop(error, everywhere=True)
+    distributed.shutdown()
+
+
+def stop(error: Exception, everywhere: bool) -> None:
+    """End with one line: on the main rank for what every rank found, on the rank that met it otherwise."""
+    if everywhere or is_main():
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    os._exit(2)                                  # without waiting for other ranks, or for a reward that still runs
+
+
+def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train_prompts: list[Prompt],
+        test_prompts: list[Prompt], scorer: ThreadPoolExecutor) -> None:
+    """Flow-GRPO, from the last checkpoint or the start to the last epoch."""  # all ranks
+    distributed.broadcast_parameters(policy.parameters)
+    optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
+    average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
+    sigmas = timestep_schedule(config.num_steps, policy.shift, dtype=policy.compute_dtype)
+    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
+
+    found = checkpoints(directory)
+    done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
+    history = read_metrics(directory, done) if is_main() else []
+    say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
+        f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
+        f"{len(test_prompts)} for evaluation\n{describe(config, distributed.world_size())}")
+    if found:
+        say(f"continuing after epoch {done}, from {found[-1]}")
+
+    def evaluate_and_keep(epoch: int) -> dict[str, float]:
+        metrics, images = evaluate(policy, average, rewards, test_prompts, config, scorer)
+        if is_main():
+            save_images(directory, epoch, images)
+        say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics
+
+    if config.eval_only or not found:
+        metrics = {"epoch": done, **evaluate_and_keep(done)}
+        if is_main() and not found:
+            write_metrics(directory, metrics)
+            history.append(metrics)
+    for epoch in range(done + 1, 1 if config.eval_only else config.epochs + 1):
+        started = time.perf_counter()
+        samples = sample_epoch(policy, rewards, train_prompts, sigmas, config, epoch, scorer)
+        scores = gather_scores(samples, rewards, config)                                                 # name -> (N,)
+        advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                  # (N,)
+        metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
+        seconds = time.perf_counter() - started
+        metrics = {"epoch": epoch, **{f"reward/{name}": values.mean().item() for name, values in scores.items()},
+                   "reward_std": scores["total"].std(correction=0).item(),
+                   "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
+                   "seconds": seconds, "images_per_second": len(group_ids) / seconds}
+        say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
+            f"kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
+            f"gradient {metrics['grad_norm']:.3f}, {seconds:.1f} s")
+        if epoch % config.eval_every == 0 or epoch == config.epochs:
+            metrics.update(evaluate_and_keep(epoch))
+        if is_main():
+            write_metrics(directory, metrics)
+            history.append(metrics)
+            if epoch % config.save_every == 0 or epoch == config.epochs:
+                save_checkpoint(directory, epoch, policy, optimizer, scaler, average)
+    if is_main() and not config.eval_only:
+        report(directory, history)
+
+
+def gather_scores(samples: Samples | None, rewards: Rewards, config: Config) -> dict[str, Tensor]:  # all ranks
+    """Every sample's scores on every rank: name -> (N,) float32."""
+    total = config.groups_per_epoch * config.group_size
+    indices = [] if samples is None else samples.indices
+    return {name: distributed.gather_rows(torch.zeros(0) if samples is None else samples.scores[name], indices, total)
+            for name in (*rewards.weights, "total")}
+
+
+def report(directory: Path, history: list[dict]) -> None:
+    """The score before and after, and where things are."""
+    evaluated = [m for m in history if "eval/total" in m]
+    first, last = evaluated[0], evaluated[-1]
+    say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
+    picture = save_comparison(directory, first["epoch"], last["epoch"])
+    say(f"before above after: {picture}\nadapter: {checkpoints(directory)[-1]}\nmetrics: {directory / 'metrics.jsonl'}")
+
+
+def say(text: str) -> None:
+    """A line on the main rank, that does not disturb a progress bar."""
+    if is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
