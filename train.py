@@ -412,7 +412,7 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
 
     found = checkpoints(directory)
     done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
-    history = read_metrics(directory, done) if is_main() else []
+    history = read_metrics(directory, done if found else -1) if is_main() else []
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
         f"{len(test_prompts)} for evaluation\n{describe(config, distributed.world_size())}")
@@ -470,7 +470,7 @@ def report(directory: Path, history: list[dict]) -> None:
     first, last = evaluated[0], evaluated[-1]
     say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
     picture = save_comparison(directory, first["epoch"], last["epoch"])
-    say(f"before above after: {picture}\nadapter: {checkpoints(directory)[-1]}\nmetrics: {directory / 'metrics.jsonl'}")
+    say(f"before above after: {picture}\nweights for use: {checkpoints(directory)[-1]}\nmetrics: {directory / 'metrics.jsonl'}")
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ Progress is kept in --work-dir: the same command goes on from there.
 """
 
 import argparse
+import functools
 import math
 import random
 import string
@@ -30,7 +31,11 @@ from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPToken
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed  # noqa: E402
+from policy import Policy  # noqa: E402
 from prompts import words  # noqa: E402
+from rewards import build_rewards  # noqa: E402
+from sampler import rollout, timestep_schedule  # noqa: E402
+from train import EVAL_NOISE, draw_noise  # noqa: E402
 
 WIDTH, HEIGHT = 64, 24
 T5_TOKENS = 12          # enough for `the word "xxxxx"`; other lengths are drawn now and then so that padding does not matter
@@ -58,6 +63,13 @@ def misspell(word: str, rng: random.Random) -> str:
     return "".join(letters)
 
 
+@functools.cache
+def fitting(letter: str, size: int, width: int) -> ImageFont.FreeTypeFont:
+    """The font at `size`, or smaller where `letter` would be wider than its cell."""
+    font = ImageFont.load_default(size)
+    return font if font.getlength(letter) <= width + 1 else fitting(letter, size - 1, width)
+
+
 def render(word: str, rng: random.Random, careless: float = 0.0) -> np.ndarray:
     """A picture of `word`: uint8 (HEIGHT, WIDTH, 3). With probability `careless` something is wrong with it."""
     fault = rng.choice(["misspelt", "misspelt", "faint", "struck", "tiny"]) if rng.random() < careless else None
@@ -69,20 +81,12 @@ def render(word: str, rng: random.Random, careless: float = 0.0) -> np.ndarray:
     if fault == "faint":
         ink = tuple(int(p + 0.22 * (i - p)) for p, i in zip(paper, ink))
 
-    size = 8 if fault == "tiny" else rng.choice([15, 17, 19])
-    stroke = rng.choice([0.0, 0.5])
-    font = ImageFont.load_default(size)
-    while (box := font.getbbox(word, stroke_width=stroke))[2] - box[0] > WIDTH - 3:
-        size -= 1
-        font = ImageFont.load_default(size)
-
+    size, pitch = (8, 5) if fault == "tiny" else (rng.choice([15, 17]), 12)
     image = Image.new("RGB", (WIDTH, HEIGHT), paper)
     pen = ImageDraw.Draw(image)
-    room_x, room_y = WIDTH - (box[2] - box[0]), HEIGHT - (box[3] - box[1])
-    spread = 0.5 if fault == "tiny" else 0.2        # how far from the middle, as a share of the room there is
-    x = round(room_x * (0.5 + rng.uniform(-spread, spread)) - box[0])
-    y = round(room_y * (0.5 + rng.uniform(-spread, spread)) - box[1])
-    pen.text((x, y), word, fill=ink, font=font, stroke_width=stroke)
+    x, y = rng.randint(7, 10), HEIGHT // 2 + rng.randint(-2, 2)      # middle of the first letter
+    for i, letter in enumerate(word):                                # as a typewriter sets them, in cells of equal width
+        pen.text((x + i * pitch, y), letter, fill=ink, font=fitting(letter, size, pitch), stroke_width=0.3, anchor="mm")
     if fault == "struck":
         for _ in range(3):
             pen.line([(0, rng.randint(4, 20)), (WIDTH, rng.randint(4, 20))], fill=ink, width=2)
@@ -256,14 +260,39 @@ def save(pipe: StableDiffusion3Pipeline, output: Path) -> None:
     pipe.save_pretrained(output)
 
 
+def report(model: Path) -> None:
+    """The text reward of held-out words: the model at several guidance scales and step counts, and the ceiling."""
+    prompts = [f'the word "{word}"' for word in words("test")]
+    rewards = build_rewards({"rapidocr_line": 1.0})
+    score = lambda pictures: rewards(pictures, prompts, [{}] * len(prompts))["total"].mean()
+    policy = Policy(str(model), torch.device("cpu"), resolution=(HEIGHT, WIDTH), max_sequence_length=T5_TOKENS)
+    noise = draw_noise(0, EVAL_NOISE, 0, list(range(len(prompts))), 1, policy.latent_shape)[0]
+    rng = random.Random(0)
+    pictures = to_tensor([render(word, rng) for word in words("test")])
+    with torch.no_grad():
+        latents = policy.pipe.vae.encode(pictures).latent_dist.mean
+    latents = (latents - policy.pipe.vae.config.shift_factor) * policy.pipe.vae.config.scaling_factor
+    print(f"ceiling, the autoencoder's copies of rendered words: {score(policy.decode(latents).numpy()):.4f}")
+    text = policy.encode(prompts)
+    for steps in (8, 16, 28):
+        for guidance in (1.0, 1.5, 2.0, 3.0, 4.5, 7.0):
+            sigmas = timestep_schedule(steps, policy.shift)
+            final = rollout(policy.velocity(text, guidance), noise, sigmas, 0.0, None).final
+            print(f"{steps} steps, guidance {guidance}: {score(policy.decode(final).numpy()):.4f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("tiny-sd3"))
     parser.add_argument("--work-dir", type=Path, default=Path("runs/make-tiny-sd3"))
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--flow-steps", type=int, default=12000)
-    parser.add_argument("--careless", type=float, default=0.4)
+    parser.add_argument("--careless", type=float, default=0.1, help="share of faulty pictures while learning to spell")
+    parser.add_argument("--careless-end", type=float, default=0.5, help="and in the last quarter, while the learning rate falls")
+    parser.add_argument("--report", action="store_true", help="make nothing: score the model in --output, and its ceiling")
     args = parser.parse_args()
+    if args.report:
+        return report(args.output)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     distributed.setup()
     torch.manual_seed(0)

@@ -1,0 +1,224 @@
+"""Claims about grpo.py: advantages, the clipped loss, the KL, and what is watched."""
+
+import numpy as np
+import pytest
+import torch
+
+from grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, zero_variance_groups
+
+F64 = torch.float64
+STDS = ("global", "group")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def largest_difference(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def epoch(groups=5, size=6, seed=0):
+    """Rewards (N,) and shuffled, gappy group ids (N,)."""
+    ids = torch.tensor([7, -3, 1000, 0, 42])[:groups].repeat_interleave(size)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return normal(len(ids), seed=seed) + 0.1 * ids.sign(), ids[order]
+
+
+# ---- advantages --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (F64, 1e-12)])
+@pytest.mark.parametrize("std", STDS)
+def test_advantages_are_the_formula_with_the_population_std(std, dtype, tolerance):
+    rewards, ids = epoch()
+    rewards = rewards.to(dtype)
+    r, expected = rewards.double().numpy(), np.empty(len(rewards))
+    for g in np.unique(ids):
+        member = ids.numpy() == g
+        scale = np.std(r if std == "global" else r[member], ddof=0)
+        expected[member] = (r[member] - r[member].mean()) / (scale + 1e-4)
+    advantages = group_advantages(rewards, ids, std)
+    assert advantages.dtype == dtype and advantages.abs().max() < 5
+    assert largest_difference(advantages.double(), torch.from_numpy(expected)) <= tolerance
+
+
+def test_the_default_std_is_global():
+    rewards, ids = epoch()
+    assert torch.equal(group_advantages(rewards, ids), group_advantages(rewards, ids, "global"))
+    assert not torch.allclose(group_advantages(rewards, ids), group_advantages(rewards, ids, "group"))
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 24])
+@pytest.mark.parametrize("std", STDS)
+def test_equal_rewards_in_a_group_give_exactly_zero_advantage(std, size):
+    for value in (0.1, 0.7, -0.3, 1 / 3, 0.0, 26.04):
+        equal = torch.full((size,), value)
+        assert torch.equal(group_advantages(equal, torch.zeros(size, dtype=torch.int64), std), torch.zeros(size))
+
+        rewards = torch.cat([equal, torch.linspace(0, 1, size)])
+        advantages = group_advantages(rewards, torch.arange(2).repeat_interleave(size), std)
+        assert torch.equal(advantages[:size], torch.zeros(size))
+        assert advantages.isfinite().all() and advantages[size:].abs().min() >= 0 and advantages[size:].any()
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_rewards_that_are_all_equal_give_zero_and_no_nan(std):
+    for sizes in ([3, 3], [7, 1, 24], [1]):
+        ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        assert torch.equal(group_advantages(torch.full(ids.shape, 0.1), ids, std), torch.zeros(ids.shape))
+
+
+def test_a_constant_added_to_a_group_changes_nothing_but_the_global_scale():
+    rewards, ids = epoch()
+    constant = torch.where(ids == 42, 3.0, -1.5).to(F64)
+    moved = rewards + constant
+    assert largest_difference(group_advantages(moved, ids, "group"), group_advantages(rewards, ids, "group")) <= 1e-12
+    assert largest_difference(group_advantages(rewards + 10, ids), group_advantages(rewards, ids)) <= 1e-12
+    scale = (rewards.std(correction=0) + 1e-4) / (moved.std(correction=0) + 1e-4)
+    assert largest_difference(group_advantages(moved, ids), scale * group_advantages(rewards, ids)) <= 1e-12
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_permuting_the_samples_permutes_the_advantages(std):
+    rewards, ids = epoch()
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(1))
+    expected = group_advantages(rewards, ids, std)[order]
+    assert largest_difference(group_advantages(rewards[order], ids[order], std), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_groups_are_told_apart_by_id_whatever_the_ids_are(std):
+    rewards, ids = epoch()
+    renamed = ids.clone()
+    for old, new in zip(ids.unique().tolist(), (3, 9, -8, 2**40, 0)):
+        renamed[ids == old] = new
+    assert largest_difference(group_advantages(rewards, renamed, std), group_advantages(rewards, ids, std)) <= 1e-12
+
+    # Two groups with the same rewards, as two of the same prompt may have, stay two.
+    twice = torch.tensor([0.0, 1.0, 0.0, 1.0, 5.0, 5.0], dtype=F64)
+    apart, together = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 1, 1, 1])
+    assert largest_difference(group_advantages(twice, apart, std)[:2], group_advantages(twice, apart, std)[2:4]) == 0
+    assert not torch.allclose(group_advantages(twice, apart, std), group_advantages(twice, together, std))
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_advantages_are_clipped_to_plus_and_minus_5(std):
+    ids = torch.zeros(64, dtype=torch.int64)
+    one_won, one_lost = torch.zeros(64), torch.ones(64)
+    one_won[9], one_lost[9] = 1, 0                                       # 7.9 standard deviations
+    assert group_advantages(one_won, ids, std)[9] == 5 and group_advantages(one_lost, ids, std)[9] == -5
+    assert group_advantages(one_won, ids, std, clip=2.0)[9] == 2
+    assert group_advantages(one_won, ids, std, clip=10.0)[9] == pytest.approx(63**0.5, rel=2e-3)
+
+
+def test_bad_rewards_are_refused_with_their_value():
+    ids = torch.tensor([0, 0, 1])
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(ValueError, match=f"not finite: {value}"):
+            group_advantages(torch.tensor([0.0, value, 1.0]), ids)
+    with pytest.raises(ValueError, match="'batch'"):
+        group_advantages(torch.zeros(3), ids, "batch")
+    with pytest.raises(ValueError, match=r"\(4,\) and group_ids \(3,\)"):
+        group_advantages(torch.zeros(4), ids)
+    with pytest.raises(ValueError, match=r"\(3, 1\) and group_ids \(3, 1\)"):
+        group_advantages(torch.zeros(3, 1), ids[:, None])
+
+
+def test_zero_variance_groups_counts_the_groups_of_equal_rewards():
+    ids = torch.tensor([5, 9, 5, 9, 5, -1, -1, 2])
+    assert zero_variance_groups(torch.tensor([0.1, 0.2, 0.1, 0.3, 0.1, 1.0, 0.0, 0.5]), ids) == 2      # 5, and 2 alone
+    assert zero_variance_groups(torch.full((8,), 0.1), ids) == 4
+    assert zero_variance_groups(torch.arange(8.0)[:7], ids[:7]) == 0
+
+
+# ---- the clipped loss --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("clip_range", [2e-6, 1e-4, 0.2])
+def test_at_rho_1_the_gradient_is_that_of_reinforce(clip_range):
+    theta = normal(6).requires_grad_()
+    features, actions, advantages = normal(8, 6, seed=1), normal(8, seed=2), normal(8, seed=3)
+    log_prob = torch.distributions.Normal((features @ theta).tanh(), 0.5).log_prob(actions)
+    reinforce, = torch.autograd.grad((-advantages * log_prob).sum(), theta, retain_graph=True)
+    ours, = torch.autograd.grad(clipped_loss(log_prob, log_prob.detach(), advantages, clip_range).sum(), theta)
+    assert reinforce.abs().min() > 0.1
+    assert largest_difference(ours, reinforce) <= 1e-12
+
+
+def test_the_clipped_loss_is_its_formula():
+    log_prob, old, advantages = 0.3 * normal(50), 0.3 * normal(50, seed=1), normal(50, seed=2)
+    rho, A = np.exp((log_prob - old).numpy()), advantages.numpy()
+    expected = np.maximum(-A * rho, -A * np.clip(rho, 0.8, 1.2))
+    assert (np.abs(rho - 1) > 0.2).any() and (np.abs(rho - 1) < 0.2).any()
+    assert largest_difference(clipped_loss(log_prob, old, advantages, 0.2), torch.from_numpy(expected)) <= 1e-12
+
+
+@pytest.mark.parametrize("rho, advantage, stops", [
+    (1.3, 2.0, True), (0.7, 2.0, False),           # a winner is not pushed up further; one that fell is
+    (0.7, -2.0, True), (1.3, -2.0, False),         # a loser is not pushed down further; one that rose is
+    (1.1, 2.0, False), (0.9, -2.0, False)])        # inside the clip range nothing stops
+def test_clipping_stops_the_gradient_only_where_the_policy_moved_with_the_advantage(rho, advantage, stops):
+    log_prob = torch.tensor([rho], dtype=F64).log().requires_grad_()
+    loss = clipped_loss(log_prob, torch.zeros(1, dtype=F64), torch.tensor([advantage], dtype=F64), 0.2)
+    gradient, = torch.autograd.grad(loss.sum(), log_prob)
+    assert gradient.item() == pytest.approx(0 if stops else -advantage * rho, abs=1e-12)
+
+
+def test_the_published_clip_ranges_act_in_float32():
+    for clip_range in (2e-6, 1e-5, 1e-4):
+        log_prob = torch.tensor([2 * clip_range, clip_range / 2]).requires_grad_()
+        loss = clipped_loss(log_prob, torch.zeros(2), torch.ones(2), clip_range)
+        gradient, = torch.autograd.grad(loss.sum(), log_prob)
+        assert gradient[0] == 0 and gradient[1].item() == pytest.approx(-1, abs=1e-3)
+
+
+# ---- the KL ------------------------------------------------------------------------------------------------------
+
+def test_the_kl_is_that_of_torch_distributions_averaged_over_dimensions():
+    mean, ref_mean = normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1)
+    for std in (torch.tensor(0.3, dtype=F64), torch.tensor([0.1, 0.5, 1.0, 2.0], dtype=F64).reshape(4, 1, 1, 1)):
+        p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(ref_mean, std)
+        expected = torch.distributions.kl_divergence(p, q).mean((1, 2, 3))
+        assert largest_difference(gaussian_kl(mean, ref_mean, std), expected) <= 1e-12 * expected.max()
+
+
+def test_the_kl_and_its_gradient_are_zero_at_equality_and_only_there():
+    ref_mean, std = normal(4, 3, 2, 2), torch.tensor(0.3, dtype=F64)
+    mean = ref_mean.clone().requires_grad_()
+    kl = gaussian_kl(mean, ref_mean, std)
+    assert torch.equal(kl, torch.zeros(4, dtype=F64)) and not torch.autograd.grad(kl.sum(), mean)[0].any()
+
+    mean = (ref_mean + 0.01 * normal(4, 3, 2, 2, seed=1)).requires_grad_()
+    kl = gaussian_kl(mean, ref_mean, std)
+    gradient, = torch.autograd.grad(kl.sum(), mean)
+    assert (kl > 0).all() and gradient.abs().min() > 0
+    assert largest_difference(gradient, ((mean - ref_mean) / (12 * std**2)).detach()) <= 1e-12          # 12 dimensions
+
+
+def test_a_deterministic_step_has_no_kl():
+    mean = normal(2, 3, 2, 2)
+    for std in (torch.tensor(0.0), torch.tensor([0.3, 0.0]).reshape(2, 1, 1, 1)):
+        with pytest.raises(ValueError, match="std is 0"):
+            gaussian_kl(mean, mean, std)
+
+
+# ---- what is watched ---------------------------------------------------------------------------------------------
+
+def test_ratio_statistics_are_their_formulas():
+    log_prob, old = (0.3 * normal(50)).requires_grad_(), 0.3 * normal(50, seed=1)
+    log_rho = (log_prob - old).detach().numpy()
+    rho = np.exp(log_rho)
+    expected = {"approx_kl": rho - 1 - log_rho, "clip_fraction_high": rho > 1.2, "clip_fraction_low": rho < 0.8,
+                "ratio": rho, "ratio_deviation": np.abs(rho - 1)}
+    statistics = ratio_statistics(log_prob, old, 0.2)
+    assert set(statistics) == set(expected)
+    for name, value in statistics.items():
+        assert value.dtype == F64 and not value.requires_grad
+        assert largest_difference(value, torch.from_numpy(expected[name].astype(float))) <= 1e-12
+    assert 0 < statistics["clip_fraction_high"].mean() < 1 and 0 < statistics["clip_fraction_low"].mean() < 1
+
+
+def test_on_policy_nothing_is_clipped_and_no_ratio_deviates():
+    log_prob = normal(9).float()
+    for name, value in ratio_statistics(log_prob, log_prob, 1e-4).items():
+        assert torch.equal(value, torch.full((9,), float(name == "ratio")))

@@ -1,0 +1,429 @@
+"""Claims about sampler.py: the schedule, the transition rules, log-probs, rollout and replay."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from sampler import RULES, Trajectory, log_prob, replay, rollout, sde_transition, timestep_schedule
+
+F64 = torch.float64
+SHAPE = (3, 4, 4)                                  # C H W of the test latents
+
+
+def normal(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def largest_difference(a, b):
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def network(dtype=F64, seed=0):
+    """A small non-linear velocity that mixes every latent dimension and sees sigma."""
+    torch.manual_seed(seed)
+    dims = math.prod(SHAPE)
+    layers = torch.nn.Sequential(torch.nn.Linear(dims + 1, 64), torch.nn.SiLU(), torch.nn.Linear(64, dims)).to(dtype)
+
+    def velocity(latents, sigma):
+        return layers(torch.cat([latents.flatten(1), sigma[:, None]], 1)).reshape(latents.shape)
+    return velocity
+
+
+def windowed_levels(first_step, num_trained, T, noise_level):
+    """(T, B): noise_level inside each sample's window, 0 outside."""
+    step, first = torch.arange(T)[:, None], torch.as_tensor(first_step)
+    return noise_level * ((first <= step) & (step < first + num_trained)).to(F64)
+
+
+# ---- law 1: the schedule and the ODE are diffusers' -------------------------------------------------------------
+
+def sd3(T):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(T)
+    return scheduler, timestep_schedule(T, shift=3.0)
+
+
+def flux(T, resolution):
+    tokens = (resolution // 16) ** 2
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=mu)
+    return scheduler, timestep_schedule(T, shift=math.exp(mu), sigma_min=1 / T)
+
+
+MODELS = {"sd3": sd3, **{f"flux_{r}px": lambda T, r=r: flux(T, r) for r in (256, 512, 768, 1024)}}
+
+
+@pytest.mark.parametrize("T", [1, 6, 10, 28, 40])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_schedule_is_that_of_the_diffusers_scheduler(model, T):
+    scheduler, sigmas = MODELS[model](T)
+    assert sigmas.dtype == torch.float32 and sigmas[0] == 1 and sigmas[-1] == 0
+    assert largest_difference(sigmas, scheduler.sigmas) <= 1e-6
+
+
+@pytest.mark.parametrize("T", [6, 10, 28, 40])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("rule", RULES)
+def test_noise_level_0_is_the_diffusers_scheduler_step_for_step(rule, model, T):
+    scheduler, sigmas = MODELS[model](T)
+    velocity = network(torch.float32)
+    start = normal(2, *SHAPE, dtype=torch.float32)
+    x = start
+    with torch.no_grad():
+        for step, timestep in enumerate(scheduler.timesteps):
+            v = velocity(x, (timestep / 1000).expand(2))
+            mean, std = sde_transition(v, x, sigmas[step], sigmas[step + 1], 0, rule, sigmas[1])
+            x = scheduler.step(v, timestep, x).prev_sample
+            assert std == 0
+            assert largest_difference(mean, x) <= 2e-6            # a few roundings of float32 values near 1
+    final = rollout(velocity, start, sigmas, 0, None, rule).final
+    assert largest_difference(final, x) <= 2e-6 * T
+
+
+def test_the_last_sigma_before_0_at_10_steps_and_shift_3_is_0089():
+    assert timestep_schedule(10)[-2].item() == pytest.approx(0.0089, abs=5e-5)
+
+
+def test_the_schedule_falls_strictly_and_keeps_the_asked_precision():
+    for T, shift, sigma_min in [(1, 3.0, None), (10, 3.0, None), (10, 1.0, 0.1), (40, 0.5, 0.01)]:
+        sigmas = timestep_schedule(T, shift, sigma_min, dtype=F64)
+        assert sigmas.dtype == F64 and sigmas.shape == (T + 1,) and (sigmas.diff() < 0).all()
+        assert largest_difference(timestep_schedule(T, shift, sigma_min).double(), sigmas) <= 1e-7
+
+
+@pytest.mark.parametrize("arguments, value", [((0,), "0"), ((10, 0.0), "0.0"), ((10, -1.0), "-1.0"), ((10, math.nan), "nan"),
+                                              ((10, 3.0, 0.0), "0.0"), ((10, 3.0, 1.5), "1.5")])
+def test_an_impossible_schedule_is_refused_with_its_value(arguments, value):
+    with pytest.raises(ValueError, match=f"is {value}"):
+        timestep_schedule(*arguments)
+
+
+# ---- law 2: the SDE keeps the marginals of the ODE ---------------------------------------------------------------
+
+WEIGHT, LEFT, RIGHT, WIDTH = 0.3, -1.5, 1.0, 0.4           # of the left mode; both modes have one width
+MEAN = WEIGHT * LEFT + (1 - WEIGHT) * RIGHT
+VARIANCE = WIDTH**2 + WEIGHT * (1 - WEIGHT) * (RIGHT - LEFT) ** 2
+BETWEEN = (LEFT + RIGHT) / 2                               # 3 widths from either mode
+SAMPLES = 2**16
+
+
+def mixture_velocity(x, sigma):
+    """E[eps - x_0 | x] where x_0 is one of two Gaussians: x (B, 1), sigma (B,)."""
+    sigma = sigma[:, None]
+    variance = (1 - sigma) ** 2 * WIDTH**2 + sigma**2                        # of x, given the mode
+    left, right = x - (1 - sigma) * LEFT, x - (1 - sigma) * RIGHT
+    p_left = torch.sigmoid(math.log(WEIGHT / (1 - WEIGHT)) + (right**2 - left**2) / (2 * variance))
+
+    def v(centre, offset):                                                   # E[eps] - E[x_0], given the mode
+        return (sigma - (1 - sigma) * WIDTH**2) / variance * offset - centre
+    return p_left * v(LEFT, left) + (1 - p_left) * v(RIGHT, right)
+
+
+def mixture_errors(rule, noise_level, T):
+    """How far samples of T steps are from the data: (mean, variance, weight of the left mode)."""
+    quantiles = (torch.arange(SAMPLES, dtype=F64) + 0.5) / SAMPLES
+    start = torch.special.ndtri(quantiles)[:, None]                          # N(0, 1) with next to no sampling error
+    noise = torch.Generator().manual_seed(0) if noise_level else None
+    x = rollout(mixture_velocity, start, timestep_schedule(T, dtype=F64), noise_level, noise, rule).final
+    return torch.stack([x.mean() - MEAN, x.var() - VARIANCE, (x < BETWEEN).to(F64).mean() - WEIGHT]).abs()
+
+
+# Of mean, variance and weight. The fourth moment of a mixture with modes this apart is below 3 VARIANCE^2.
+STANDARD_ERRORS = torch.tensor([VARIANCE, 2 * VARIANCE**2, WEIGHT * (1 - WEIGHT)], dtype=F64).sqrt() / SAMPLES**0.5
+
+
+def test_the_ode_reaches_the_mixture_with_an_error_of_order_1_over_T():
+    errors = [mixture_errors("flow_sde", 0, T) for T in (8, 32, 128)]
+    assert (errors[1] < errors[0] / 3).all() and (errors[2] < errors[1] / 3).all()
+    assert (errors[2] < torch.tensor([0.004, 0.03, 0.002])).all()
+
+
+@pytest.mark.parametrize("noise_level", [0.3, 0.7, 1.0])
+@pytest.mark.parametrize("rule", ["flow_sde", "dance_sde"])
+def test_the_sde_reaches_mean_variance_and_mode_weights_as_the_ode_does(rule, noise_level):
+    coarse, fine = mixture_errors(rule, noise_level, 8), mixture_errors(rule, noise_level, 96)
+    assert (fine < 1.25 * mixture_errors(rule, 0, 96) + 5 * STANDARD_ERRORS).all()
+    assert (fine < coarse / 3 + 5 * STANDARD_ERRORS).all()
+    assert fine[1] < coarse[1] / 2                         # the variance error stands clear of the sampling error
+
+
+# On the mixture cps loses variance at any T, so the claim above is not made for it. This one is exact instead.
+@pytest.mark.parametrize("noise_level", [0.0, 0.2, 0.5, 0.8, 1.0])
+def test_a_cps_step_of_any_size_is_exact_for_one_known_data_point(noise_level):
+    x0 = normal(1, *SHAPE)
+    for sigma, sigma_next in [(1.0, 0.97), (1.0, 0.0), (0.9, 0.2), (0.5, 0.499), (0.0089, 0.0)]:
+        def step(x):
+            return sde_transition((x - x0) / sigma, x, sigma, sigma_next, noise_level, "cps")   # v = eps - x0
+
+        # The mean is affine in x: slope x + offset. So N(m, sigma^2) maps to N(slope m + offset, slope^2 sigma^2 + std^2).
+        offset, std = step(torch.zeros_like(x0))
+        slope = step(torch.ones_like(x0))[0] - offset
+        x = normal(1, *SHAPE, seed=1)
+        assert largest_difference(step(x)[0], slope * x + offset) <= 1e-12 / sigma
+        assert largest_difference(slope * (1 - sigma) * x0 + offset, (1 - sigma_next) * x0) <= 1e-12 / sigma
+        assert largest_difference(slope**2 * sigma**2 + std**2, torch.full_like(x0, sigma_next**2)) <= 1e-12 / sigma
+        assert std.item() == pytest.approx(sigma_next * math.sin(noise_level * math.pi / 2), abs=1e-15)
+
+
+# ---- the transition ----------------------------------------------------------------------------------------------
+
+def test_away_from_sigma_1_the_rules_are_their_formulas():
+    v, x = normal(2, *SHAPE), normal(2, *SHAPE, seed=1)
+    sigma, sigma_next, a = 0.8, 0.65, 0.7
+    D, x0, x1 = sigma - sigma_next, x - sigma * v, x + (1 - sigma) * v
+    s2 = a**2 * sigma / (1 - sigma)
+    std_cps = sigma_next * math.sin(a * math.pi / 2)
+    expected = {
+        "flow_sde": (x * (1 - s2 * D / (2 * sigma)) - v * (1 + s2 * (1 - sigma) / (2 * sigma)) * D, math.sqrt(s2 * D)),
+        "dance_sde": (x - D * (v + a**2 * (x - (1 - sigma) * x0) / (2 * sigma**2)), a * math.sqrt(D)),
+        "cps": ((1 - sigma_next) * x0 + math.sqrt(sigma_next**2 - std_cps**2) * x1, std_cps),
+    }
+    for rule in RULES:
+        mean, std = sde_transition(v, x, sigma, sigma_next, a, rule, sigma_max=0.96)
+        assert largest_difference(mean, expected[rule][0]) <= 1e-12
+        assert std.item() == pytest.approx(expected[rule][1], abs=1e-12)
+
+
+def test_at_sigma_1_flow_sde_uses_sigma_max_in_s_alone():
+    v, x = normal(2, *SHAPE), normal(2, *SHAPE, seed=1)
+    a, sigma_max, D = 0.7, 0.96, 0.04
+    s = a * math.sqrt(1 / (1 - sigma_max))
+    mean, std = sde_transition(v, x, 1.0, 1 - D, a, "flow_sde", sigma_max)
+    # The factor of v is 1 + s^2 (1 - sigma) / (2 sigma) = 1 at sigma = 1; with sigma_max in it, it would be 1.245.
+    assert largest_difference(mean, x * (1 - s**2 * D / 2) - v * D) <= 1e-12
+    assert std.item() == pytest.approx(s * math.sqrt(D), abs=1e-12)
+
+
+def test_flow_sde_from_sigma_1_without_sigma_max_is_refused_and_the_other_rules_need_none():
+    v, x = normal(2, *SHAPE), normal(2, *SHAPE, seed=1)
+    for sigma in (1.0, torch.tensor([0.5, 1.0])):
+        with pytest.raises(ValueError, match="sigma_max"):
+            sde_transition(v, x, sigma, 0.4, 0.7, "flow_sde")
+        for rule in ("dance_sde", "cps"):
+            assert sde_transition(v, x, sigma, 0.4, 0.7, rule)[0].isfinite().all()
+    with_, without = (sde_transition(v, x, 0.5, 0.4, 0.7, "flow_sde", value) for value in (0.96, None))
+    assert torch.equal(with_[0], without[0]) and torch.equal(with_[1], without[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_per_sample_sigma_and_noise_level_equal_scalar_calls(rule):
+    v, x = normal(4, *SHAPE), normal(4, *SHAPE, seed=1)
+    sigma = torch.tensor([1.0, 0.8, 0.4, 0.1], dtype=F64)
+    sigma_next = torch.tensor([0.96, 0.7, 0.3, 0.0], dtype=F64)
+    a = torch.tensor([0.7, 0.0, 1.0, 0.3], dtype=F64)
+    mean, std = sde_transition(v, x, sigma, sigma_next, a, rule, 0.96)
+    assert mean.shape == x.shape and std.shape == (4, 1, 1, 1)
+    for b in range(4):
+        m, s = sde_transition(v[b:b + 1], x[b:b + 1], sigma[b].item(), sigma_next[b].item(), a[b].item(), rule, 0.96)
+        assert s.shape == ()
+        assert largest_difference(m, mean[b:b + 1]) <= 1e-12 and largest_difference(s, std[b, 0, 0, 0]) <= 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_half_precision_velocity_is_used_at_the_precision_of_the_latents(rule):
+    v, x = normal(2, *SHAPE).bfloat16(), normal(2, *SHAPE, seed=1)
+    mean, _ = sde_transition(v, x, 0.8, 0.7, 0.7, rule)
+    assert mean.dtype == F64 and torch.equal(mean, sde_transition(v.to(F64), x, 0.8, 0.7, 0.7, rule)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_latents_are_refused(dtype):
+    v = x = normal(2, *SHAPE).to(dtype)
+    with pytest.raises(ValueError, match=str(dtype)):
+        sde_transition(v, x, 0.8, 0.7, 0.7)
+    with pytest.raises(ValueError, match=str(dtype)):
+        rollout(lambda x, sigma: x, x, timestep_schedule(4), 0.7, torch.Generator())
+
+
+def test_an_unknown_rule_is_refused_by_name():
+    v = x = normal(2, *SHAPE)
+    with pytest.raises(ValueError, match="'ddim'.*flow_sde, dance_sde, cps"):
+        sde_transition(v, x, 0.8, 0.7, 0.7, "ddim")
+
+
+# ---- law 3: log-probs --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule", ["flow_sde", "dance_sde"])
+def test_log_prob_is_that_of_torch_distributions_averaged_over_dimensions(rule):
+    sample, mean = normal(4, *SHAPE), normal(4, *SHAPE, seed=1)
+    for std in (torch.tensor(0.3, dtype=F64), 0.1 + uniform(4, 1, 1, 1)):
+        expected = torch.distributions.Normal(mean, std).log_prob(sample).mean((1, 2, 3))
+        assert largest_difference(log_prob(sample, mean, std, rule), expected) <= 1e-12
+
+
+def test_log_prob_of_cps_is_minus_the_mean_square():
+    sample, mean, std = normal(4, *SHAPE), normal(4, *SHAPE, seed=1), 0.1 + uniform(4, 1, 1, 1)
+    expected = -((sample - mean) ** 2).mean((1, 2, 3))
+    assert largest_difference(log_prob(sample, mean, std, "cps"), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_deterministic_step_has_no_log_prob(rule):
+    x = normal(2, *SHAPE)
+    for std in (torch.tensor(0.0), torch.tensor([0.3, 0.0]).reshape(2, 1, 1, 1)):
+        with pytest.raises(ValueError, match="std is 0"):
+            log_prob(x, x, std, rule)
+
+
+# ---- rollout -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rollout_with_a_window_per_sample_stores_what_a_step_by_step_loop_visits(rule):
+    T, S, first = 6, 2, [0, 3, 1, 0, 2]
+    B, sigmas, velocity = len(first), timestep_schedule(T, dtype=F64), network()
+    levels, noise = windowed_levels(first, S, T, 0.7), normal(T, B, *SHAPE, seed=2)
+    t = rollout(velocity, normal(B, *SHAPE), sigmas, levels, noise, rule, torch.tensor(first), S)
+
+    visited, log_probs = [normal(B, *SHAPE)], {}
+    with torch.no_grad():
+        for step in range(T):
+            x = visited[-1]
+            v = velocity(x, sigmas[step].expand(B))
+            mean, std = sde_transition(v, x, sigmas[step], sigmas[step + 1], levels[step], rule, sigmas[1])
+            visited.append(mean + std * noise[step])
+            for b in range(B):
+                if levels[step, b]:
+                    log_probs[step, b] = log_prob(visited[-1][b:b + 1], mean[b:b + 1], std[b], rule)[0]
+
+    assert t.latents.shape == (S + 1, B, *SHAPE) and t.log_probs.shape == (S, B) and t.noise_levels.shape == (T, B)
+    assert t.first_step.tolist() == first and t.rule == rule and torch.equal(t.sigmas, sigmas)
+    assert largest_difference(t.final, visited[T]) <= 1e-12
+    for b, f in enumerate(first):
+        for k in range(S + 1):
+            assert largest_difference(t.latents[k, b], visited[f + k][b]) <= 1e-12
+        for k in range(S):
+            assert largest_difference(t.log_probs[k, b], log_probs[f + k, b]) <= 1e-12
+
+
+@pytest.mark.parametrize("noise_levels", [0.7, [0.7] * 4, [[0.7] * 2] * 4])
+def test_noise_levels_may_be_one_for_all_per_step_or_per_step_and_sample(noise_levels):
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64)
+    t = rollout(*arguments, noise_levels, normal(4, 2, *SHAPE, seed=2), num_trained=4)
+    assert torch.equal(t.noise_levels, torch.full((4, 2), 0.7, dtype=F64))
+    assert torch.equal(t.final, rollout(*arguments, 0.7, normal(4, 2, *SHAPE, seed=2)).final)
+
+
+def test_a_generator_gives_the_rollout_of_the_tensor_it_would_draw():
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64), 0.7
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.stack([torch.randn(2, *SHAPE, generator=generator, dtype=F64) for _ in range(4)])
+    by_tensor = rollout(*arguments, noise, num_trained=4)
+    by_generator = rollout(*arguments, torch.Generator().manual_seed(5), num_trained=4)
+    other = rollout(*arguments, torch.Generator().manual_seed(6), num_trained=4)
+    assert torch.equal(by_tensor.final, by_generator.final)
+    assert torch.equal(by_tensor.log_probs, by_generator.log_probs)
+    assert not torch.equal(other.final, by_generator.final)
+
+
+def test_a_rollout_computes_no_gradients():
+    start = normal(2, *SHAPE).requires_grad_()
+    t = rollout(network(), start, timestep_schedule(4, dtype=F64), 0.7, torch.Generator(), num_trained=2)
+    assert not t.final.requires_grad and not t.latents.requires_grad and not t.log_probs.requires_grad
+
+
+def test_noise_levels_without_noise_are_refused():
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64)
+    with pytest.raises(ValueError, match="no noise"):
+        rollout(*arguments, [0, 0, 0.7, 0], None)
+    assert torch.equal(rollout(*arguments, 0, None).final, rollout(*arguments, 0, torch.Generator()).final)
+
+
+@pytest.mark.parametrize("first_step, num_trained, numbers", [(0, 5, "0 to 4 "), (3, 2, "3 to 4 "), (-1, 2, "-1 to 0 "),
+                                                             (torch.tensor([0, 3]), 2, "0 to 4 ")])
+def test_a_window_outside_the_steps_is_refused_with_its_numbers(first_step, num_trained, numbers):
+    with pytest.raises(ValueError, match=f"trained steps {numbers}do not lie in 0 to 3"):
+        rollout(network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64), 0.7, torch.Generator(),
+                first_step=first_step, num_trained=num_trained)
+
+
+def test_a_trained_deterministic_step_is_refused():
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64)
+    noise = normal(4, 2, *SHAPE)
+    one_sample = torch.tensor([[0.7, 0.7], [0.7, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    for rule in RULES:
+        for levels in (0, [0.7, 0, 0, 0], one_sample):
+            with pytest.raises(ValueError, match=r"trained step .*\[.*\] is deterministic"):
+                rollout(*arguments, levels, noise, rule, num_trained=2)
+    with pytest.raises(ValueError, match=r"\[3\] is deterministic"):
+        rollout(*arguments, 0.7, noise, "cps", num_trained=4)          # its last step has std 0 at any noise_level
+    assert rollout(*arguments, 0.7, noise, "flow_sde", num_trained=4).log_probs.isfinite().all()
+    assert rollout(*arguments, 0.7, noise, "cps", num_trained=3).log_probs.isfinite().all()
+
+
+# ---- law 4: replay -----------------------------------------------------------------------------------------------
+
+def stored(rule, dtype, first, S=3, T=7, noise_level=0.7, seed=0):
+    """A network and a trajectory that it sampled."""
+    B, velocity = len(first), network(dtype)
+    t = rollout(velocity, normal(B, *SHAPE, seed=seed, dtype=dtype), timestep_schedule(T, dtype=dtype),
+                windowed_levels(first, S, T, noise_level), normal(T, B, *SHAPE, seed=seed + 1, dtype=dtype), rule,
+                torch.tensor(first), S)
+    return velocity, t
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("rule", RULES)
+def test_replay_by_the_network_that_sampled_gives_the_stored_log_probs_to_the_bit(rule, dtype):
+    for first_step in (0, 2):
+        velocity, t = stored(rule, dtype, [first_step] * 5)
+        for k in range(3):
+            new, mean, std = replay(velocity, t, k)
+            assert torch.equal(new, t.log_probs[k]) and new.dtype == mean.dtype == std.dtype == dtype
+            assert mean.shape == (5, *SHAPE) and std.shape == (5, 1, 1, 1)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_replay_in_other_batches_keeps_log_rho_below_1e_5_in_float32(rule):
+    velocity, t = stored(rule, torch.float32, [0, 3, 1, 0, 2, 3, 1])
+    _, u = stored(rule, torch.float32, [2, 0], seed=7)
+    batches = [t, *(t.select([b]) for b in range(7)), t.select(torch.tensor([6, 0, 3])), t.select(slice(2, 6)),
+               Trajectory.concatenate([t, u]), Trajectory.concatenate([u.select([1]), t.select([5, 4]), u])]
+    for batch in batches:
+        for k in range(3):
+            assert (replay(velocity, batch, k)[0] - batch.log_probs[k]).abs().max() < 1e-5
+
+
+def test_select_and_concatenate_take_every_field_apart_and_together_again():
+    _, t = stored("flow_sde", F64, [0, 3, 1, 0])
+    fields = {"final": 0, "latents": 1, "log_probs": 1, "first_step": 0, "noise_levels": 1}       # name: batch axis
+    part = t.select([2, 0])
+    whole = Trajectory.concatenate([t.select([0]), t.select(torch.tensor([1, 2])), t.select(slice(3, 4))])
+    for name, axis in fields.items():
+        value = getattr(t, name)
+        assert torch.equal(getattr(part, name), value.index_select(axis, torch.tensor([2, 0])))
+        assert torch.equal(getattr(whole, name), value)
+    for other in (part, whole):
+        assert torch.equal(other.sigmas, t.sigmas) and other.rule == t.rule
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_gradient_of_replay_through_the_velocity_agrees_with_finite_differences(rule):
+    dims = math.prod(SHAPE)
+
+    def velocity_of(weight):
+        def velocity(latents, sigma):
+            features = torch.stack([latents.flatten(1).sin(), sigma[:, None] * latents.flatten(1)], -1)   # (B, CHW, 2)
+            return (features @ weight).sum(-1).tanh().reshape(latents.shape)
+        return velocity
+
+    first = [0, 2, 1]
+    t = rollout(velocity_of(normal(2, 2)), normal(3, *SHAPE), timestep_schedule(6, dtype=F64),
+                windowed_levels(first, 2, 6, 0.7), normal(6, 3, *SHAPE, seed=1), rule, torch.tensor(first), 2)
+    for k in range(2):
+        weight = (normal(2, 2) + 0.1 * normal(2, 2, seed=4)).requires_grad_()            # off-policy: rho is not 1
+
+        def log_probs_and_means(weight):
+            new, mean, _ = replay(velocity_of(weight), t, k)
+            return new, mean.reshape(3, dims)
+        assert torch.autograd.gradcheck(log_probs_and_means, weight, eps=1e-6, atol=1e-6, rtol=1e-5)
+        gradient, = torch.autograd.grad(log_probs_and_means(weight)[0].sum(), weight)
+        assert gradient.abs().min() > 1e-4                                               # nothing agrees by being 0
