@@ -29,12 +29,15 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, std: str = "global", ep
         raise ValueError(f"std is {std!r}: 'global' or 'group'")
     if rewards.ndim != 1 or rewards.shape != group_ids.shape:
         raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)}: both must be (N,)")
+    if not rewards.is_floating_point():
+        rewards = rewards.float()                              # counts are rewards too; advantages are not whole numbers
     if not rewards.isfinite().all():
         raise ValueError(f"rewards are not finite: {rewards[~rewards.isfinite()][0].item()}")
-    # In float64 the mean of equal float32 rewards is exactly that reward.
     r, (_, group, counts) = rewards.double(), group_ids.unique(return_inverse=True, return_counts=True)
-    mean = r.new_zeros(len(counts)).index_add(0, group, r) / counts
-    centred = r - mean[group]
+    # Measured from the lowest of their group, equal rewards are exactly 0, and so is their mean.
+    above = r - r.new_zeros(len(counts)).scatter_reduce(0, group, r, "amin", include_self=False)[group]
+    mean = r.new_zeros(len(counts)).index_add(0, group, above) / counts
+    centred = above - mean[group]
     if std == "group":
         scale = (r.new_zeros(len(counts)).index_add(0, group, centred**2) / counts).sqrt()[group]
     else:
@@ -81,9 +84,9 @@ def ratio_statistics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) 
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
     return {
-        "approx_kl": (ratio - 1) - log_ratio,
+        "approx_kl": log_ratio.expm1() - log_ratio,            # ratio - 1 would lose a float32 log_ratio of 1e-5 to rounding
         "clip_fraction_high": (ratio > 1 + clip_range).to(ratio.dtype),
         "clip_fraction_low": (ratio < 1 - clip_range).to(ratio.dtype),
         "ratio": ratio,
-        "ratio_deviation": (ratio - 1).abs(),
+        "ratio_deviation": log_ratio.expm1().abs(),
     }

@@ -163,8 +163,13 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     """
     T, B = len(sigmas) - 1, len(latents)
     noise_levels = torch.as_tensor(noise_levels, dtype=latents.dtype, device="cpu")
+    first_step = torch.as_tensor(first_step, device="cpu")
+    for name, value, shapes in [("noise_levels", noise_levels, [(), (T,), (T, B)]), ("first_step", first_step, [(), (B,)]),
+                                ("noise", noise, [(T, *latents.shape)])]:
+        if isinstance(value, Tensor) and value.shape not in shapes:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: {' or '.join(map(str, shapes))} is needed")
     noise_levels = (noise_levels[:, None] if noise_levels.ndim == 1 else noise_levels).expand(T, B)
-    first_step = torch.as_tensor(first_step, device="cpu").expand(B)
+    first_step = first_step.expand(B)
     _check_trained_steps(sigmas, noise_levels, first_step, num_trained, rule)
     if noise is None and noise_levels.any():
         raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a torch.Generator")

@@ -93,17 +93,21 @@ def test_the_last_sigma_before_0_at_10_steps_and_shift_3_is_0089():
     assert timestep_schedule(10)[-2].item() == pytest.approx(0.0089, abs=5e-5)
 
 
-def test_the_schedule_falls_strictly_and_keeps_the_asked_precision():
-    for T, shift, sigma_min in [(1, 3.0, None), (10, 3.0, None), (10, 1.0, 0.1), (40, 0.5, 0.01)]:
+def test_the_schedule_keeps_the_asked_precision():
+    for T, shift, sigma_min in [(1, 3.0, 0.003), (10, 3.0, 0.1), (10, 1.0, 0.1), (40, 0.5, 0.01)]:
+        grid = np.linspace(1, sigma_min, T)
+        expected = torch.from_numpy(np.append(shift * grid / (1 + (shift - 1) * grid), 0.0))
         sigmas = timestep_schedule(T, shift, sigma_min, dtype=F64)
-        assert sigmas.dtype == F64 and sigmas.shape == (T + 1,) and (sigmas.diff() < 0).all()
-        assert largest_difference(timestep_schedule(T, shift, sigma_min).double(), sigmas) <= 1e-7
+        assert sigmas.dtype == F64 and largest_difference(sigmas, expected) <= 1e-12
+        assert torch.equal(timestep_schedule(T, shift, sigma_min), sigmas.float())
 
 
-@pytest.mark.parametrize("arguments, value", [((0,), "0"), ((10, 0.0), "0.0"), ((10, -1.0), "-1.0"), ((10, math.nan), "nan"),
-                                              ((10, 3.0, 0.0), "0.0"), ((10, 3.0, 1.5), "1.5")])
-def test_an_impossible_schedule_is_refused_with_its_value(arguments, value):
-    with pytest.raises(ValueError, match=f"is {value}"):
+@pytest.mark.parametrize("arguments, message", [
+    ((0,), "num_steps is 0"), ((10, 0.0), "^shift is 0.0"), ((10, -1.0), "^shift is -1.0"),
+    ((10, math.nan), "^shift is nan"),
+    ((10, 3.0, 0.0), "sigma_min is 0.0"), ((10, 3.0, 1.5), "sigma_min is 1.5")])
+def test_an_impossible_schedule_is_refused_with_its_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
         timestep_schedule(*arguments)
 
 
@@ -113,7 +117,7 @@ WEIGHT, LEFT, RIGHT, WIDTH = 0.3, -1.5, 1.0, 0.4           # of the left mode; b
 MEAN = WEIGHT * LEFT + (1 - WEIGHT) * RIGHT
 VARIANCE = WIDTH**2 + WEIGHT * (1 - WEIGHT) * (RIGHT - LEFT) ** 2
 BETWEEN = (LEFT + RIGHT) / 2                               # 3 widths from either mode
-SAMPLES = 2**16
+SAMPLES = 2**15
 
 
 def mixture_velocity(x, sigma):
@@ -322,6 +326,16 @@ def test_a_generator_gives_the_rollout_of_the_tensor_it_would_draw():
     assert torch.equal(by_tensor.final, by_generator.final)
     assert torch.equal(by_tensor.log_probs, by_generator.log_probs)
     assert not torch.equal(other.final, by_generator.final)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("noise", normal(4, *SHAPE)), ("noise", normal(4, 1, *SHAPE)), ("noise", normal(3, 2, *SHAPE)),
+    ("noise_levels", [0.7] * 3), ("noise_levels", [[0.7] * 3] * 4), ("first_step", torch.tensor([0, 1, 0]))])
+def test_shapes_that_disagree_are_refused(name, value):
+    arguments = dict(velocity=network(), latents=normal(2, *SHAPE), sigmas=timestep_schedule(4, dtype=F64), noise_levels=0.7,
+                     noise=torch.Generator(), num_trained=2)
+    with pytest.raises(ValueError, match=f"{name} has shape"):
+        rollout(**{**arguments, name: value})
 
 
 def test_a_rollout_computes_no_gradients():

@@ -1,0 +1,153 @@
+"""The command line, what it refuses, and the arithmetic of the batch plan."""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+
+import pytest
+
+import config
+from config import PRESETS, Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
+from distributed import share
+from train import batches
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+def test_no_preset_means_tiny_ocr_and_flags_change_single_fields():
+    assert parse_config([]) == ("tiny_ocr", Config())
+    assert parse_config(["--epochs", "3"]) == ("tiny_ocr", dataclasses.replace(Config(), epochs=3))
+    preset, parsed = parse_config(["sd35m_ocr", "--learning-rate", "1e-5"])
+    assert preset == "sd35m_ocr" and parsed == dataclasses.replace(PRESETS["sd35m_ocr"], learning_rate=1e-5)
+
+
+def test_rewards_are_pairs_of_name_and_weight_and_the_resolution_is_two_numbers():
+    _, parsed = parse_config("--rewards rapidocr 1 my_file:my_function -0.5 --resolution 32 48 --full-finetune".split())
+    assert parsed.rewards == (("rapidocr", 1.0), ("my_file:my_function", -0.5))
+    assert parsed.resolution == (32, 48)
+    assert parsed.full_finetune and not parse_config(["--no-full-finetune"])[1].full_finetune
+
+
+def test_every_field_is_explained_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    assert stop.value.code in (0, None)
+    shown = " ".join(capsys.readouterr().out.split())
+    body = ast.parse(inspect.getsource(config.Config)).body[0].body
+    explained = {node.target.id: after.value.value for node, after in itertools.pairwise(body)
+                 if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr)}
+    for field in dataclasses.fields(Config):
+        assert len(explained[field.name]) > 5, field.name
+        assert "--" + field.name.replace("_", "-") in shown
+        assert explained[field.name].split()[0] in shown
+
+
+def test_help_is_printed_once_when_several_ranks_are_asked_for_it(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], quiet=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--group-sise", "4"], ["--group-sise", "--group-size"]),
+    (["tiny_orc"], ["tiny_orc", "tiny_ocr"]),
+    (["--epochs", "many"], ["--epochs", "many"]),
+    (["--epochs"], ["--epochs"]),
+    (["--rule", "euler"], ["euler", "flow_sde", "cps"]),
+    (["--resolution", "16"], ["--resolution", "16"]),
+    (["--rewards", "rapidocr", "much"], ["--rewards", "much"]),
+    (["--rewards", "rapidocr"], ["--rewards", "rapidocr"]),
+    (["sd35m_ocr", "tiny_ocr"], ["tiny_ocr"]),
+])
+def test_what_the_command_line_cannot_read_is_named_in_one_line(arguments, named):
+    with pytest.raises(ConfigError) as error:
+        parse_config(arguments)
+    message = str(error.value)
+    assert all(word in message for word in named), message
+    assert "\n" not in message and not any(c in message for c in "╭╮╰╯│─\x1b")
+
+
+# ---------------------------------------------------------------------------------------------------------- validation
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_described(preset):
+    validate(PRESETS[preset])
+    assert f"{batch_plan(PRESETS[preset], 8).samples} images" in describe(PRESETS[preset], 8)
+
+
+@pytest.mark.parametrize("changes, names", [
+    ({"group_size": 1}, "group-size is 1"),
+    ({"groups_per_epoch": 0}, "groups-per-epoch is 0"),
+    ({"updates_per_epoch": 13, "groups_per_epoch": 3, "group_size": 4}, "updates-per-epoch is 13: an epoch has only 12"),
+    ({"num_steps": 0}, "num-steps is 0"),
+    ({"train_batch": 0}, "train-batch is 0"),
+    ({"rollout_batch": -1}, "rollout-batch is -1"),
+    ({"epochs": -1}, "epochs is -1"),
+    ({"seed": -1}, "seed is -1"),
+    ({"clip_range": 0.0}, "clip-range is 0.0"),
+    ({"beta": -0.1}, "beta is -0.1"),
+    ({"learning_rate": float("nan")}, "learning-rate is nan"),
+    ({"noise_level": float("inf")}, "noise-level is inf"),
+    ({"noise_level": 0.0}, "noise-level is 0.0"),
+    ({"guidance_scale": 0.5}, "guidance-scale is 0.5"),
+    ({"ema_decay": 1.0}, "ema-decay is 1.0"),
+    ({"timestep_fraction": 1.5}, "timestep-fraction is 1.5"),
+    ({"timestep_fraction": 0.1}, "timestep-fraction is 0.1: of 8 steps it trains none"),
+    ({"rule": "cps", "noise_level": 2.0}, "noise-level is 2.0: under cps"),
+    ({"rule": "cps", "timestep_fraction": 1.0}, "rule is 'cps': the last step"),
+    ({"rule": "cps", "window_size": 2, "window_range": (0, 8)}, "rule is 'cps': the last step"),
+    ({"window_size": 2, "window_range": (0, 9)}, "window-range is (0, 9)"),
+    ({"window_size": 6}, "window-size is 6"),
+    ({"resolution": (0, 64)}, "resolution is (0, 64)"),
+    ({"rewards": (("rapidocr", 1.0), ("rapidocr", 2.0))}, "rewards is"),
+    ({"run_name": "../elsewhere"}, "run-name is '../elsewhere'"),
+])
+def test_a_setting_that_cannot_be_is_named_with_its_value(changes, names):
+    with pytest.raises(ConfigError) as error:
+        validate(dataclasses.replace(Config(), **changes))
+    assert str(error.value).startswith("--" + names) and "\n" not in str(error.value)
+
+
+def test_a_continued_run_may_change_the_machine_and_the_length_and_nothing_of_the_algorithm():
+    saved = to_dict(Config())
+    free = dataclasses.replace(Config(), epochs=7, rollout_batch=3, train_batch=5, eval_every=2, eval_prompts=9,
+                               eval_num_steps=3, eval_images=1, eval_only=True, save_every=9, run_name="x", output_dir="y",
+                               reward_threads=2)
+    assert changed_fields(saved, free) == []
+    assert changed_fields(saved, dataclasses.replace(Config(), seed=2)) == ["seed"]
+    assert changed_fields(saved, dataclasses.replace(Config(), rewards=(("rapidocr", 1.0),))) == ["rewards"]
+    assert changed_fields(saved, dataclasses.replace(Config(), resolution=(24, 56), beta=0.1)) == ["resolution", "beta"]
+
+
+# ---------------------------------------------------------------------------------------------------------- batch plan
+
+PLANS = [(groups, size, updates, ranks, batch) for groups, size, updates in
+         [(1, 2, 1), (1, 2, 2), (3, 5, 2), (12, 16, 4), (7, 3, 5), (48, 24, 2)]
+         for ranks in (1, 2, 3, 8, 13) for batch in (1, 4, 32)]
+
+
+@pytest.mark.parametrize("groups, size, updates, ranks, batch", PLANS)
+def test_every_sample_is_drawn_once_and_trained_once_and_the_plan_counts_the_batches(groups, size, updates, ranks, batch):
+    plan = batch_plan(dataclasses.replace(Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=updates,
+                                          rollout_batch=batch, train_batch=batch), ranks)
+    assert plan.samples == groups * size
+    held = [share(plan.samples, rank, ranks) for rank in range(ranks)]
+    assert sorted(itertools.chain(*held)) == list(range(plan.samples))
+    assert {len(mine) for mine in held} <= {plan.samples_per_rank, plan.samples // ranks}
+    assert max(len(mine) for mine in held) == plan.samples_per_rank
+    assert max(len(batches(list(mine), batch)) for mine in held) == plan.rollout_batches
+
+    trained = [[batches([i for i in mine if i % updates == u], batch) for u in range(updates)] for mine in held]
+    assert sorted(i for rank in trained for update in rank for b in update for i in b) == list(range(plan.samples))
+    assert max(sum(len(update) for update in rank) for rank in trained) == plan.train_batches
+    assert all(any(rank[u] for rank in trained) for u in range(updates))              # no update is without samples
+
+
+def test_untrained_steps_are_floor_of_the_fraction_or_the_window():
+    steps = lambda **changes: batch_plan(dataclasses.replace(Config(), **changes), 1).trained_steps
+    assert steps(num_steps=10, timestep_fraction=0.9) == 9
+    assert steps(num_steps=10, timestep_fraction=0.99) == 9
+    assert steps(num_steps=10, timestep_fraction=1.0) == 10
+    assert [steps(num_steps=n, timestep_fraction=0.7) for n in (10, 20, 30)] == [7, 14, 21]      # as if not binary fractions
+    assert steps(num_steps=10, window_size=3) == 3

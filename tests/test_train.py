@@ -1,0 +1,555 @@
+"""The whole of it, end to end: the command that users run, on a small random model."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import alive, wait_until
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from peft import PeftModel
+from PIL import Image
+
+import distributed
+import train
+from config import batch_plan, parse_config
+from policy import Policy
+
+ROOT = Path(train.__file__).parent
+TIMES = {"seconds", "images_per_second"}               # the metrics that are not a function of the seed
+
+# Two groups of four, three of four steps trained, two updates; in float64, so that nothing hides behind rounding.
+SMALL = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=4, groups_per_epoch=2, group_size=4,
+             updates_per_epoch=2, epochs=2, lora_rank=4, lora_alpha=8, rollout_batch=8, train_batch=8, eval_prompts=7,
+             eval_num_steps=2, eval_images=7, eval_every=100, save_every=1, dtype="float64", beta=0.1, guidance_scale=2)
+
+
+def flags(**settings) -> list[str]:
+    words = []
+    for name, value in settings.items():
+        name = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [
+            f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+# One group, one update, no guidance, for what does not depend on them.
+CHEAP = dict(groups_per_epoch=1, updates_per_epoch=1, num_steps=3, guidance_scale=1, eval_prompts=2, eval_images=2)
+
+
+class Stopped(Exception):
+    """In place of the end of the process."""
+
+
+@pytest.fixture(scope="module")
+def train_here(model, tmp_path_factory):
+    """`train_here(name, **changes)`: train.py's main in this process, as one rank; the run's directory."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def run(name: str, **changes) -> Path:
+        def stopped(error, everywhere):
+            raise Stopped(str(error)) from error
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "stop", stopped)
+            patch.setattr(sys, "argv", ["train.py", *flags(**{
+                "model": model, "output_dir": runs, "run_name": name, **SMALL, **changes})])
+            try:
+                train.main()
+            finally:
+                if torch.distributed.is_initialized():
+                    distributed.shutdown()
+                if hasattr(train.open_run, "lock"):
+                    train.open_run.lock.close()
+        return runs / name
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def start(model, tmp_path_factory):
+    """`start(name, ranks, **changes)`: the real command, on so many ranks (0: without torchrun), and the run's directory."""
+    runs = tmp_path_factory.mktemp("commands")
+    processes = []
+
+    def run(name: str, ranks: int, *words: str, cwd=ROOT, path=ROOT, **changes) -> tuple[subprocess.Popen, Path]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        arguments = flags(**{"model": model, "output_dir": runs, "run_name": name, **SMALL, **changes})
+        process = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *arguments, *words], cwd=cwd,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        processes.append(process)
+        return process, runs / name
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def command(start):
+    """`command(name, ranks, **changes)`: the real command to its end: (exit code, stdout, stderr, the run's directory)."""
+    def run(*args, **changes) -> tuple[int, str, str, Path]:
+        process, directory = start(*args, **changes)
+        out, err = process.communicate(timeout=250)
+        return process.returncode, out, err, directory
+
+    return run
+
+
+def completed(result: tuple[int, str, str, Path]) -> Path:
+    code, _, err, directory = result
+    assert code == 0, err[-3000:]
+    return directory
+
+
+def metrics_of(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(metrics: list[dict]) -> list[dict]:
+    return [{name: value for name, value in m.items() if name not in TIMES} for m in metrics]
+
+
+def weights_of(directory: Path, epoch: int) -> torch.Tensor:
+    """All trained weights, flat."""
+    state = torch.load(directory / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt", weights_only=True)
+    assert state["epoch"] == epoch
+    return torch.cat([p.flatten() for p in state["trained"]])
+
+
+def images_of(directory: Path, epoch: int) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(p)) for p in sorted((directory / "images" / f"epoch_{epoch:05d}").glob("*.png"))])
+
+
+def assert_same_run(one: Path, other: Path, epochs: int = 2, before: int = 1) -> None:
+    """Rewards of each epoch and trained weights to 1e-8 relative; and they did move."""
+    for a, b in zip(metrics_of(one)[:epochs + 1], metrics_of(other)[:epochs + 1], strict=True):
+        for name in ("reward/total", "reward_std", "eval/total", "kl", "grad_norm", "zero_variance_groups"):
+            if name in a and name in b:
+                assert abs(a[name] - b[name]) <= 1e-8 * abs(a[name]), (a["epoch"], name)
+    a, b, before = weights_of(one, epochs), weights_of(other, epochs), weights_of(one, before)
+    assert (a - b).norm() <= 1e-8 * a.norm()
+    assert (a - b).norm() <= 1e-6 * (a - before).norm() and (a - before).norm() > 1e-3 * a.norm()
+
+
+@pytest.fixture(scope="module")
+def one_rank(train_here) -> Path:
+    """SMALL, two epochs, one process, everything in one batch."""
+    return train_here("one-rank")
+
+
+@pytest.fixture(scope="module")
+def three_ranks(command) -> Path:
+    """SMALL, two epochs, on a number of ranks that divides nothing."""
+    return completed(command("three-ranks", 3))
+
+
+FIVE = dict(epochs=5, save_every=2, eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(command) -> Path:
+    """Five epochs on two ranks, never interrupted."""
+    return completed(command("two-ranks", 2, **FIVE))
+
+
+# ------------------------------------------------------------------------------- law 4: before an update the ratio is 1
+
+def test_the_ratio_before_the_first_update_is_exactly_one_where_the_batches_coincide(train_here):
+    directory = train_here("coincide", dtype="float32", rollout_batch=4, train_batch=4)
+    for m in metrics_of(directory)[1:]:
+        assert m["ratio_deviation_before"] == 0
+        assert m["ratio_deviation"] > 1e-6                                             # the second update's ratios have moved
+
+
+def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_composition(train_here):
+    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=2, rule="dance_sde")
+    for m in metrics_of(directory)[1:]:
+        assert m["ratio_deviation_before"] < 1e-5 < m["ratio_deviation"]
+
+
+# ----------------------------------------------------------------------------- law 6: a run is a function of its seed
+
+def test_micro_batch_sizes_do_not_change_a_run(train_here, one_rank):
+    assert_same_run(one_rank, train_here("small-batches", rollout_batch=3, train_batch=1))
+
+
+def test_three_ranks_a_number_that_divides_nothing_do_what_one_does(one_rank, three_ranks):
+    assert_same_run(one_rank, three_ranks)
+
+
+def test_two_ranks_do_what_one_does_that_was_interrupted(train_here, one_rank, two_ranks, capsys):
+    shutil.copytree(one_rank, one_rank.with_name("interrupted"))
+    directory = train_here("interrupted", **{**FIVE, "save_every": 1})
+    assert "continuing after epoch 2" in capsys.readouterr().out
+    assert_same_run(two_ranks, directory, epochs=5, before=4)
+
+
+def test_with_a_window_three_ranks_of_which_one_has_no_sample_do_what_one_does(train_here, command):
+    changes = dict(groups_per_epoch=1, group_size=2, updates_per_epoch=1, window_size=2, window_range=(0, 4), eval_prompts=2)
+    assert_same_run(train_here("window-1", **changes), completed(command("window-3", 3, **changes)))
+
+
+def test_another_seed_is_another_run_with_the_same_evaluation_before_training(train_here, one_rank):
+    other = train_here("seed", seed=2)
+    assert abs(metrics_of(other)[0]["eval/total"] - metrics_of(one_rank)[0]["eval/total"]) < 1e-12
+    assert np.array_equal(images_of(other, 0), images_of(one_rank, 0))
+    assert metrics_of(other)[1]["reward/total"] != metrics_of(one_rank)[1]["reward/total"]
+    assert (weights_of(other, 1) - weights_of(one_rank, 1)).norm() > 0.1 * weights_of(other, 1).norm()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(start, command, two_ranks):
+    launcher, directory = start("killed", 2, **FIVE)
+    wait_until(lambda: (directory / "checkpoints" / "epoch_00002").exists(), 200)
+    workers = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and parent(int(p.name)) == launcher.pid]
+    assert len(workers) == 2 and int((directory / "lock").read_text()) in workers
+    time.sleep(random.uniform(0, 1.5 * metrics_of(directory)[2]["seconds"]))
+    launcher.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    wait_until(lambda: not any(map(alive, workers)), 5)
+    assert not (directory / "checkpoints" / "epoch_00005").exists(), "it had ended before it was killed"
+
+    code, out, err, _ = command("killed", 2, **FIVE)
+    assert code == 0, err[-3000:]
+    assert "continuing after epoch 2" in out or "continuing after epoch 4" in out
+    assert torch.equal(weights_of(directory, 5), weights_of(two_ranks, 5))
+    assert [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2, 3, 4, 5]
+    assert without_times(metrics_of(directory)) == without_times(metrics_of(two_ranks))
+    assert np.array_equal(images_of(directory, 5), images_of(two_ranks, 5))
+
+
+def parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_again_and_has_each_epoch_once(train_here, one_rank):
+    train_here("early", eval_only=True)                                   # what a run leaves that is killed in its first epoch
+    assert [m["epoch"] for m in metrics_of(one_rank.with_name("early"))] == [0]
+    directory = train_here("early")
+    assert without_times(metrics_of(directory)) == without_times(metrics_of(one_rank))
+
+
+def test_half_a_line_and_epochs_that_will_be_done_again_are_dropped_from_the_metrics(tmp_path):
+    for epoch in range(4):
+        train.write_metrics(tmp_path, {"epoch": epoch})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "rew')
+    assert train.read_metrics(tmp_path, 2) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}] == metrics_of(tmp_path)
+
+
+def test_a_checkpoint_is_whole_or_is_not_there(one_rank, tmp_path):
+    shutil.copytree(one_rank / "checkpoints", tmp_path / "checkpoints")
+    for unfinished in ("partial", "epoch_00003"):
+        (tmp_path / "checkpoints" / unfinished / "adapter").mkdir(parents=True)
+    assert [p.name for p in train.checkpoints(tmp_path)] == ["epoch_00001", "epoch_00002"]
+
+
+def test_every_adapter_is_kept_and_the_state_of_the_newest_two(two_ranks):
+    names = lambda pattern: sorted(p.relative_to(two_ranks / "checkpoints").parts[0] for p in two_ranks.glob(pattern))
+    assert names("checkpoints/*/adapter/adapter_model.safetensors") == ["epoch_00002", "epoch_00004", "epoch_00005"]
+    assert names("checkpoints/*/state.pt") == ["epoch_00004", "epoch_00005"]
+
+
+def test_noise_belongs_to_its_sample_alone_and_no_two_share_any():
+    draw = lambda *key: train.draw_noise(*key, 2, (3, 4))                                        # (2, B, 3, 4)
+    together = draw(1, train.TRAIN_NOISE, 5, [0, 7, 2])
+    assert torch.equal(together[:, 1:2], draw(1, train.TRAIN_NOISE, 5, [7]))
+    others = [together.flatten(), *(draw(*key).flatten() for key in [
+        (1, train.TRAIN_NOISE, 5, [1]), (1, train.TRAIN_NOISE, 6, [0]), (2, train.TRAIN_NOISE, 5, [0]), (1, train.EVAL_NOISE, 5, [0])])]
+    values = torch.cat(others)
+    assert len(values.unique()) == len(values)
+
+
+def test_windows_are_drawn_for_each_group_and_epoch_within_their_range():
+    _, config = parse_config("--window-size 2 --window-range 1 6 --groups-per-epoch 50".split())
+    first, second = train.draw_windows(config, 1), train.draw_windows(config, 2)
+    assert set(first.tolist()) == {1, 2, 3, 4} and not torch.equal(first, second)
+    assert torch.equal(first, train.draw_windows(config, 1))
+
+
+# ------------------------------------------------------------------------------------- law 7, and what an epoch computes
+
+def test_gradients_meet_once_per_update_and_the_network_is_called_as_often_as_planned(train_here, monkeypatch):
+    reduced, rows = [], [0]
+    all_reduce, forward = torch.distributed.all_reduce, SD3Transformer2DModel.forward
+
+    def counted_all_reduce(tensor, *args, **kwargs):
+        reduced.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    def counted_forward(self, hidden_states, *args, **kwargs):
+        rows[0] += len(hidden_states)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", counted_all_reduce)
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", counted_forward)
+    directory = train_here("counted", rollout_batch=3, train_batch=1, updates_per_epoch=3, epochs=1)
+    weights = weights_of(directory, 1).numel()
+    assert [n for n in reduced if n >= weights] == [weights] * 3                           # updates
+    assert not [n for n in reduced if 1000 < n < weights and n != 7 * 16 * 32 * 3]         # nor in pieces; the images apart
+
+    _, config = parse_config(flags(**{**SMALL, "updates_per_epoch": 3}))
+    plan = batch_plan(config, 1)
+    evaluation = 7 * config.eval_num_steps * 2                                             # both branches
+    assert rows[0] == plan.rollout_calls + plan.replay_calls + plan.reference_calls + 2 * evaluation
+
+
+def test_equal_rewards_without_kl_leave_the_weights_to_the_weight_decay(train_here, tmp_path, monkeypatch):
+    (tmp_path / "constant_reward.py").write_text("def score(images, prompts, metadata):\n    return [0.1] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    directory = train_here("constant", rewards=("constant_reward:score", 1), beta=0, weight_decay=0.5, learning_rate=1e-2)
+    before, after = weights_of(directory, 1), weights_of(directory, 2)
+    assert (after - before * (1 - 0.5 * 1e-2) ** 2).abs().max() < 1e-14 and before.norm() > 0.1
+    for m in metrics_of(directory)[1:]:
+        assert m["zero_variance_groups"] == 2 and m["grad_norm"] == 0 and m["ratio"] == 1 and m["policy_loss"] == 0
+
+
+def test_the_kl_moves_weights_where_rewards_are_equal_and_pulls_them_to_the_reference(train_here, tmp_path, monkeypatch):
+    (tmp_path / "first_epoch_reward.py").write_text(
+        "from rewards import jpeg_incompressibility\ncalls = 0\n"
+        "def score(images, prompts, metadata):\n    global calls\n    calls += 1\n"
+        "    return jpeg_incompressibility(images, prompts, metadata) * (calls == 2)\n")    # the first call is the evaluation
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    settings = dict(rewards=("first_epoch_reward:score", 1), epochs=4, learning_rate=3e-3, max_grad_norm=100, **CHEAP)
+    kl = {}
+    for beta in (1e-9, 10.0):
+        sys.modules.pop("first_epoch_reward", None)
+        metrics = metrics_of(train_here(f"beta-{beta}", beta=beta, **settings))
+        assert all(m["zero_variance_groups"] == 1 for m in metrics[2:])
+        kl[beta] = metrics[-1]["kl"]
+    assert kl[10.0] < 0.5 * kl[1e-9]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_in_half_precision_trains_and_continues(train_here, dtype):
+    train_here(dtype, dtype=dtype, epochs=1, **CHEAP)
+    directory = train_here(dtype, dtype=dtype, epochs=2, **CHEAP)
+    assert [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
+    assert all(m["ratio_deviation_before"] < 0.02 for m in metrics_of(directory)[1:])
+    assert metrics_of(directory)[-1]["overflows"] == 0 and metrics_of(directory)[-1]["grad_norm"] > 0
+    assert weights_of(directory, 2).dtype == torch.float32 and weights_of(directory, 2).isfinite().all()
+    assert not torch.equal(weights_of(directory, 2), weights_of(directory, 1))
+
+
+def test_a_fully_fine_tuned_run_saves_its_averaged_transformer_for_diffusers(train_here, model):
+    directory = train_here("full", dtype="float32", full_finetune=True, epochs=1, ema_decay=0.5)
+    checkpoint = directory / "checkpoints" / "epoch_00001"
+    loaded = SD3Transformer2DModel.from_pretrained(checkpoint / "transformer")
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    base = SD3Transformer2DModel.from_pretrained(model, subfolder="transformer")
+    for p, averaged, trained in zip(loaded.parameters(), state["average"], state["trained"], strict=True):
+        assert torch.equal(p, averaged) and p.shape == trained.shape
+    distance = lambda weights: sum((p - q).square().sum() for p, q in zip(base.parameters(), weights)).sqrt()
+    assert 0 < distance(state["average"]) < distance(state["trained"])
+
+
+# ------------------------------------------------------------------------------- law 8: every evaluation prompt counts once
+
+def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_its_own(model, one_rank):
+    _, config = parse_config(flags(**SMALL))
+    policy = Policy(model, torch.device("cpu"), "float64", config.resolution, config.max_sequence_length, 4, 8)
+    sigmas = train.timestep_schedule(config.eval_num_steps, policy.shift, dtype=torch.float64)
+    images = []
+    for i, prompt in enumerate(train.load_prompts(config.prompts, "test")[:7]):
+        noise = train.draw_noise(0, train.EVAL_NOISE, 0, [i], 1, policy.latent_shape)[0].double()
+        velocity = policy.velocity(policy.encode([prompt.text]), config.guidance_scale)
+        images.append(policy.decode(train.rollout(velocity, noise, sigmas, 0.0, None).final)[0].numpy())
+    assert np.array_equal(np.stack(images), images_of(one_rank, 0))
+    assert len({image.tobytes() for image in images}) == 7
+    scores = train.build_rewards(dict(config.rewards))(np.stack(images), [""] * 7, [{}] * 7)["total"]
+    assert abs(scores.astype(float).mean() - metrics_of(one_rank)[0]["eval/total"]) < 1e-12
+
+
+def test_the_evaluation_depends_neither_on_the_ranks_nor_on_the_batch(train_here, one_rank, three_ranks):
+    in_threes = train_here("in-threes", rollout_batch=3)
+    for epoch, line in ((0, 0), (2, -1)):
+        expected = metrics_of(one_rank)[line]
+        for other in (three_ranks, in_threes):
+            assert abs(metrics_of(other)[line]["eval/total"] - expected["eval/total"]) < 1e-12
+            assert np.array_equal(images_of(other, epoch), images_of(one_rank, epoch))
+    assert not np.array_equal(images_of(one_rank, 0), images_of(one_rank, 2))
+
+
+def test_eval_only_evaluates_the_averaged_weights_of_the_last_checkpoint_and_changes_nothing_else(train_here, one_rank, capsys):
+    directory = one_rank.with_name("eval-only")
+    shutil.copytree(one_rank, directory)
+    shutil.rmtree(directory / "images")
+    train_here("eval-only", eval_only=True)
+    last = metrics_of(one_rank)[-1]
+    assert f"epoch 2: eval/jpeg_incompressibility {last['eval/jpeg_incompressibility']:.4f}" in capsys.readouterr().out
+    assert np.array_equal(images_of(directory, 2), images_of(one_rank, 2))
+    assert metrics_of(directory) == metrics_of(one_rank)
+    assert torch.equal(weights_of(directory, 2), weights_of(one_rank, 2))
+
+
+# ------------------------------------------------------------------------------------------------ small and odd settings
+
+@pytest.mark.parametrize("changes", [dict(epochs=0), dict(epochs=1, eval_images=0), dict(epochs=1, eval_images=100)])
+def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_ends_well(train_here, changes, capsys):
+    directory = train_here("-".join(f"{k}-{v}" for k, v in changes.items()), **{**CHEAP, **changes})
+    assert "before training" in capsys.readouterr().out
+    assert len(metrics_of(directory)) == 1 + changes["epochs"]
+
+
+# ------------------------------------------------------------------------------------------------------------ one writer
+
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path):
+    _, config = parse_config(["--run-name", "held", "--output-dir", str(tmp_path)])
+    directory, _ = train.open_run(config, "tiny_ocr")                                      # this process is the first
+    try:
+        code, out, err, _ = command("held", 0, output_dir=tmp_path)
+    finally:
+        train.open_run.lock.close()
+    (line,) = errors_in(err)
+    assert code != 0 and str(directory) in line and f"process {os.getpid()}:" in line and "--run-name" in line
+    assert "Traceback" not in err and not (directory / "metrics.jsonl").exists()
+
+
+def errors_in(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if line.startswith("error:")]
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.fixture
+def no_model(tmp_path, monkeypatch) -> str:
+    """The index of a pipeline without its parts: whatever loads it fails."""
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    return str(tmp_path / "index")
+
+
+@pytest.mark.parametrize("arguments, names", [
+    ("--group-sise 4", ["--group-sise", "--group-size"]),
+    ("tiny_orc", ["tiny_orc", "tiny_ocr"]),
+    ("--epochs many", ["many", "--epochs"]),
+    ("--group-size 1", ["--group-size is 1", "at least 2"]),
+    ("--model nothing/at/all", ["nothing/at/all"]),
+    ("--rewards rapidorc 1", ["rapidorc", "rapidocr"]),
+    ("--rewards rapidocr_line nan", ["rapidocr_line", "nan"]),
+    ("--rewards rapidocr_line inf", ["rapidocr_line", "inf"]),
+    ("--rewards rapidocr_line 0", ["rapidocr_line", "0"]),
+    ("--rewards no_such_file:score 1", ["no_such_file"]),
+    ("--prompts unquoted", ["rapidocr_line", "a cat on a mat"]),
+    ("--prompts empty", ["train.txt", "no prompts"]),
+    ("--prompts nowhere", ["nowhere"]),
+])
+def test_bad_input_is_named_in_one_line_before_the_model_loads(arguments, names, no_model, tmp_path, monkeypatch, capsys):
+    for folder, text in {"unquoted": 'the word "cat"\na cat on a mat\n', "empty": "\n"}.items():
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / folder / f"{split}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(train, "Policy", lambda *_, **__: pytest.fail("the model loads"))
+    monkeypatch.setattr(train, "build_rewards", lambda *_: pytest.fail("the rewards load"))
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    words = arguments.split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--model" in words else ["--model", no_model])])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code not in (0, None)
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and all(name in line for name in names), line
+    assert out == "" and not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_flag_on_two_ranks_is_one_line_of_the_main_rank_even_if_that_is_the_slower(command, no_model, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(4 * (os.environ.get('RANK') == '0'))\n")
+    code, out, err, directory = command("flag", 2, "--group-sise", "4", model=no_model, path=tmp_path)
+    assert code != 0 and len(errors_in(err)) == 1, err
+    assert "--group-sise" in errors_in(err)[0] and "--group-size" in errors_in(err)[0]
+    assert out == "" and not directory.exists()
+
+
+def test_a_continued_run_whose_seed_differs_is_refused_on_two_ranks_with_both_values(command, two_ranks):
+    before = (two_ranks / "metrics.jsonl").read_text()
+    code, _, err, _ = command("two-ranks", 2, **{**FIVE, "seed": 3})
+    assert code != 0 and len(errors_in(err)) == 1, err
+    line = errors_in(err)[0]
+    assert "--seed is 3" in line and "with 1:" in line and "--run-name" in line
+    assert (two_ranks / "metrics.jsonl").read_text() == before
+    assert json.loads((two_ranks / "config.json").read_text())["seed"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- rewards that fail
+
+FAILING_REWARD = """
+from rewards import jpeg_incompressibility
+calls = 0
+
+def score(images, prompts, metadata):
+    global calls
+    calls += 1
+    good = jpeg_incompressibility(images, prompts, metadata)
+    return good if calls < 3 else {outcome}      # the evaluation and the first epoch go well
+"""
+
+
+@pytest.mark.parametrize("name, outcome, says", [
+    ("raises", "1 / 0", "ZeroDivisionError"), ("nan", "good * float('nan')", "nan"), ("shape", "good[:3]", "(3,)")])
+def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_saved_goes_on(
+        train_here, name, outcome, says, tmp_path, monkeypatch):
+    module, changes = f"failing_{name}", dict(rewards=(f"failing_{name}:score", 1), **CHEAP)
+    (tmp_path / f"{module}.py").write_text(FAILING_REWARD.format(outcome=outcome))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(Stopped) as stop:
+        train_here(module, **changes)
+    assert f"{module}:score" in str(stop.value) and says in str(stop.value) and "the word " in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+    monkeypatch.setattr(sys.modules[module], "calls", -100)                                # the reward has been mended
+    directory = train_here(module, **changes)
+    assert [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
+
+
+def test_a_failing_reward_ends_the_command_with_one_line_and_no_traceback(command, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING_REWARD.format(outcome="good * float('nan')"))
+    code, _, err, directory = command("failing", 0, cwd=tmp_path, rewards=("failing:score", 1), dtype="float32")
+    (line,) = errors_in(err.replace("\r", "\n"))
+    assert code != 0 and "failing:score" in line and "nan" in line and 'the word "' in line
+    assert "Traceback" not in err
+    assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
+
+
+# -------------------------------------------------------------------------------------------------------- bundled model
+
+def test_the_bundled_model_draws_with_diffusers_alone_and_takes_a_trained_adapter_from_peft(train_here):
+    bundled = str(ROOT / "assets" / "tiny-sd3")
+    pipe = StableDiffusion3Pipeline.from_pretrained(bundled)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        return np.asarray(pipe('the word "lamp"', height=24, width=64, num_inference_steps=8, guidance_scale=2,
+                               max_sequence_length=12, generator=torch.Generator().manual_seed(0)).images[0])
+
+    base = draw()
+    assert base.shape == (24, 64, 3) and base.std() > 5
+    directory = train_here("bundled", model=bundled, resolution=(24, 64), rewards=("rapidocr_line", 1), dtype="float32",
+                           epochs=1, learning_rate=1e-2)
+    checkpoint = directory / "checkpoints" / "epoch_00001"
+    pipe.transformer = PeftModel.from_pretrained(pipe.transformer, checkpoint / "adapter")
+    adapter = [p for name, p in pipe.transformer.named_parameters() if "lora_" in name]
+    averaged = torch.load(checkpoint / "state.pt", weights_only=True)["average"]
+    assert all(torch.equal(p, q) for p, q in zip(adapter, averaged, strict=True))
+    assert not np.array_equal(draw(), base)
+    with pipe.transformer.disable_adapter():
+        assert np.array_equal(draw(), base)
