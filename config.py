@@ -19,6 +19,14 @@ class ConfigError(ValueError):
     """A setting that cannot be: one line with the field, the value and the way out."""
 
 
+# The attention projections of both streams, as published for SD3.5-M.
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+             "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
+# What a small network needs besides, to change its mind in a few minutes.
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+MODULATION = ("norm1.linear", "norm1_context.linear")
+
+
 @dataclass(frozen=True)
 class Config:
     """Flow-GRPO. Everything about the algorithm is global, over all ranks; what the machine can hold is per rank."""
@@ -46,19 +54,19 @@ class Config:
     """How stochastic a step is (a in the papers)."""
     timestep_fraction: float = 0.9
     """Share of the steps that is trained, from the first on: floor(timestep_fraction * num_steps) of them. Without a window only."""
-    window_size: int = 0
+    window_size: int = 3
     """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window (Flow-GRPO-Fast, MixGRPO)."""
     window_range: tuple[int, int] = (0, 5)
     """The window lies in steps first, ..., last - 1; where, is drawn anew for each group and epoch."""
 
     # -------------------------------------------------------------------------------------------------- algorithm
-    groups_per_epoch: int = 12
+    groups_per_epoch: int = 24
     """Prompts in an epoch, global."""
-    group_size: int = 16
+    group_size: int = 8
     """Images of each prompt."""
     updates_per_epoch: int = 4
     """Optimizer steps on an epoch's samples, each on its own part of them."""
-    epochs: int = 30
+    epochs: int = 70
     """Rounds of sampling and training."""
     advantage_std: Literal["global", "group"] = "global"
     """What advantages are divided by: the standard deviation over the epoch's rewards, or over the group's."""
@@ -68,7 +76,7 @@ class Config:
     """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
     """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s sqrt(D)."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     """AdamW's; constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
@@ -84,6 +92,8 @@ class Config:
     """Rank of the adapter."""
     lora_alpha: int = 64
     """The adapter's product is scaled by lora_alpha / lora_rank."""
+    lora_targets: tuple[str, ...] = ATTENTION + FEED_FORWARD + MODULATION
+    """Linear layers that get an adapter, by the end of their names."""
     full_finetune: bool = False
     """Train every weight of the transformer instead of an adapter."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -125,7 +135,8 @@ MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "reward_threads", "eval_
 SD35_MEDIUM = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),), resolution=(512, 512),
     max_sequence_length=128, num_steps=10, guidance_scale=4.5, noise_level=0.7, groups_per_epoch=48, group_size=24,
-    updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, learning_rate=3e-4, ema_every=8, dtype="float16",
+    updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, learning_rate=3e-4, ema_every=8, dtype="float16", lora_targets=ATTENTION,
+    window_size=0,
     rollout_batch=8, train_batch=8, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
 
 PRESETS = {

@@ -19,9 +19,6 @@ from transformers.utils import logging as transformers_logging
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# The attention projections of both streams, as published for SD3.5-M (arXiv 2505.05470).
-LORA_TARGETS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-                "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"]
 TEXT_CACHE = 1024      # prompts whose embeddings are kept, in host memory; one of SD3.5's takes 1.7 MB
 
 
@@ -49,7 +46,8 @@ class Policy:
     """
 
     def __init__(self, model: str, device: torch.device, dtype: str = "float32", resolution: tuple[int, int] = (512, 512),
-                 max_sequence_length: int = 128, lora_rank: int = 32, lora_alpha: int = 64, full_finetune: bool = False,
+                 max_sequence_length: int = 128, lora_rank: int = 32, lora_alpha: int = 64,
+                 lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
                  with_reference: bool = True):
         """Raises ValueError for a resolution that the model's patches do not tile, or that exceeds its positions."""
         diffusers_logging.disable_progress_bar()
@@ -77,7 +75,7 @@ class Policy:
             self.network = transformer
         else:
             self.network = get_peft_model(transformer, LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS))
+                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=lora_targets if isinstance(lora_targets, str) else list(lora_targets)))
         if dtype == "float64":
             self.network.double()
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]

@@ -381,7 +381,7 @@ def main() -> None:
         rewards = build_rewards(dict(config.rewards), config.reward_threads)
         torch.manual_seed(config.seed)
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length,
-                        config.lora_rank, config.lora_alpha, config.full_finetune, with_reference=config.beta > 0)
+                        config.lora_rank, config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
     except (ValueError, OSError, ImportError) as error:
         stop(error, everywhere=False)
     try:

@@ -69,7 +69,8 @@ def test_pictures_are_uint8_and_those_of_the_pipeline_within_one_level(policy, p
     latents = rollout(policy.velocity(policy.encode(PROMPTS)), noise, timestep_schedule(3, policy.shift), 0.0, None).final
     images = policy.decode(latents)
     assert images.dtype == torch.uint8 and images.shape == (2, HEIGHT, WIDTH, 3) and images.device == CPU
-    assert np.abs(images.numpy().astype(int) - np.stack(expected).astype(int)).max() <= 1
+    difference = np.abs(images.numpy().astype(int) - np.stack(expected).astype(int))
+    assert difference.max() <= 1 and difference.mean() < 0.01                              # a tie of rounding here and there
     assert images.float().std() > 5
 
 

@@ -131,6 +131,11 @@ def images_of(directory: Path, epoch: int) -> np.ndarray:
     return np.stack([np.asarray(Image.open(p)) for p in sorted((directory / "images" / f"epoch_{epoch:05d}").glob("*.png"))])
 
 
+def policy_of(model: str, config) -> Policy:
+    return Policy(model, torch.device("cpu"), config.dtype, config.resolution, config.max_sequence_length,
+                  lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets)
+
+
 def assert_same_run(one: Path, other: Path, epochs: int = 2, before: int = 1) -> None:
     """Rewards of each epoch and trained weights to 1e-8 relative; and they did move."""
     for a, b in zip(metrics_of(one)[:epochs + 1], metrics_of(other)[:epochs + 1], strict=True):
@@ -269,7 +274,8 @@ def test_noise_belongs_to_its_sample_alone_and_no_two_share_any():
     together = draw(1, train.TRAIN_NOISE, 5, [0, 7, 2])
     assert torch.equal(together[:, 1:2], draw(1, train.TRAIN_NOISE, 5, [7]))
     others = [together.flatten(), *(draw(*key).flatten() for key in [
-        (1, train.TRAIN_NOISE, 5, [1]), (1, train.TRAIN_NOISE, 6, [0]), (2, train.TRAIN_NOISE, 5, [0]), (1, train.EVAL_NOISE, 5, [0])])]
+        (1, train.TRAIN_NOISE, 5, [1]), (1, train.TRAIN_NOISE, 6, [0]), (2, train.TRAIN_NOISE, 5, [0]),
+        (1, train.EVAL_NOISE, 5, [0])])]
     values = torch.cat(others)
     assert len(values.unique()) == len(values)
 
@@ -306,6 +312,38 @@ def test_gradients_meet_once_per_update_and_the_network_is_called_as_often_as_pl
     plan = batch_plan(config, 1)
     evaluation = 7 * config.eval_num_steps * 2                                             # both branches
     assert rows[0] == plan.rollout_calls + plan.replay_calls + plan.reference_calls + 2 * evaluation
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_samples_and_trained_steps(train_here, model):
+    settings = {**SMALL, "updates_per_epoch": 1, "beta": 0, "max_grad_norm": 1e-12}         # metrics: the norm before clipping
+    metrics = metrics_of(train_here("gradient", **{**settings, "epochs": 1, "train_batch": 3}))[1]
+    _, config = parse_config(flags(**settings))
+    torch.manual_seed(config.seed)
+    distributed.setup()
+    try:
+        policy = policy_of(model, config)
+        rewards = train.build_rewards(dict(config.rewards))
+        sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+        with train.ThreadPoolExecutor(1) as scorer:
+            samples = train.sample_epoch(policy, rewards, train.load_prompts(config.prompts, "train"), sigmas, config, 1, scorer)
+    finally:
+        distributed.shutdown()
+    r = samples.scores["total"].double().view(2, 4)
+    A = ((r - r.mean(1, keepdim=True)) / (r.std(correction=0) + 1e-4)).flatten()                       # (N,)
+    velocity = policy.velocity(policy.encode([p.text for p in samples.prompts]), config.guidance_scale)
+    # At rho = 1, REINFORCE: -mean over N samples and S steps of A grad log pi.
+    loss = -torch.stack([A * train.replay(velocity, samples.trajectory, k)[0] for k in range(3)]).mean()
+    gradients = torch.autograd.grad(loss, policy.parameters, allow_unused=True, materialize_grads=True)
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert abs(metrics["grad_norm"] - norm) < 1e-6 * norm                                   # advantages are stored in float32
+    assert abs(metrics["reward/total"] - r.mean().item()) < 1e-6
+
+
+def test_the_exact_kl_is_the_per_time_kl_over_the_length_of_the_step(train_here):
+    settings = dict(CHEAP, epochs=1, updates_per_epoch=2, window_size=1, window_range=(1, 2), beta=1e-12, dtype="float64")
+    kl = {form: metrics_of(train_here(f"kl-{form}", kl=form, **settings))[1]["kl"] for form in ("exact", "per_time")}
+    sigmas = train.timestep_schedule(3, 3.0, dtype=torch.float64)
+    assert abs(kl["exact"] * (sigmas[1] - sigmas[2]).item() / kl["per_time"] - 1) < 1e-6 and kl["exact"] > 0
 
 
 def test_equal_rewards_without_kl_leave_the_weights_to_the_weight_decay(train_here, tmp_path, monkeypatch):
@@ -361,19 +399,26 @@ def test_a_fully_fine_tuned_run_saves_its_averaged_transformer_for_diffusers(tra
 
 # ------------------------------------------------------------------------------- law 8: every evaluation prompt counts once
 
-def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_its_own(model, one_rank):
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_its_own_by_averaged_weights(model, one_rank, epoch):
     _, config = parse_config(flags(**SMALL))
-    policy = Policy(model, torch.device("cpu"), "float64", config.resolution, config.max_sequence_length, 4, 8)
+    policy = policy_of(model, config)
+    if epoch:
+        state = torch.load(one_rank / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt", weights_only=True)
+        with torch.no_grad():
+            for p, averaged in zip(policy.parameters, state["average"], strict=True):
+                p.copy_(averaged)
+        assert any(not torch.equal(*pair) for pair in zip(state["average"], state["trained"]))
     sigmas = train.timestep_schedule(config.eval_num_steps, policy.shift, dtype=torch.float64)
     images = []
     for i, prompt in enumerate(train.load_prompts(config.prompts, "test")[:7]):
         noise = train.draw_noise(0, train.EVAL_NOISE, 0, [i], 1, policy.latent_shape)[0].double()
         velocity = policy.velocity(policy.encode([prompt.text]), config.guidance_scale)
         images.append(policy.decode(train.rollout(velocity, noise, sigmas, 0.0, None).final)[0].numpy())
-    assert np.array_equal(np.stack(images), images_of(one_rank, 0))
+    assert np.array_equal(np.stack(images), images_of(one_rank, epoch))
     assert len({image.tobytes() for image in images}) == 7
     scores = train.build_rewards(dict(config.rewards))(np.stack(images), [""] * 7, [{}] * 7)["total"]
-    assert abs(scores.astype(float).mean() - metrics_of(one_rank)[0]["eval/total"]) < 1e-12
+    assert abs(scores.astype(float).mean() - metrics_of(one_rank)[epoch]["eval/total"]) < 1e-12
 
 
 def test_the_evaluation_depends_neither_on_the_ranks_nor_on_the_batch(train_here, one_rank, three_ranks):
@@ -428,7 +473,7 @@ def errors_in(stderr: str) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.fixture
-def no_model(tmp_path, monkeypatch) -> str:
+def no_model(tmp_path) -> str:
     """The index of a pipeline without its parts: whatever loads it fails."""
     (tmp_path / "index").mkdir()
     (tmp_path / "index" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
