@@ -53,7 +53,7 @@ class Config:
     noise_level: float = 0.9
     """How stochastic a step is (a in the papers)."""
     timestep_fraction: float = 0.9
-    """Share of the steps that is trained, from the first on: floor(timestep_fraction * num_steps) of them. Without a window only."""
+    """Without a window, the first floor(timestep_fraction * num_steps) steps are trained."""
     window_size: int = 3
     """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window (Flow-GRPO-Fast, MixGRPO)."""
     window_range: tuple[int, int] = (0, 5)
@@ -135,8 +135,8 @@ MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "reward_threads", "eval_
 SD35_MEDIUM = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),), resolution=(512, 512),
     max_sequence_length=128, num_steps=10, guidance_scale=4.5, noise_level=0.7, groups_per_epoch=48, group_size=24,
-    updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, learning_rate=3e-4, ema_every=8, dtype="float16", lora_targets=ATTENTION,
-    window_size=0,
+    updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, learning_rate=3e-4, ema_every=8, dtype="float16",
+    lora_targets=ATTENTION, window_size=0,
     rollout_batch=8, train_batch=8, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
 
 PRESETS = {
@@ -165,8 +165,9 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
                 print(help_text.getvalue() + boxes.getvalue(), end="")
             raise
         # The library draws a box around its message; one line says the same.
-        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+", " ", boxes.getvalue() + help_text.getvalue())
-        raise ConfigError(f"{' '.join(text.split())} (given: {' '.join(arguments)})") from None
+        text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+|-{3,}", " ", boxes.getvalue() + help_text.getvalue())
+        message = " ".join(text.partition("Argument helptext:")[0].partition("For full helptext")[0].split())
+        raise ConfigError(f"{message} (given: {' '.join(arguments)}; --help lists all options)") from None
     if unknown:
         fields = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)]
         raise ConfigError(f"unknown option {unknown[0]!r}{_closest(unknown[0], fields)}: --help lists them all")

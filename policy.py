@@ -7,9 +7,13 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 import torch
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")      # before the import, which has things to say about torchvision
+
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
@@ -59,7 +63,7 @@ class Policy:
         frozen = torch.float32 if full_finetune and dtype != "float64" else self.dtype
         # The autoencoder stays in full precision: what it draws is what is scored.
         self.pipe = StableDiffusion3Pipeline.from_pretrained(
-            model, torch_dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
+            model, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
         self.pipe.to(device)
         for part in (self.pipe.vae, self.pipe.text_encoder, self.pipe.text_encoder_2, self.pipe.text_encoder_3):
             if part is not None:
@@ -71,11 +75,12 @@ class Policy:
         if full_finetune:
             if with_reference:
                 self.reference = SD3Transformer2DModel.from_pretrained(
-                    model, subfolder="transformer", torch_dtype=self.dtype).to(device).requires_grad_(False)
+                    model, subfolder="transformer", dtype=self.dtype).to(device).requires_grad_(False)
             self.network = transformer
         else:
+            targets = lora_targets if isinstance(lora_targets, str) else list(lora_targets)
             self.network = get_peft_model(transformer, LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=lora_targets if isinstance(lora_targets, str) else list(lora_targets)))
+                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets))
         if dtype == "float64":
             self.network.double()
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
@@ -163,7 +168,7 @@ class Policy:
     # ----------------------------------------------------------------------------------------------------- saving
 
     def save(self, directory: Path) -> None:
-        """The trained weights as people use them, in `directory`: peft's `adapter/`, or under `full_finetune` diffusers' `transformer/`."""
+        """The trained weights as people use them: peft's `directory/adapter`, or diffusers' `directory/transformer`."""
         self.network.save_pretrained(directory / ("adapter" if isinstance(self.network, PeftModel) else "transformer"))
 
 

@@ -333,10 +333,12 @@ def save_images(directory: Path, epoch: int, images: np.ndarray) -> None:
         Image.fromarray(image).save(folder / f"{i:03d}.png")
 
 
-def save_comparison(directory: Path, before: int, after: int, columns: int = 8, scale: int = 2) -> Path:
-    """Images of two epochs, pair above pair: in each block of two rows, the earlier epoch stands above."""
+def save_comparison(directory: Path, before: int, after: int, columns: int = 8, scale: int = 2) -> Path | None:
+    """Images of two epochs in blocks of two, the earlier one above; None where either epoch kept no images."""
     pairs = [[np.asarray(Image.open(path)) for path in sorted((directory / "images" / f"epoch_{e:05d}").glob("*.png"))]
              for e in (before, after)]
+    if not all(pairs):
+        return None
     height, width, _ = pairs[0][0].shape
     rows = -(-len(pairs[0]) // columns)
     sheet = np.full((rows * (2 * height + 4), columns * (width + 4), 3), 255, np.uint8)
@@ -380,8 +382,8 @@ def main() -> None:
             raise ConfigError(error)
         rewards = build_rewards(dict(config.rewards), config.reward_threads)
         torch.manual_seed(config.seed)
-        policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length,
-                        config.lora_rank, config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
+        policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
+                        config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
     except (ValueError, OSError, ImportError) as error:
         stop(error, everywhere=False)
     try:
@@ -396,6 +398,8 @@ def stop(error: Exception, everywhere: bool) -> None:
     """End with one line: on the main rank for what every rank found, on the rank that met it otherwise."""
     if everywhere or is_main():
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(30)                           # torchrun ends all ranks with the first that ends: let the main one speak
     os._exit(2)                                  # without waiting for other ranks, or for a reward that still runs
 
 
@@ -469,8 +473,11 @@ def report(directory: Path, history: list[dict]) -> None:
     evaluated = [m for m in history if "eval/total" in m]
     first, last = evaluated[0], evaluated[-1]
     say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
-    picture = save_comparison(directory, first["epoch"], last["epoch"])
-    say(f"before above after: {picture}\nweights for use: {checkpoints(directory)[-1]}\nmetrics: {directory / 'metrics.jsonl'}")
+    if picture := save_comparison(directory, first["epoch"], last["epoch"]):
+        say(f"before above after: {picture}")
+    if found := checkpoints(directory):
+        say(f"weights for use: {found[-1]}")
+    say(f"metrics: {directory / 'metrics.jsonl'}")
 
 
 def say(text: str) -> None:

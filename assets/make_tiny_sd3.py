@@ -1,19 +1,20 @@
 """Make assets/tiny-sd3: a complete, small StableDiffusion3Pipeline that spells, badly.
 
-    torchrun --nproc_per_node=2 assets/make_tiny_sd3.py            # about an hour and a half on two CPU cores
+    python assets/make_tiny_sd3.py --flow-steps 0                  # the autoencoder
+    torchrun --nproc_per_node=2 assets/make_tiny_sd3.py            # the transformer: about an hour on two CPU cores
+    python assets/make_tiny_sd3.py --report                        # how well it spells, and the ceiling
 
-An autoencoder learns pictures of rendered words; then an SD3 transformer learns, by flow matching (arXiv 2210.02747), to draw
-the word that the prompt quotes. The three text encoders stay random: they tell letters and places apart, which is all that
-spelling needs. The pictures are as careless as the web's: part of
-them are upside down, misspelt, faint, tiny or struck through, and no caption says so. The model learns the whole mixture; reinforcement
-learning then has something to choose from. The words that `prompts.py` holds out for testing are never drawn here.
+An autoencoder learns pictures of rendered words; then an SD3 transformer learns, by flow matching (arXiv 2210.02747), to
+draw the word that the prompt quotes. The three text encoders stay random: they tell letters and places apart, which is all
+that spelling needs. The pictures are as careless as the web's: some, and towards the end half of them, are upside down,
+misspelt, faint, tiny or struck through, and no caption says so. The model learns the whole mixture, and reinforcement learning
+has something to choose from. The words that `prompts.py` holds out for testing are never drawn.
 
 Progress is kept in --work-dir: the same command goes on from there.
 """
 
 import argparse
 import functools
-import math
 import random
 import string
 import sys
@@ -334,6 +335,8 @@ def main() -> None:
         train_autoencoder(pipe.vae, args.vae_steps, args.careless)
         polish_decoder(pipe.vae, args.vae_steps, args.careless)
         pipe.vae.save_pretrained(autoencoder)
+    if not args.flow_steps:
+        return
     train_flow(pipe, args.flow_steps, args.careless, args.careless_end, args.work_dir)
     if distributed.is_main():
         save(pipe, args.output)
