@@ -56,7 +56,7 @@ class Config:
     """Without a window, the first floor(timestep_fraction * num_steps) steps are trained."""
     window_size: int = 3
     """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window (Flow-GRPO-Fast, MixGRPO)."""
-    window_range: tuple[int, int] = (0, 5)
+    window_range: tuple[int, int] = (0, 7)
     """The window lies in steps first, ..., last - 1; where, is drawn anew for each group and epoch."""
 
     # -------------------------------------------------------------------------------------------------- algorithm
@@ -66,7 +66,7 @@ class Config:
     """Images of each prompt."""
     updates_per_epoch: int = 4
     """Optimizer steps on an epoch's samples, each on its own part of them."""
-    epochs: int = 70
+    epochs: int = 60
     """Rounds of sampling and training."""
     advantage_std: Literal["global", "group"] = "global"
     """What advantages are divided by: the standard deviation over the epoch's rewards, or over the group's."""
@@ -76,13 +76,13 @@ class Config:
     """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
     """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s sqrt(D)."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """AdamW's; constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, taken over all trained weights."""
-    ema_decay: float = 0.9
+    ema_decay: float = 0.97
     """Of the averaged weights that are evaluated and saved; warmed up as min((1 + n) / (10 + n), ema_decay)."""
     ema_every: int = 1
     """Optimizer steps between two updates of the average."""
@@ -110,7 +110,7 @@ class Config:
     """CPU threads of each local reward, per rank."""
 
     # -------------------------------------------------------------------------------------------- evaluation, saving
-    eval_every: int = 10
+    eval_every: int = 20
     """Epochs between evaluations; there is one before training and one at the end besides."""
     eval_prompts: int = 128
     """Held-out prompts of an evaluation, global; 0 means all."""
@@ -120,7 +120,7 @@ class Config:
     """Images kept of each evaluation, global."""
     eval_only: bool = False
     """Evaluate the run's last checkpoint (or the model as it is, in a new run), and stop."""
-    save_every: int = 5
+    save_every: int = 10
     """Epochs between checkpoints; there is one at the end besides."""
     output_dir: str = "runs"
     """Where runs are kept."""
@@ -136,7 +136,7 @@ SD35_MEDIUM = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),), resolution=(512, 512),
     max_sequence_length=128, num_steps=10, guidance_scale=4.5, noise_level=0.7, groups_per_epoch=48, group_size=24,
     updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, learning_rate=3e-4, ema_every=8, dtype="float16",
-    lora_targets=ATTENTION, window_size=0,
+    ema_decay=0.9, lora_targets=ATTENTION, window_size=0, reward_threads=4,
     rollout_batch=8, train_batch=8, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
 
 PRESETS = {
@@ -168,6 +168,8 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+|-{3,}", " ", boxes.getvalue() + help_text.getvalue())
         message = " ".join(text.partition("Argument helptext:")[0].partition("For full helptext")[0].split())
         raise ConfigError(f"{message} (given: {' '.join(arguments)}; --help lists all options)") from None
+    if unknown and unknown[0] in PRESETS:
+        raise ConfigError(f"the preset {unknown[0]!r} must come first: train.py {unknown[0]} [--field value ...]")
     if unknown:
         fields = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)]
         raise ConfigError(f"unknown option {unknown[0]!r}{_closest(unknown[0], fields)}: --help lists them all")
@@ -203,7 +205,7 @@ def validate(config: Config) -> None:
     require(0 <= config.ema_decay < 1, "ema_decay", "it must lie in [0, 1)")
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
     require(all(size > 0 for size in config.resolution), "resolution", "height and width must be positive")
-    require(config.rule != "cps" or config.noise_level < 2, "noise_level", "under cps, it must lie in (0, 2)")
+    require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it must lie in (0, 1]")
     names = [name for name, _ in config.rewards]
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once, with one weight")
     if config.window_size:
@@ -241,7 +243,7 @@ def batch_plan(config: Config, world_size: int) -> BatchPlan:
     branches = 1 if config.guidance_scale == 1 else 2                     # conditional, unconditional
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=-(-per_rank // config.rollout_batch),
+        rollout_batches=sum(-(-n // config.rollout_batch) for n in per_update),
         train_batches=sum(-(-n // config.train_batch) for n in per_update),
         rollout_calls=samples * config.num_steps * branches,
         replay_calls=samples * trained * branches,

@@ -69,6 +69,8 @@ class Policy:
             if part is not None:
                 part.requires_grad_(False)
         self._check_resolution(model, resolution)
+        if self.pipe.scheduler.config.get("use_dynamic_shifting"):
+            raise ValueError(f"--model {model!r}: its scheduler shifts sigmas by resolution, which is not supported")
 
         transformer = self.pipe.transformer.requires_grad_(full_finetune)
         self.reference = None
@@ -102,15 +104,18 @@ class Policy:
     # ------------------------------------------------------------------------------------------------------- text
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], batch: int = 32) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) and pooled embeddings (B, P) of `prompts`; each distinct prompt is encoded once."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
-        for i in range(0, len(new), batch):
-            chunk = new[i:i + batch]
-            embeds, _, pooled, _ = self.pipe.encode_prompt(
-                chunk, chunk, chunk, device=self.device, do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length)
-            self._text_cache.update(zip(chunk, zip(embeds.cpu(), pooled.cpu())))
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) and pooled embeddings (B, P) of `prompts`; each distinct prompt is encoded once.
+
+        One at a time: in a batch, the last bits of an embedding depend on the batch's size, and a resumed run, whose cache
+        starts empty, would batch other prompts together.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._text_cache:
+                embeds, _, pooled, _ = self.pipe.encode_prompt(
+                    prompt, prompt, prompt, device=self.device, do_classifier_free_guidance=False,
+                    max_sequence_length=self.max_sequence_length)
+                self._text_cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
         embeds, pooled = zip(*(self._text_cache[p] for p in prompts))
         while len(self._text_cache) > TEXT_CACHE:
             self._text_cache.pop(next(iter(self._text_cache)))
@@ -173,7 +178,7 @@ class Policy:
 
 
 class WeightAverage:
-    """Exponential moving average of trained weights, d = min((1 + n) / (10 + n), decay) at its n-th update."""
+    """Exponential moving average of trained weights, d = min((1 + n) / (10 + n), decay) after n optimizer steps."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float, every: int):
         self.parameters, self.decay, self.every = parameters, decay, every

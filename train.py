@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,13 +80,15 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
                  scorer: ThreadPoolExecutor) -> Samples | None:
     """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next."""
     plan = batch_plan(config, distributed.world_size())
-    chosen = epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch)
+    chosen = epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)
     windows = draw_windows(config, epoch)
     steps = torch.arange(config.num_steps)
     mine = distributed.share(plan.samples, distributed.rank(), distributed.world_size())
-    mine = sorted(mine, key=lambda i: (i % config.updates_per_epoch, i))
+    # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree.
+    parts = [[i for i in mine if i % config.updates_per_epoch == update] for update in range(config.updates_per_epoch)]
+    mine = sum(parts, [])
     trajectories, pending = [], []
-    for batch in progress(batches(mine, config.rollout_batch), "sample"):
+    for batch in progress([batch for part in parts for batch in batches(part, config.rollout_batch)], "sample"):
         drawn = [prompts[chosen[i // config.group_size]] for i in batch]
         first_step = windows[[i // config.group_size for i in batch]]                                    # (B,)
         noise_levels = torch.full((config.num_steps, len(batch)), config.noise_level, dtype=policy.compute_dtype)
@@ -98,14 +100,25 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
         text = policy.encode([p.text for p in drawn])
         trajectory = rollout(policy.velocity(text, config.guidance_scale), noise[0], sigmas, noise_levels, noise[1:],
                              config.rule, first_step, plan.trained_steps)
+        if not trajectory.final.isfinite().all():
+            raise TrainingError(f"epoch {epoch}: latents are not finite in a batch that starts with prompt {drawn[0].text!r}; "
+                                "lower --learning-rate, or use --dtype bfloat16 or float32")
         images = policy.decode(trajectory.final).numpy()
         pending.append(scorer.submit(rewards, images, [p.text for p in drawn], [p.metadata for p in drawn]))
         trajectories.append(trajectory)
+        raise_failed(pending)
     if not mine:
         return None
     scores = [future.result() for future in pending]
     return Samples(mine, [prompts[chosen[i // config.group_size]] for i in mine], Trajectory.concatenate(trajectories),
                    {name: torch.from_numpy(np.concatenate([s[name] for s in scores])) for name in scores[0]})
+
+
+def raise_failed(pending: list[Future]) -> None:
+    """A reward that failed stops the run now, not after all sampling is done."""
+    for future in pending:
+        if future.done():
+            future.result()
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -115,8 +128,8 @@ def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.
     """All updates of an epoch on its samples; `advantages` (N,) is global. Metrics are over all ranks."""  # all ranks
     plan = batch_plan(config, distributed.world_size())
     metrics, grad_norms, overflows = {}, [], 0
-    bar = progress(range(config.updates_per_epoch), "train")
-    for update in bar:
+    bar = progress(None, "train", plan.train_batches)
+    for update in range(config.updates_per_epoch):
         in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
         mine = [] if samples is None else [
             j for j, i in enumerate(samples.indices)
@@ -124,14 +137,15 @@ def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
             accumulate_gradients(policy, samples, batch, advantages, in_update * plan.trained_steps, scaler, statistics, config)
+            bar.update()
         distributed.sum_gradients(policy.parameters)
         averages, ratio_deviation = statistics.over_all_ranks(in_update * plan.trained_steps)
         if update == 0:                                                       # the policy that sampled: the ratio must be 1
             metrics["ratio_deviation_before"] = ratio_deviation
             if ratio_deviation > config.clip_range and is_main():
                 tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {ratio_deviation:.1e} from 1, more than "
-                           f"clip_range {config.clip_range:g}; usual causes: rollout and training batches differ in half "
-                           "precision, or dropout")
+                           f"clip_range {config.clip_range:g}; usual causes: in half precision, other batches in training than in "
+                           "the rollout (sizes, or samples left out for their zero advantage); or dropout")
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, config.max_grad_norm).item()
         if not np.isfinite(grad_norm):
@@ -148,6 +162,7 @@ def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.
         for name, value in averages.items():
             metrics[name] = metrics.get(name, 0.0) + value * in_update / plan.samples
         metrics["ratio_deviation"] = max(metrics.get("ratio_deviation", 0.0), ratio_deviation)
+    bar.close()
     return {**metrics, "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0, "overflows": overflows}
 
 
@@ -220,6 +235,7 @@ def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: 
             velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
             images = policy.decode(rollout(velocity, noise[0], sigmas, 0.0, None).final)
             pending.append(scorer.submit(rewards, images.numpy(), [p.text for p in drawn], [p.metadata for p in drawn]))
+            raise_failed(pending)
             kept = torch.cat([kept, images[:max(0, config.eval_images - batch[0])]])
     scores = [future.result() for future in pending]
     metrics = {}
@@ -254,12 +270,14 @@ def open_run(config: Config, preset: str) -> tuple[Path | None, str]:
     open_run.lock = lock                         # held until this process ends, however it ends
 
     saved = directory / "config.json"
-    if saved.exists():
+    if saved.exists() and (directory / "metrics.jsonl").exists():       # else it failed before it began
         changed = changed_fields(old := json.loads(saved.read_text()), config)
         if changed:
             field = changed[0]
             return None, (f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {name!r} was started with "
                           f"{old.get(field)!r}: give that, or choose another --run-name")
+        if config.eval_only:                     # looks at a run without changing it
+            return directory, ""
     write_whole(saved, json.dumps(to_dict(config), indent=1))
     return directory, ""
 
@@ -293,18 +311,19 @@ def save_checkpoint(directory: Path, epoch: int, policy: Policy, optimizer: torc
             os.fsync(file.fileno())
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
-    for older in checkpoints(directory)[:-2]:    # adapters are all kept, the state only of the newest two
+    for older in checkpoints(directory)[:-2]:    # adapters are all kept; states and whole transformers of the newest two
         (older / "state.pt").unlink()
+        shutil.rmtree(older / "transformer", ignore_errors=True)
 
 
 @torch.no_grad()
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                     average: WeightAverage) -> int:
     """Put everything back; the number of epochs done."""
-    state = torch.load(path / "state.pt", map_location=policy.device, weights_only=True)
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)        # AdamW keeps its step counts there
     for p, value in zip(policy.parameters, state["trained"], strict=True):
         p.copy_(value)
-    average.average, average.steps = state["average"], state["average_steps"]
+    average.average, average.steps = [a.to(policy.device) for a in state["average"]], state["average_steps"]
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state["epoch"]
@@ -313,7 +332,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
 def write_metrics(directory: Path, metrics: dict) -> None:
     """Append an epoch's line."""
     with open(directory / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+        file.write(json.dumps(metrics, allow_nan=False) + "\n")
 
 
 def read_metrics(directory: Path, epochs: int) -> list[dict]:
@@ -328,19 +347,20 @@ def read_metrics(directory: Path, epochs: int) -> list[dict]:
 
 def save_images(directory: Path, epoch: int, images: np.ndarray) -> None:
     folder = directory / "images" / f"epoch_{epoch:05d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
 
 
-def save_comparison(directory: Path, before: int, after: int, columns: int = 8, scale: int = 2) -> Path | None:
+def save_comparison(directory: Path, before: int, after: int, columns: int = 8) -> Path | None:
     """Images of two epochs in blocks of two, the earlier one above; None where either epoch kept no images."""
     pairs = [[np.asarray(Image.open(path)) for path in sorted((directory / "images" / f"epoch_{e:05d}").glob("*.png"))]
              for e in (before, after)]
     if not all(pairs):
         return None
     height, width, _ = pairs[0][0].shape
-    rows = -(-len(pairs[0]) // columns)
+    rows, scale = -(-len(pairs[0]) // columns), max(1, 64 // height)
     sheet = np.full((rows * (2 * height + 4), columns * (width + 4), 3), 255, np.uint8)
     for i, pair in enumerate(zip(*pairs)):
         x, y = i % columns * (width + 4), i // columns * (2 * height + 4)
@@ -356,8 +376,8 @@ def batches(items: list, size: int) -> list[list]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def progress(items, what: str):
-    return tqdm(items, desc=what, leave=False, disable=not is_main())
+def progress(items: list | None, what: str, total: int | None = None) -> tqdm:
+    return tqdm(items, desc=what, total=total, leave=False, disable=not is_main())
 
 
 def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
@@ -386,20 +406,20 @@ def main() -> None:
                         config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
     except (ValueError, OSError, ImportError) as error:
         stop(error, everywhere=False)
+    scorer = ThreadPoolExecutor(max_workers=1)
     try:
-        with ThreadPoolExecutor(max_workers=1) as scorer:
-            run(config, directory, policy, rewards, train_prompts, test_prompts, scorer)
+        run(config, directory, policy, rewards, train_prompts, test_prompts, scorer)
     except (RewardError, TrainingError) as error:
         stop(error, everywhere=True)
+    scorer.shutdown()
     distributed.shutdown()
 
 
 def stop(error: Exception, everywhere: bool) -> None:
-    """End with one line: on the main rank for what every rank found, on the rank that met it otherwise."""
-    if everywhere or is_main():
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(30)                           # torchrun ends all ranks with the first that ends: let the main one speak
+    """End with one line. `everywhere`: any rank may be the only one that met the error; else the main rank speaks for all."""
+    if not everywhere and not is_main():
+        time.sleep(30)                           # torchrun ends all ranks with the first that ends: let the main one be it
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     os._exit(2)                                  # without waiting for other ranks, or for a reward that still runs
 
 
@@ -410,11 +430,12 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                   weight_decay=config.weight_decay)
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
+    scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
     average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
     sigmas = timestep_schedule(config.num_steps, policy.shift, dtype=policy.compute_dtype)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
 
-    found = checkpoints(directory)
+    found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)
     done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
     history = read_metrics(directory, done if found else -1) if is_main() else []
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
@@ -447,7 +468,7 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
                    "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
                    "seconds": seconds, "images_per_second": len(group_ids) / seconds}
         say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
-            f"kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
+            f"approx_kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
             f"gradient {metrics['grad_norm']:.3f}, {seconds:.1f} s")
         if epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics.update(evaluate_and_keep(epoch))
@@ -471,6 +492,8 @@ def gather_scores(samples: Samples | None, rewards: Rewards, config: Config) -> 
 def report(directory: Path, history: list[dict]) -> None:
     """The score before and after, and where things are."""
     evaluated = [m for m in history if "eval/total" in m]
+    if not evaluated:
+        return say(f"no evaluation in {directory / 'metrics.jsonl'}")
     first, last = evaluated[0], evaluated[-1]
     say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
     if picture := save_comparison(directory, first["epoch"], last["epoch"]):

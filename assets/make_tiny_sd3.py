@@ -138,6 +138,7 @@ def make_pipeline() -> StableDiffusion3Pipeline:
         embeddings = clip.text_model.embeddings
         torch.nn.init.normal_(embeddings.token_embedding.weight, std=0.7)
         torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.7)
+    encoders = [encoder.eval().requires_grad_(False) for encoder in encoders]
     return StableDiffusion3Pipeline(
         transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=encoders[0], tokenizer=clip_1, text_encoder_2=encoders[1], tokenizer_2=clip_2,
@@ -161,7 +162,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def train_autoencoder(vae: AutoencoderKL, steps: int, careless: float, batch: int = 16) -> None:
     rng = random.Random(1)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99))
     started = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -186,7 +187,7 @@ def polish_decoder(vae: AutoencoderKL, steps: int, careless: float, batch: int =
     """Go on with the decoder alone, on slightly wrong latents, as a sampler makes them; the latents' meaning stays."""
     rng = random.Random(4)
     parameters = list(vae.decoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99))
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, 2e-3)
@@ -232,7 +233,7 @@ def train_flow(pipe: StableDiffusion3Pipeline, steps: int, careless: float, care
     """Ranks draw pictures of their own; gradients are summed at every step. Faulty pictures come in earnest at the end."""
     batch, rank = batch // distributed.world_size(), distributed.rank()
     parameters = list(pipe.transformer.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = [p.detach().clone() for p in parameters]
     start, saved = 0, work / "flow.pt"
     if saved.exists():
