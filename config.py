@@ -56,7 +56,7 @@ class Config:
     """Without a window, the first floor(timestep_fraction * num_steps) steps are trained."""
     window_size: int = 3
     """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window (Flow-GRPO-Fast, MixGRPO)."""
-    window_range: tuple[int, int] = (0, 7)
+    window_range: tuple[int, int] = (0, 5)
     """The window lies in steps first, ..., last - 1; where, is drawn anew for each group and epoch."""
 
     # -------------------------------------------------------------------------------------------------- algorithm
@@ -66,7 +66,7 @@ class Config:
     """Images of each prompt."""
     updates_per_epoch: int = 4
     """Optimizer steps on an epoch's samples, each on its own part of them."""
-    epochs: int = 60
+    epochs: int = 50
     """Rounds of sampling and training."""
     advantage_std: Literal["global", "group"] = "global"
     """What advantages are divided by: the standard deviation over the epoch's rewards, or over the group's."""
@@ -76,13 +76,13 @@ class Config:
     """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
     """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s sqrt(D)."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 7e-4
     """AdamW's; constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, taken over all trained weights."""
-    ema_decay: float = 0.97
+    ema_decay: float = 0.95
     """Of the averaged weights that are evaluated and saved; warmed up as min((1 + n) / (10 + n), ema_decay)."""
     ema_every: int = 1
     """Optimizer steps between two updates of the average."""
@@ -110,7 +110,7 @@ class Config:
     """CPU threads of each local reward, per rank."""
 
     # -------------------------------------------------------------------------------------------- evaluation, saving
-    eval_every: int = 20
+    eval_every: int = 10
     """Epochs between evaluations; there is one before training and one at the end besides."""
     eval_prompts: int = 128
     """Held-out prompts of an evaluation, global; 0 means all."""
