@@ -103,13 +103,13 @@ def test_each_distinct_prompt_is_encoded_once(model, monkeypatch):
     policy = make_policy(model)
     encode_prompt, encoded = policy.pipe.encode_prompt, []
 
-    def counted(prompts, *args, **kwargs):
-        encoded.extend(prompts)
-        return encode_prompt(prompts, *args, **kwargs)
+    def counted(prompt, *args, **kwargs):
+        encoded.append(prompt)
+        return encode_prompt(prompt, *args, **kwargs)
 
     monkeypatch.setattr(policy.pipe, "encode_prompt", counted)
     policy.encode(["a", "b", "a"])
-    policy.encode(["c", "b", "c"], batch=1)
+    policy.encode(["c", "b", "c"])
     for _ in range(3):
         policy.velocity(policy.encode(["a", "c"]), 4.5)
     assert encoded == ["a", "b", "c", ""]
@@ -121,10 +121,22 @@ def test_each_distinct_prompt_is_encoded_once(model, monkeypatch):
     assert (embeds[0] - expected[0]).abs().max() < 1e-5 and (pooled[0] - expected_pooled[0]).abs().max() < 1e-5
 
 
+def test_the_embedding_of_a_prompt_does_not_depend_on_the_prompts_beside_it(model):
+    together, alone = make_policy(model).encode(["a", "b", "c", "d", "e"]), make_policy(model).encode(["c"])
+    assert torch.equal(together[0][2], alone[0][0]) and torch.equal(together[1][2], alone[1][0])
+
+
+def test_the_adapter_sits_where_it_is_told_to(model):
+    policy = make_policy(model, lora_targets=("attn.to_q", "norm1.linear"))
+    adapted = {name.split(".lora_")[0].split("transformer_blocks.")[1].split(".", 1)[1]
+               for name, p in policy.network.named_parameters() if p.requires_grad}
+    assert adapted == {"attn.to_q", "norm1.linear"}
+
+
 def test_the_text_cache_forgets_the_oldest_prompts_and_still_answers_for_all(policy, monkeypatch):
     monkeypatch.setattr(policy_module, "TEXT_CACHE", 3)
     many = [f"prompt {i}" for i in range(5)]
-    embeds, _ = policy.encode(many, batch=2)
+    embeds, _ = policy.encode(many)
     assert len(embeds) == 5 and len(policy._text_cache) == 3
     again, _ = policy.encode(many)
     assert (again - embeds).abs().max() < 1e-5
@@ -152,7 +164,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(policy, pipe):
         untrained = pipe.transformer(x, *text, 1000 * sigma, return_dict=False)[0]
         assert (policy.velocity(text)(x, sigma) - untrained).abs().max() < 1e-5
     names = [name for name, p in policy.network.named_parameters() if p.requires_grad]
-    assert names and all(".attn." in name and "lora_" in name for name in names)
+    assert names and all("lora_" in name for name in names)
     for part in (policy.pipe.vae, policy.pipe.text_encoder, policy.pipe.text_encoder_2, policy.pipe.text_encoder_3):
         assert not any(p.requires_grad for p in part.parameters())
 

@@ -27,7 +27,7 @@ ROOT = Path(train.__file__).parent
 TIMES = {"seconds", "images_per_second"}               # the metrics that are not a function of the seed
 
 # Two groups of four, three of four steps trained, two updates; in float64, so that nothing hides behind rounding.
-SMALL = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=4, groups_per_epoch=2, group_size=4,
+SMALL = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=4, window_size=0, groups_per_epoch=2, group_size=4,
              updates_per_epoch=2, epochs=2, lora_rank=4, lora_alpha=8, rollout_batch=8, train_batch=8, eval_prompts=7,
              eval_num_steps=2, eval_images=7, eval_every=100, save_every=1, dtype="float64", beta=0.1, guidance_scale=2)
 
@@ -568,7 +568,8 @@ def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_
 
 def test_a_failing_reward_ends_the_command_with_one_line_and_no_traceback(command, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING_REWARD.format(outcome="good * float('nan')"))
-    code, _, err, directory = command("failing", 0, cwd=tmp_path, rewards=("failing:score", 1), dtype="float32")
+    code, _, err, directory = command("failing", 0, cwd=tmp_path, rewards=("failing:score", 1), dtype="float32",
+                                        updates_per_epoch=1)
     (line,) = errors_in(err.replace("\r", "\n"))
     assert code != 0 and "failing:score" in line and "nan" in line and 'the word "' in line
     assert "Traceback" not in err
