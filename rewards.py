@@ -7,7 +7,8 @@ A reward is a callable
     images    uint8 (B, H, W, 3), RGB
     prompts   list of B strings
     metadata  list of B dicts, whatever the prompt set holds beside the prompt
-    scores    float32 (B,), higher is better
+    scores    float32 (B,), higher is better; or (scores, metrics), metrics being name -> (B,) of numbers that are
+              logged and never trained on, NaN for a picture that a metric says nothing about
 
 `REGISTRY` names the ones below; `my_file:my_function` names one of your own, in the same form.
 This file needs numpy and pillow alone: each reward imports its engine when it is built.
@@ -23,6 +24,7 @@ import re
 import sys
 import textwrap
 import threading
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -30,6 +32,31 @@ from PIL import Image
 
 class RewardError(RuntimeError):
     """A reward that raised, or returned what is no score; one line with its name and the prompt."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the rewards of a process have to work with."""
+
+    threads: int = 1                                    # CPU cores of each CPU-bound reward
+    device: str = "cpu"                                 # of the networks: "cuda:0"
+    batch: int = 16                                     # pictures that a network sees at once
+    models: dict = field(default_factory=dict)          # a name of MODELS -> directory, file or hub id in its place
+
+    def __post_init__(self):
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; a reward needs at least 1")
+        for name in self.models:
+            if name not in MODELS:
+                raise ValueError(f"no reward has a model {name!r}; known: {', '.join(MODELS)}")
+
+    def model(self, name):
+        """Where the model `name` of MODELS is to be loaded from."""
+        return self.models.get(name, MODELS[name])
+
+
+# What networks are loaded from, unless Options.models says otherwise: hub ids
+MODELS = {}
 
 
 # ---------------------------------------------------------------- JPEG size
@@ -204,13 +231,13 @@ def paddleocr_reader(num_threads):
 
 # ---------------------------------------------------------------- names
 
-# name -> factory(num_threads) that builds the callable; nothing heavy is imported before it is called
+# name -> factory(options) that builds the callable; nothing heavy is imported before it is called
 REGISTRY = {
-    "jpeg_incompressibility": lambda num_threads: jpeg_incompressibility,
-    "jpeg_compressibility": lambda num_threads: jpeg_compressibility,
-    "rapidocr": lambda num_threads: text_reward(rapidocr_reader(num_threads)),
-    "rapidocr_line": lambda num_threads: text_reward(rapidocr_line_reader(num_threads)),
-    "ocr": lambda num_threads: text_reward(paddleocr_reader(num_threads)),
+    "jpeg_incompressibility": lambda options: jpeg_incompressibility,
+    "jpeg_compressibility": lambda options: jpeg_compressibility,
+    "rapidocr": lambda options: text_reward(rapidocr_reader(options.threads)),
+    "rapidocr_line": lambda options: text_reward(rapidocr_line_reader(options.threads)),
+    "ocr": lambda options: text_reward(paddleocr_reader(options.threads)),
 }
 
 
@@ -284,15 +311,14 @@ def check_reward_prompts(weights, prompts, metadata):
 # ---------------------------------------------------------------- the weighted dict
 
 
-def build_rewards(weights, num_threads=1):
-    """The `Rewards` of a dict name -> weight, its engines built, with `num_threads` CPU threads for each.
+def build_rewards(weights, **options):
+    """The `Rewards` of a dict name -> weight, its engines built; keywords are the fields of `Options`.
 
     Raises ValueError as `check_reward_weights` does, and ImportError for a package that is not installed.
     """
     check_reward_weights(weights)
-    if num_threads < 1:
-        raise ValueError(f"num_threads is {num_threads}; a reward needs at least 1")
-    components = {name: import_reward(name) if ":" in name else REGISTRY[name](num_threads) for name in weights}
+    options = Options(**options)
+    components = {name: import_reward(name) if ":" in name else REGISTRY[name](options) for name in weights}
     return Rewards(weights, components)
 
 
@@ -305,10 +331,11 @@ class Rewards:
         self.components = components
 
     def __call__(self, images, prompts, metadata):
-        """Each component's raw scores by name and, as "total", sum_i weight_i score_i: all (B,) float32.
+        """Each component's raw scores by name, its metrics as "name/metric", and "total", sum_i weight_i score_i.
 
-        `images`: (B, H, W, 3) uint8; `prompts`, `metadata`: lists of length B >= 1. Raises ValueError for other
-        inputs, and RewardError where a component raises or does not return B finite numbers.
+        All are (B,) float32; only metrics may be NaN. `images`: (B, H, W, 3) uint8; `prompts`, `metadata`: lists of
+        length B >= 1. Raises ValueError for other inputs, and RewardError where a component raises or does not return
+        B finite numbers.
         """
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             found = f"{images.dtype} {tuple(images.shape)}" if hasattr(images, "shape") else type(images).__name__
@@ -316,32 +343,40 @@ class Rewards:
         if not 1 <= len(images) == len(prompts) == len(metadata):
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"a batch needs as many images as prompts and metadata, at least 1, not {counts}")
-        scores = {
-            name: component_scores(name, reward, images, prompts, metadata) for name, reward in self.components.items()
-        }
+        scores = {}
+        for name, reward in self.components.items():
+            scores |= component_scores(name, reward, images, prompts, metadata)
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
 
 
 def component_scores(name, reward, images, prompts, metadata):
-    """The scores of one reward, (B,) float32, made sure of: whatever is wrong becomes a RewardError, never a score.
+    """What one reward says: {name: scores} and its metrics, made sure of: what is wrong is a RewardError, never a score.
 
     Accepts whatever numpy reads as B real numbers, and a torch tensor on any device.
     """
     batch = f"for a batch of {len(prompts)} that starts with prompt {prompts[0]!r}"
+
+    def numbers_of(what, values):
+        if hasattr(values, "detach"):  # a torch tensor, without importing torch
+            values = values.detach().cpu().double()
+        values = np.asarray(values)
+        if values.shape != (len(prompts),) or values.dtype.kind not in "biuf":
+            found = f"{values.dtype} of shape {values.shape}"
+            raise RewardError(f"reward {name!r} returned {found}{what}, not numbers of shape ({len(prompts)},), {batch}")
+        return values.astype(np.float32)
+
     try:
         scores = reward(images, prompts, metadata)
-        if hasattr(scores, "detach"):  # a torch tensor, without importing torch
-            scores = scores.detach().cpu().double()
-        scores = np.asarray(scores)
+        scores, metrics = scores if isinstance(scores, tuple) and len(scores) == 2 and isinstance(scores[1], dict) else (scores, {})
+        scores = numbers_of("", scores)
+        metrics = {f"{name}/{metric}": numbers_of(f" as metric {metric!r}", values) for metric, values in metrics.items()}
+    except RewardError:
+        raise
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise RewardError(f"reward {name!r} failed {batch}: {reason}") from error
-    if scores.shape != (len(prompts),) or scores.dtype.kind not in "biuf":
-        found = f"{scores.dtype} of shape {scores.shape}"
-        raise RewardError(f"reward {name!r} returned {found}, not numbers of shape ({len(prompts)},), {batch}")
-    scores = scores.astype(np.float32)
     for score, prompt in zip(scores, prompts):
         if not math.isfinite(score):
             raise RewardError(f"reward {name!r} is {score} for prompt {prompt!r}")
-    return scores
+    return {name: scores} | metrics

@@ -400,7 +400,7 @@ def main() -> None:
         directory, error = distributed.broadcast_object(open_run(config, preset) if is_main() else None)
         if error:
             raise ConfigError(error)
-        rewards = build_rewards(dict(config.rewards), config.reward_threads)
+        rewards = build_rewards(dict(config.rewards), threads=config.reward_threads, device=str(device))
         torch.manual_seed(config.seed)
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)

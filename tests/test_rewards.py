@@ -46,7 +46,7 @@ def noisy_words(words, seed=0):
 
 @functools.cache
 def reward(name):
-    return rewards.REGISTRY[name](1)
+    return rewards.REGISTRY[name](rewards.Options())
 
 
 def score(name, image, target):
@@ -179,7 +179,7 @@ def test_a_picture_without_text_scores_zero_and_logs_nothing(name, size, caplog)
     blank = np.full((size[1], size[0], 3), 128, np.uint8)
     logging.getLogger("RapidOCR").addHandler(caplog.handler)
     try:
-        assert rewards.REGISTRY[name](1)(blank[None], ['"word"'], [{}]) == [0]
+        assert rewards.REGISTRY[name](rewards.Options())(blank[None], ['"word"'], [{}]) == [0]
     finally:
         logging.getLogger("RapidOCR").removeHandler(caplog.handler)
     assert not caplog.records
@@ -250,7 +250,7 @@ def test_rapidocr_never_touches_the_network(name, size, monkeypatch):
     for call in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, call, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    fresh = rewards.REGISTRY[name](1)
+    fresh = rewards.REGISTRY[name](rewards.Options())
     assert fresh(render("cat", size, 22)[None], ['"cat"'], [{}]) == [1]
 
 
@@ -352,8 +352,8 @@ def test_weights_that_cannot_be_built_are_one_line_that_names_them(weights, cont
 
 def test_a_reward_needs_at_least_one_thread():
     with pytest.raises(ValueError) as error:
-        build_rewards({"jpeg_compressibility": 1}, num_threads=0)
-    assert one_line(error, "num_threads", "0")
+        build_rewards({"jpeg_compressibility": 1}, threads=0)
+    assert one_line(error, "threads", "0")
 
 
 def test_a_prompt_that_a_text_reward_cannot_score_is_named():

@@ -503,7 +503,7 @@ def test_bad_input_is_named_in_one_line_before_the_model_loads(arguments, names,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(train, "Policy", lambda *_, **__: pytest.fail("the model loads"))
-    monkeypatch.setattr(train, "build_rewards", lambda *_: pytest.fail("the rewards load"))
+    monkeypatch.setattr(train, "build_rewards", lambda *_, **__: pytest.fail("the rewards load"))
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     words = arguments.split()
     monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--model" in words else ["--model", no_model])])
