@@ -59,6 +59,23 @@ def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, cli
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def guard_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
+    """GRPO-Guard's log rho: (B, C, H, W) each, std broadcasting -> (B,). Source: arXiv 2510.22319.
+
+        log rho = std (log pi - log pi_old + mean((mean - mean_old)^2) / (2 std^2))
+                = mean((x' - mean_old) (mean - mean_old)) / std
+
+    The plain log-ratio lies below 0 on average, by the term added here, and spreads by 1 / std, so that the clip range means
+    something else at every step, and less for ratios above 1. This one is centred. The loss of a step is divided by its D
+    besides, which evens out the steps' gradients. The second form has the value of the first and subtracts no log-probs, whose
+    rounding in float32 is a tenth of the published clip range. It holds for rules whose log-prob is the Gaussian's.
+    Raises ValueError where std is 0 (on a CPU; elsewhere a look at the value would stall the queue).
+    """
+    if std.device.type == "cpu" and (std == 0).any():
+        raise ValueError("std is 0: a deterministic step has no ratio")
+    return ((sample - old_mean) * (mean - old_mean) / std).flatten(1).mean(1)
+
+
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
     """KL(N(mean, std^2) || N(ref_mean, std^2)), averaged over the latent's dimensions: (B, C, H, W) -> (B,).
 

@@ -123,6 +123,7 @@ class Trajectory:
     final:        (B, C, H, W)      the latents at sigma 0
     latents:      (S + 1, B, C, H, W)  before each trained step, and after the last; as sampled, never rounded
     log_probs:    (S, B)            of the steps taken
+    means:        (S, B, C, H, W)   of those steps' Gaussians where they were asked for, else (0, B, C, H, W)
     first_step:   (B,) int64
     sigmas:       (T + 1,)          the schedule
     noise_levels: (T, B)            0 where the step was the ODE's
@@ -131,6 +132,7 @@ class Trajectory:
     final: Tensor
     latents: Tensor
     log_probs: Tensor
+    means: Tensor
     first_step: Tensor
     sigmas: Tensor
     noise_levels: Tensor
@@ -139,26 +141,28 @@ class Trajectory:
     def select(self, indices) -> "Trajectory":
         """The samples `indices` of the micro-batch."""
         return Trajectory(self.final[indices], self.latents[:, indices], self.log_probs[:, indices],
-                          self.first_step[indices], self.sigmas, self.noise_levels[:, indices], self.rule)
+                          self.means[:, indices], self.first_step[indices], self.sigmas, self.noise_levels[:, indices], self.rule)
 
     @staticmethod
     def concatenate(parts: list["Trajectory"]) -> "Trajectory":
         """One trajectory of several that share schedule and rule."""
         return Trajectory(torch.cat([p.final for p in parts]), torch.cat([p.latents for p in parts], 1),
-                          torch.cat([p.log_probs for p in parts], 1), torch.cat([p.first_step for p in parts]),
-                          parts[0].sigmas, torch.cat([p.noise_levels for p in parts], 1), parts[0].rule)
+                          torch.cat([p.log_probs for p in parts], 1), torch.cat([p.means for p in parts], 1),
+                          torch.cat([p.first_step for p in parts]), parts[0].sigmas, torch.cat([p.noise_levels for p in parts], 1), parts[0].rule)
 
 
 @torch.no_grad()
 def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, noise, rule: str = "flow_sde",
-            first_step=0, num_trained: int = 0) -> Trajectory:
+            first_step=0, num_trained: int = 0, start_step: int = 0, keep_means: bool = False) -> Trajectory:
     """Sample from start noise to data, and keep the `num_trained` consecutive steps from `first_step` on for training.
 
-    latents:      (B, C, H, W)      start noise, float32 or float64
+    latents:      (B, C, H, W)      at sigmas[start_step], which is start noise unless said otherwise; float32 or float64
     sigmas:       (T + 1,)          from `timestep_schedule`
     noise_levels: scalar, (T,), or (T, B) when windows differ between samples; 0 makes a step the ODE's
     noise:        (T, B, C, H, W), a torch.Generator, or None for the ODE
-    first_step:   int or (B,)
+    first_step:   int or (B,), not before start_step
+    start_step:   steps before it were taken already: images that share start noise share the ODE's way to their window
+    keep_means:   whether the trained steps' means are kept as well (GRPO-Guard needs them)
     Raises ValueError if shapes disagree, or if a trained step is deterministic.
     """
     T, B = len(sigmas) - 1, len(latents)
@@ -170,14 +174,15 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
             raise ValueError(f"{name} has shape {tuple(value.shape)}: {' or '.join(map(str, shapes))} is needed")
     noise_levels = (noise_levels[:, None] if noise_levels.ndim == 1 else noise_levels).expand(T, B)
     first_step = first_step.expand(B)
-    _check_trained_steps(sigmas, noise_levels, first_step, num_trained, rule)
+    _check_trained_steps(sigmas, noise_levels, first_step, num_trained, start_step, rule)
     if noise is None and noise_levels.any():
         raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a torch.Generator")
 
     stored = latents.new_empty(num_trained + 1 if num_trained else 0, *latents.shape)
     log_probs = latents.new_empty(num_trained, B)
+    means = latents.new_empty(num_trained if keep_means else 0, *latents.shape)
     x = latents
-    for step in range(T):
+    for step in range(start_step, T):
         trained = ((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0]     # on the host
         slot = step - first_step[trained]
         stored[slot, trained] = x[trained]
@@ -194,7 +199,9 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
         if len(trained):
             log_probs[slot, trained] = log_prob(x[trained], mean[trained], std[trained], rule)
             stored[slot + 1, trained] = x[trained]
-    return Trajectory(x, stored, log_probs, first_step, sigmas, noise_levels, rule)
+            if keep_means:
+                means[slot, trained] = mean[trained]
+    return Trajectory(x, stored, log_probs, means, first_step, sigmas, noise_levels, rule)
 
 
 def replay(velocity: Velocity, trajectory: Trajectory, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,11 +230,15 @@ def _require_noise(std: Tensor) -> None:
         raise ValueError("std is 0: a deterministic step (noise_level 0, or cps at sigma 0) has no log-prob, KL or ratio")
 
 
-def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tensor, num_trained: int, rule: str) -> None:
-    """Every trained step must exist and be stochastic."""
+def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tensor, num_trained: int, start_step: int,
+                         rule: str) -> None:
+    """Every trained step must be taken and be stochastic."""
     T = len(sigmas) - 1
-    if num_trained and (first_step.min() < 0 or first_step.max() + num_trained > T):
-        raise ValueError(f"trained steps {first_step.min()} to {first_step.max() + num_trained - 1} do not lie in 0 to {T - 1}")
+    if not 0 <= start_step < T:
+        raise ValueError(f"start_step is {start_step}: it must lie in 0 to {T - 1}")
+    if num_trained and (first_step.min() < start_step or first_step.max() + num_trained > T):
+        raise ValueError(f"trained steps {first_step.min()} to {first_step.max() + num_trained - 1} "
+                         f"do not lie in {start_step} to {T - 1}")
     for k in range(num_trained):
         step = first_step + k
         if (noise_levels[step, torch.arange(len(step))] == 0).any() or (rule == "cps" and (sigmas[step + 1] == 0).any()):

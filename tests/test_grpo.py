@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, zero_variance_groups
+from grpo import (clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics,
+                  zero_variance_groups)
 
 F64 = torch.float64
 STDS = ("global", "group")
@@ -171,6 +172,58 @@ def test_the_published_clip_ranges_act_in_float32():
         loss = clipped_loss(log_prob, torch.zeros(2), torch.ones(2), clip_range)
         gradient, = torch.autograd.grad(loss.sum(), log_prob)
         assert gradient[0] == 0 and gradient[1].item() == pytest.approx(-1, abs=1e-3)
+
+
+# ---- GRPO-Guard --------------------------------------------------------------------------------------------------
+
+def gaussian_step(batch=64, seed=0, dtype=F64, move=1e-3):
+    """std (B, 1, 1, 1), the old and the new mean of a step, and a sample of the old one."""
+    std = torch.linspace(0.05, 1.5, batch, dtype=dtype).reshape(-1, 1, 1, 1)
+    old_mean = normal(batch, 3, 4, 4, seed=seed).to(dtype)
+    mean = old_mean + move * normal(batch, 3, 4, 4, seed=seed + 1).to(dtype)
+    return std, old_mean, mean, old_mean + std * normal(batch, 3, 4, 4, seed=seed + 2).to(dtype)
+
+
+def test_the_guard_ratio_is_its_formula_in_log_probs():
+    std, old_mean, mean, sample = gaussian_step(move=0.1)
+    log_prob, old_log_prob = (torch.distributions.Normal(m, std).log_prob(sample).mean((1, 2, 3)) for m in (mean, old_mean))
+    square = ((mean - old_mean) ** 2).mean((1, 2, 3))
+    flat = std.flatten()
+    expected = flat * (log_prob - old_log_prob + square / (2 * flat**2))
+    assert largest_difference(guard_log_ratio(sample, mean, old_mean, std), expected) <= 1e-13
+
+
+def test_the_guard_ratio_is_centred_and_spreads_alike_at_every_std_where_the_plain_one_does_not():
+    std = torch.tensor([0.05, 0.2, 1.0], dtype=F64).reshape(3, 1, 1, 1)
+    old_mean, delta = torch.zeros(3, 1, 1, 20_000, dtype=F64), 0.03
+    eps = normal(1, 1, 1, 20_000)
+    guard = (guard_log_ratio(std * eps, old_mean + delta, old_mean, std) - delta * eps.mean()).abs().max()
+    assert guard <= 1e-12                                              # mean(eps (mean - mean_old)), whatever the std
+    plain = [torch.distributions.Normal(m, std).log_prob(std * eps).mean((1, 2, 3)) for m in (old_mean + delta, old_mean)]
+    bias = -(delta**2 / (2 * std.flatten() ** 2))
+    assert largest_difference(plain[0] - plain[1], bias + delta * eps.mean() / std.flatten()) <= 1e-12
+
+
+def test_on_policy_the_guard_ratio_is_1_to_the_bit_and_its_gradient_is_reinforces_times_std():
+    std, mean, _, sample = gaussian_step()
+    mean = mean.requires_grad_()
+    log_ratio = guard_log_ratio(sample, mean, mean.detach(), std)
+    assert not log_ratio.detach().any()
+    guard, = torch.autograd.grad(log_ratio.sum(), mean)
+    log_prob = torch.distributions.Normal(mean, std).log_prob(sample).mean((1, 2, 3))
+    reinforce, = torch.autograd.grad(log_prob.sum(), mean)
+    assert largest_difference(guard, std * reinforce) <= 1e-12
+
+
+def test_the_guard_ratio_keeps_the_published_clip_range_in_float32():
+    exact = guard_log_ratio(*(gaussian_step(move=1e-4)[i] for i in (3, 2, 1, 0)))
+    rounded = guard_log_ratio(*(gaussian_step(move=1e-4)[i].float() for i in (3, 2, 1, 0))).double()
+    assert exact.abs().max() > 2e-6 and largest_difference(rounded, exact) < 0.05 * 2e-6
+
+
+def test_a_deterministic_step_has_no_guard_ratio():
+    with pytest.raises(ValueError, match="std is 0"):
+        guard_log_ratio(*(normal(2, 3, 2, 2) for _ in range(3)), torch.tensor([0.3, 0.0]).reshape(2, 1, 1, 1))
 
 
 # ---- the KL ------------------------------------------------------------------------------------------------------

@@ -373,6 +373,33 @@ def test_a_trained_deterministic_step_is_refused():
     assert rollout(*arguments, 0.7, noise, "cps", num_trained=3).log_probs.isfinite().all()
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_images_that_share_start_noise_may_share_the_ode_before_their_window(rule):
+    T, S, first, B = 7, 2, 3, 4
+    sigmas, velocity, start = timestep_schedule(T, dtype=F64), network(), normal(1, *SHAPE)
+    levels, noise = windowed_levels([first] * B, S, T, 0.7), normal(T, B, *SHAPE, seed=2)
+    apart = rollout(velocity, start.expand(B, *SHAPE), sigmas, levels, noise, rule, first, S)
+    prefix = rollout(velocity, start, sigmas[:first + 1], 0, None, rule).final                           # one image
+    shared = rollout(velocity, prefix.expand(B, *SHAPE), sigmas, levels, noise, rule, first, S, start_step=first)
+    for name in ("final", "latents", "log_probs"):
+        assert largest_difference(getattr(shared, name), getattr(apart, name)) <= 1e-12
+
+
+def test_a_start_step_outside_the_schedule_or_after_a_trained_step_is_refused():
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64), 0.7, torch.Generator()
+    for start_step in (-1, 4):
+        with pytest.raises(ValueError, match=f"start_step is {start_step}: it must lie in 0 to 3"):
+            rollout(*arguments, start_step=start_step)
+    with pytest.raises(ValueError, match="trained steps 1 to 2 do not lie in 2 to 3"):
+        rollout(*arguments, first_step=1, num_trained=2, start_step=2)
+
+
+def test_means_are_kept_only_where_they_are_asked_for():
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64), 0.7, torch.Generator()
+    assert rollout(*arguments, num_trained=3).means.shape == (0, 2, *SHAPE)
+    assert rollout(*arguments, num_trained=3, keep_means=True).means.shape == (3, 2, *SHAPE)
+
+
 # ---- law 4: replay -----------------------------------------------------------------------------------------------
 
 def stored(rule, dtype, first, S=3, T=7, noise_level=0.7, seed=0):
@@ -380,7 +407,7 @@ def stored(rule, dtype, first, S=3, T=7, noise_level=0.7, seed=0):
     B, velocity = len(first), network(dtype)
     t = rollout(velocity, normal(B, *SHAPE, seed=seed, dtype=dtype), timestep_schedule(T, dtype=dtype),
                 windowed_levels(first, S, T, noise_level), normal(T, B, *SHAPE, seed=seed + 1, dtype=dtype), rule,
-                torch.tensor(first), S)
+                torch.tensor(first), S, keep_means=True)
     return velocity, t
 
 
@@ -391,6 +418,7 @@ def test_replay_by_the_network_that_sampled_gives_the_stored_log_probs_to_the_bi
         velocity, t = stored(rule, dtype, [first_step] * 5)
         for k in range(3):
             new, mean, std = replay(velocity, t, k)
+            assert torch.equal(mean, t.means[k])
             assert torch.equal(new, t.log_probs[k]) and new.dtype == mean.dtype == std.dtype == dtype
             assert mean.shape == (5, *SHAPE) and std.shape == (5, 1, 1, 1)
 
@@ -408,7 +436,8 @@ def test_replay_in_other_batches_keeps_log_rho_below_1e_5_in_float32(rule):
 
 def test_select_and_concatenate_take_every_field_apart_and_together_again():
     _, t = stored("flow_sde", F64, [0, 3, 1, 0])
-    fields = {"final": 0, "latents": 1, "log_probs": 1, "first_step": 0, "noise_levels": 1}       # name: batch axis
+    assert len(t.means) == 3
+    fields = {"final": 0, "latents": 1, "log_probs": 1, "means": 1, "first_step": 0, "noise_levels": 1}       # name: batch axis
     part = t.select([2, 0])
     whole = Trajectory.concatenate([t.select([0]), t.select(torch.tensor([1, 2])), t.select(slice(3, 4))])
     for name, axis in fields.items():
