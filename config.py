@@ -33,11 +33,13 @@ class Config:
 
     # ------------------------------------------------------------------------------------------------- the task
     model: str = "assets/tiny-sd3"
-    """A StableDiffusion3Pipeline: a directory or a hub id."""
+    """A StableDiffusion3Pipeline or FluxPipeline: a directory, a hub id, or random:sd35m, random:sd35l, random:flux."""
     prompts: str = "words"
     """A built-in set (words, ocr, geneval), a directory with train and test files, or a file."""
     rewards: tuple[tuple[str, float], ...] = (("rapidocr_line", 1.0),)
     """Rewards and their weights: --rewards rapidocr 1.0 my_file:my_function 0.5"""
+    eval_rewards: tuple[str, ...] = ()
+    """Rewards that are logged at evaluation and never trained on, to see whether the others are gamed."""
     resolution: tuple[int, int] = (24, 64)
     """Height and width of the images, in pixels."""
     max_sequence_length: int = 12
@@ -58,6 +60,8 @@ class Config:
     """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window (Flow-GRPO-Fast, MixGRPO)."""
     window_range: tuple[int, int] = (0, 5)
     """The window lies in steps first, ..., last - 1; where, is drawn anew for each group and epoch."""
+    shared_start_noise: bool = False
+    """The images of a group start from one noise, and the ODE's steps before their window are computed once for the group."""
 
     # -------------------------------------------------------------------------------------------------- algorithm
     groups_per_epoch: int = 24
@@ -66,23 +70,25 @@ class Config:
     """Images of each prompt."""
     updates_per_epoch: int = 4
     """Optimizer steps on an epoch's samples, each on its own part of them."""
-    epochs: int = 50
+    epochs: int = 60
     """Rounds of sampling and training."""
     advantage_std: Literal["global", "group"] = "global"
     """What advantages are divided by: the standard deviation over the epoch's rewards, or over the group's."""
     clip_range: float = 2e-3
     """How far the probability ratio may move from 1. Log-probs are averaged over the latent, hence the small numbers."""
+    guard: bool = False
+    """GRPO-Guard (arXiv 2510.22319): a ratio that is centred at every step, and each step's loss divided by its length D."""
     beta: float = 0.0
     """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
     """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s sqrt(D)."""
-    learning_rate: float = 7e-4
+    learning_rate: float = 6e-4
     """AdamW's; constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, taken over all trained weights."""
-    ema_decay: float = 0.95
+    ema_decay: float = 0.97
     """Of the averaged weights that are evaluated and saved; warmed up as min((1 + n) / (10 + n), ema_decay)."""
     ema_every: int = 1
     """Optimizer steps between two updates of the average."""
@@ -94,6 +100,8 @@ class Config:
     """The adapter's product is scaled by lora_alpha / lora_rank."""
     lora_targets: tuple[str, ...] = ATTENTION + FEED_FORWARD + MODULATION
     """Linear layers that get an adapter, by the end of their names."""
+    lora_path: str = ""
+    """An adapter to go on from: a peft or checkpoint directory, or a hub id; it brings its own rank, alpha and targets."""
     full_finetune: bool = False
     """Train every weight of the transformer instead of an adapter."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
@@ -106,15 +114,31 @@ class Config:
     """Images sampled at once, per rank."""
     train_batch: int = 32
     """Images replayed at once, per rank."""
+    gradient_checkpointing: bool = False
+    """Compute a block's activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    offload_text_encoders: bool = False
+    """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1
-    """CPU threads of each local reward, per rank."""
+    """CPU cores of each CPU-bound local reward, per rank."""
+    reward_batch: int = 16
+    """Images that a local reward's network sees at once, per rank."""
+    reward_models: tuple[tuple[str, str], ...] = ()
+    """Where rewards load from, if not from the hub: --reward-models pickscore /models/PickScore_v1"""
+    reward_urls: tuple[tuple[str, str], ...] = ()
+    """Rewards that are served elsewhere: --reward-urls geneval http://host:18085"""
+    reward_deadline: float = 600.0
+    """Seconds for which a server that does not answer is asked again before the run stops."""
+    max_unanswered: float = 0.1
+    """Share of pictures for which a judge may give no score before the run stops."""
+    trust_remote_code: bool = False
+    """Allow the reward deqa to run the code that its checkpoint brings."""
 
     # -------------------------------------------------------------------------------------------- evaluation, saving
     eval_every: int = 10
     """Epochs between evaluations; there is one before training and one at the end besides."""
     eval_prompts: int = 128
     """Held-out prompts of an evaluation, global; 0 means all."""
-    eval_num_steps: int = 16
+    eval_num_steps: int = 8
     """Steps of the ODE at evaluation."""
     eval_images: int = 32
     """Images kept of each evaluation, global."""
@@ -129,20 +153,43 @@ class Config:
 
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
-MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "reward_threads", "eval_every", "eval_prompts", "eval_num_steps",
-              "eval_images", "eval_only", "save_every", "output_dir", "run_name"}
+MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "offload_text_encoders", "reward_threads",
+              "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered", "trust_remote_code",
+              "eval_rewards", "eval_every", "eval_prompts", "eval_num_steps", "eval_images", "eval_only", "save_every",
+              "output_dir", "run_name"}
 
-SD35_MEDIUM = Config(
+# What the published runs have in common (the paper and its authors' configurations).
+PUBLISHED = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),), resolution=(512, 512),
-    max_sequence_length=128, num_steps=10, guidance_scale=4.5, noise_level=0.7, groups_per_epoch=48, group_size=24,
-    updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, learning_rate=3e-4, ema_every=8, dtype="float16",
-    ema_decay=0.9, lora_targets=ATTENTION, window_size=0, reward_threads=4,
-    rollout_batch=8, train_batch=8, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
+    max_sequence_length=128, num_steps=10, guidance_scale=4.5, rule="flow_sde", noise_level=0.7, window_size=0,
+    groups_per_epoch=48, group_size=24, updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, kl="per_time",
+    learning_rate=3e-4, ema_decay=0.9, ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16",
+    rollout_batch=8, train_batch=8, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
+GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
+PICKSCORE = dict(prompts="prompts/pickscore", rewards=(("pickscore", 1.0),))             # the README says where these come from
+FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5), clip_range=1e-5, beta=0.0)
+FLUX = dict(
+    model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0, dtype="bfloat16",
+    lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28, rollout_batch=4, train_batch=4,
+    gradient_checkpointing=True)
+FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
+replace = dataclasses.replace
 
 PRESETS = {
     "tiny_ocr": Config(),
-    "sd35m_ocr": SD35_MEDIUM,
-    "sd35m_ocr_1gpu": dataclasses.replace(SD35_MEDIUM, groups_per_epoch=8, group_size=8),
+    "sd35m_ocr": PUBLISHED,
+    "sd35m_geneval": replace(PUBLISHED, **GENEVAL),
+    "sd35m_pickscore": replace(PUBLISHED, **PICKSCORE, beta=0.01),
+    "sd35m_ocr_4gpu": replace(PUBLISHED, groups_per_epoch=16, group_size=16),
+    "sd35m_geneval_4gpu": replace(PUBLISHED, **GENEVAL, groups_per_epoch=16, group_size=16),
+    "sd35m_pickscore_4gpu": replace(PUBLISHED, **PICKSCORE, beta=0.01, groups_per_epoch=16, group_size=16),
+    "sd35m_ocr_1gpu": replace(PUBLISHED, groups_per_epoch=8, group_size=8),
+    "sd35m_geneval_fast": replace(PUBLISHED, **GENEVAL, **FAST),
+    "sd35m_pickscore_fast": replace(PUBLISHED, **PICKSCORE, **FAST, groups_per_epoch=64, group_size=18),
+    "sd35m_ocr_guard": replace(PUBLISHED, guard=True, learning_rate=1e-4, clip_range=2e-6, beta=0.0, advantage_std="group"),
+    "flux_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX),
+    "flux_fast": replace(PUBLISHED, **PICKSCORE, **FLUX_FAST, advantage_std="group"),
+    "flux_geneval_fast": replace(PUBLISHED, **GENEVAL, **FLUX_FAST),
 }
 
 
@@ -192,22 +239,31 @@ def validate(config: Config) -> None:
         if isinstance(value, float):
             require(math.isfinite(value), field.name, "it must be a finite number")
     for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "rollout_batch", "train_batch", "reward_threads",
-                  "eval_every", "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha", "max_sequence_length"):
+                  "reward_batch", "eval_every", "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha", "max_sequence_length"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
     for field in ("epochs", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay", "seed"):
         require(getattr(config, field) >= 0, field, "it must be at least 0")
-    for field in ("clip_range", "learning_rate", "max_grad_norm", "noise_level"):
+    for field in ("clip_range", "learning_rate", "max_grad_norm", "noise_level", "reward_deadline"):
         require(getattr(config, field) > 0, field, "it must be positive")
     require(config.group_size >= 2, "group_size", "advantages compare the images of a prompt, so it takes at least 2")
     require(config.updates_per_epoch <= config.groups_per_epoch * config.group_size, "updates_per_epoch",
             f"an epoch has only {config.groups_per_epoch * config.group_size} images to share among its updates")
     require(config.guidance_scale >= 1, "guidance_scale", "it must be at least 1, which is no guidance")
     require(0 <= config.ema_decay < 1, "ema_decay", "it must lie in [0, 1)")
+    require(0 <= config.max_unanswered <= 1, "max_unanswered", "it is a share and must lie in [0, 1]")
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
     require(all(size > 0 for size in config.resolution), "resolution", "height and width must be positive")
     require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it must lie in (0, 1]")
     names = [name for name, _ in config.rewards]
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once, with one weight")
+    require(len({*names, *config.eval_rewards}) == len(names) + len(config.eval_rewards), "eval_rewards",
+            "a reward is named twice, or trained on as well; those of --rewards are logged at evaluation anyway")
+    for field in ("reward_urls", "reward_models"):
+        given = [name for name, _ in getattr(config, field)]
+        require(len(set(given)) == len(given), field, "a name stands there twice")
+    known = {*names, *config.eval_rewards}
+    require({name for name, _ in config.reward_urls} <= known, "reward_urls", f"the run's rewards are {', '.join(sorted(known))}")
+    require(not (config.lora_path and config.full_finetune), "lora_path", "an adapter and --full-finetune exclude each other")
     if config.window_size:
         first, last = config.window_range
         require(0 <= first and last <= config.num_steps, "window_range", f"it must lie in 0 to num_steps = {config.num_steps}")
@@ -217,6 +273,8 @@ def validate(config: Config) -> None:
     last_trained = config.window_range[1] if config.window_size else trained
     require(config.rule != "cps" or last_trained < config.num_steps, "rule",
             "the last step of cps is deterministic and cannot be trained; lower timestep_fraction or window_range")
+    require(config.rule != "cps" or not config.guard, "guard", "its ratio needs the log-prob of a Gaussian, which cps has not; "
+            "choose --rule flow_sde or dance_sde")
     require(not re.search(r"[/\\]|^\.{1,2}$", config.run_name), "run_name", "it names one directory under --output-dir")
 
 
@@ -234,25 +292,31 @@ class BatchPlan:
     reference_calls: int    # forward, global
 
 
-def batch_plan(config: Config, world_size: int) -> BatchPlan:
-    """Everything about batches that follows from the settings and the number of ranks."""
+def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
+    """Everything about batches that follows from the settings and the number of ranks.
+
+    branches: the transformer's calls for one velocity, 2 with classifier-free guidance.
+    """
     samples = config.groups_per_epoch * config.group_size
     trained = config.window_size or math.floor(config.timestep_fraction * config.num_steps + 1e-9)
     per_rank = -(-samples // world_size)
     per_update = [len(range(u, per_rank, config.updates_per_epoch)) for u in range(config.updates_per_epoch)]
-    branches = 1 if config.guidance_scale == 1 else 2                     # conditional, unconditional
+    steps = samples * config.num_steps
+    if config.shared_start_noise and config.window_size:                  # on average over where the windows lie
+        before_window = (sum(config.window_range) - config.window_size) / 2
+        steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
         rollout_batches=sum(-(-n // config.rollout_batch) for n in per_update),
         train_batches=sum(-(-n // config.train_batch) for n in per_update),
-        rollout_calls=samples * config.num_steps * branches,
+        rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
 
 
-def describe(config: Config, world_size: int) -> str:
+def describe(config: Config, world_size: int, branches: int = 1) -> str:
     """The batch plan in words, for the start of a run."""
-    p = batch_plan(config, world_size)
+    p = batch_plan(config, world_size, branches)
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
             f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
             f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of "
@@ -262,9 +326,12 @@ def describe(config: Config, world_size: int) -> str:
 
 
 def changed_fields(saved: dict, config: Config) -> list[str]:
-    """Fields that differ between a saved config and this one and that a continued run may not change."""
-    present = to_dict(config)
-    return [name for name in present if name not in MAY_CHANGE and saved.get(name) != present[name]]
+    """Fields that differ between a saved config and this one and that a continued run may not change.
+
+    A field that the saved config has not yet heard of had its default.
+    """
+    present, saved = to_dict(config), to_dict(Config()) | saved
+    return [name for name in present if name not in MAY_CHANGE and saved[name] != present[name]]
 
 
 def to_dict(config: Config) -> dict:

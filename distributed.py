@@ -64,6 +64,13 @@ def broadcast_object(value):  # all ranks
     return box[0]
 
 
+def gather_objects(value) -> list:  # all ranks
+    """Every rank's `value` (picklable, from this program's own processes), in the order of the ranks."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all ranks
     """The whole (total, ...) CPU tensor, of which this rank has `rows`; together the ranks hold each row once."""
     whole = torch.zeros(total, *values.shape[1:], dtype=values.dtype)

@@ -104,8 +104,8 @@ class Policy:
     # ------------------------------------------------------------------------------------------------------- text
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D) and pooled embeddings (B, P) of `prompts`; each distinct prompt is encoded once.
+    def cache_text(self, prompts: list[str]) -> None:
+        """Encode each of `prompts` that is not cached yet.
 
         One at a time: in a batch, the last bits of an embedding depend on the batch's size, and a resumed run, whose cache
         starts empty, would batch other prompts together.
@@ -116,12 +116,20 @@ class Policy:
                     prompt, prompt, prompt, device=self.device, do_classifier_free_guidance=False,
                     max_sequence_length=self.max_sequence_length)
                 self._text_cache[prompt] = embeds[0].cpu(), pooled[0].cpu()
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D) and pooled embeddings (B, P) of `prompts`; each distinct prompt is encoded once."""
+        self.cache_text(prompts)
         embeds, pooled = zip(*(self._text_cache[p] for p in prompts))
         while len(self._text_cache) > TEXT_CACHE:
             self._text_cache.pop(next(iter(self._text_cache)))
         return torch.stack(embeds).to(self.device), torch.stack(pooled).to(self.device)
 
     # --------------------------------------------------------------------------------------------------- velocity
+
+    def branches(self, guidance_scale: float) -> int:
+        """Calls of the transformer for one image's velocity."""
+        return 1 if guidance_scale == 1 else 2
 
     def velocity(self, text: tuple[Tensor, Tensor], guidance_scale: float = 1.0, network=None):
         """The policy as `velocity(latents (B, C, H, W), sigma (B,)) -> (B, C, H, W)`, in the latents' dtype, with gradients.

@@ -330,6 +330,10 @@ class Rewards:
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components = components
 
+    def subset(self, weights):
+        """The same components under other weights; those that `weights` does not name are left out."""
+        return Rewards(weights, {name: self.components[name] for name in weights})
+
     def __call__(self, images, prompts, metadata):
         """Each component's raw scores by name, its metrics as "name/metric", and "total", sum_i weight_i score_i.
 

@@ -10,12 +10,15 @@ What departs from the paper or from its authors' implementation:
 - Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on the micro-batches.
 """
 
+import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +32,13 @@ from tqdm import tqdm
 import distributed
 from config import Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
 from distributed import is_main
-from grpo import clipped_loss, gaussian_kl, group_advantages, ratio_statistics, zero_variance_groups
+from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from policy import Policy, WeightAverage, check_model
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, replay, rollout, timestep_schedule
 
-TRAIN_NOISE, EVAL_NOISE, WINDOW = 0, 1, 2      # what a random stream is for: no two share numbers
+TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
 
 
 class TrainingError(RuntimeError):
@@ -64,6 +67,20 @@ def draw_windows(config: Config, epoch: int) -> Tensor:
                          generator=generator(config.seed, WINDOW, epoch))
 
 
+@contextlib.contextmanager
+def within_memory(flag: str, config: Config) -> Iterator[None]:
+    """Running out of memory ends in one line: where, the batch plan, and `flag`, which to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
+        raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); lower {flag}; "
+                            "--gradient-checkpointing and --offload-text-encoders save memory too. "
+                            f"The plan was: {describe(config, distributed.world_size())}") from error
+
+
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 @dataclass
@@ -73,23 +90,30 @@ class Samples:
     indices: list[int]
     prompts: list[Prompt]
     trajectory: Trajectory
-    scores: dict[str, Tensor]      # reward name -> (samples of this rank,) float32
+    scores: dict[str, np.ndarray]      # reward or metric -> (samples of this rank,) float32
 
 
 def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas: Tensor, config: Config, epoch: int,
                  scorer: ThreadPoolExecutor) -> Samples | None:
     """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next."""
     plan = batch_plan(config, distributed.world_size())
-    chosen = epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)
-    windows = draw_windows(config, epoch)
-    steps = torch.arange(config.num_steps)
+    chosen = [prompts[i] for i in epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)]
+    windows, steps = draw_windows(config, epoch), torch.arange(config.num_steps)
     mine = distributed.share(plan.samples, distributed.rank(), distributed.world_size())
-    # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree.
-    parts = [[i for i in mine if i % config.updates_per_epoch == update] for update in range(config.updates_per_epoch)]
-    mine = sum(parts, [])
+    groups = sorted({i // config.group_size for i in mine})
+    policy.cache_text([chosen[g].text for g in groups])
+    starts = shared_starts(policy, chosen, groups, windows, sigmas, config, epoch) if config.shared_start_noise else None
+
+    # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree, and of one
+    # window where they go on from its first step.
+    def kind(i: int) -> tuple[int, int]:
+        return i % config.updates_per_epoch, int(windows[i // config.group_size]) if starts else 0
+
+    mine = sorted(mine, key=kind)
+    parts = [list(part) for _, part in itertools.groupby(mine, kind)]
     trajectories, pending = [], []
     for batch in progress([batch for part in parts for batch in batches(part, config.rollout_batch)], "sample"):
-        drawn = [prompts[chosen[i // config.group_size]] for i in batch]
+        drawn = [chosen[i // config.group_size] for i in batch]
         first_step = windows[[i // config.group_size for i in batch]]                                    # (B,)
         noise_levels = torch.full((config.num_steps, len(batch)), config.noise_level, dtype=policy.compute_dtype)
         if config.window_size:                                                                           # elsewhere the ODE
@@ -97,9 +121,12 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
             noise_levels = noise_levels * inside
         noise = draw_noise(config.seed, TRAIN_NOISE, epoch, batch, config.num_steps + 1, policy.latent_shape)
         noise = noise.to(policy.device, policy.compute_dtype)
-        text = policy.encode([p.text for p in drawn])
-        trajectory = rollout(policy.velocity(text, config.guidance_scale), noise[0], sigmas, noise_levels, noise[1:],
-                             config.rule, first_step, plan.trained_steps)
+        start, start_step = noise[0], 0
+        if starts:
+            start, start_step = torch.stack([starts[i // config.group_size] for i in batch]), int(first_step[0])
+        velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
+        trajectory = rollout(velocity, start, sigmas, noise_levels, noise[1:], config.rule, first_step, plan.trained_steps,
+                             start_step, keep_means=config.guard)
         if not trajectory.final.isfinite().all():
             raise TrainingError(f"epoch {epoch}: latents are not finite in a batch that starts with prompt {drawn[0].text!r}; "
                                 "lower --learning-rate, or use --dtype bfloat16 or float32")
@@ -109,9 +136,29 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
         raise_failed(pending)
     if not mine:
         return None
-    scores = [future.result() for future in pending]
-    return Samples(mine, [prompts[chosen[i // config.group_size]] for i in mine], Trajectory.concatenate(trajectories),
-                   {name: torch.from_numpy(np.concatenate([s[name] for s in scores])) for name in scores[0]})
+    return Samples(mine, [chosen[i // config.group_size] for i in mine], Trajectory.concatenate(trajectories),
+                   join_scores([future.result() for future in pending]))
+
+
+def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windows: Tensor, sigmas: Tensor, config: Config,
+                  epoch: int) -> dict[int, Tensor]:
+    """Group -> the latents (C, H, W) that all its images share: the group's start noise, taken by the ODE to its window."""
+    starts = {}
+    for first, members in itertools.groupby(sorted(groups, key=lambda g: int(windows[g])), lambda g: int(windows[g])):
+        for batch in batches(list(members), config.rollout_batch):
+            latents = draw_noise(config.seed, GROUP_NOISE, epoch, batch, 1, policy.latent_shape)[0]
+            latents = latents.to(policy.device, policy.compute_dtype)
+            if first:
+                velocity = policy.velocity(policy.encode([chosen[g].text for g in batch]), config.guidance_scale)
+                latents = rollout(velocity, latents, sigmas[:first + 1], 0.0, None).final
+            starts |= zip(batch, latents)
+    return starts
+
+
+def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """One dict of several micro-batches'; a metric that a batch says nothing about is NaN there."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
 
 
 def raise_failed(pending: list[Future]) -> None:
@@ -177,15 +224,20 @@ def accumulate_gradients(policy: Policy, samples: Samples, batch: list[int], adv
     for k in range(len(trajectory.log_probs)):
         log_prob, mean, std = replay(velocity, trajectory, k)                                            # (B,), (B, C, H, W)
         old_log_prob = trajectory.log_probs[k]
+        step = trajectory.first_step + k
+        delta = (trajectory.sigmas[step] - trajectory.sigmas[step + 1]).to(log_prob)                     # (B,)
+        if config.guard:
+            log_prob = guard_log_ratio(trajectory.latents[k + 1], mean, trajectory.means[k], std)
+            old_log_prob = torch.zeros_like(log_prob)
         policy_loss = clipped_loss(log_prob, old_log_prob, A, config.clip_range)                         # (B,)
+        if config.guard:
+            policy_loss = policy_loss / delta
         loss, kl = policy_loss, torch.zeros_like(policy_loss)
         if reference is not None:
             with torch.no_grad():
                 _, ref_mean, _ = replay(reference, trajectory, k)
             if config.kl == "per_time":                                                                  # s = std / sqrt(D)
-                step = trajectory.first_step + k
-                delta = (trajectory.sigmas[step] - trajectory.sigmas[step + 1]).to(std).view_as(std)
-                std = std / delta.sqrt()
+                std = std / delta.sqrt().view_as(std)
             kl = gaussian_kl(mean, ref_mean, std)                                                        # (B,)
             loss = policy_loss + config.beta * kl
         scaler.scale(loss.sum() / terms).backward()
@@ -219,13 +271,14 @@ class Statistics:
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
-def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: list[Prompt], config: Config,
-             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray]:
-    """Mean scores of the averaged weights by the ODE, and the first images; every prompt once, with noise of its own.
+def evaluate_share(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: list[Prompt], config: Config,
+                   scorer: ThreadPoolExecutor) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Scores and first images of this rank's share of the held-out prompts, by averaged weights and the ODE.
 
-    The noise does not depend on the run's seed, so that runs can be compared.
-    """  # all ranks
+    Every prompt has noise of its own, which does not depend on the run's seed, so that runs can be compared.
+    """
     mine = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
+    policy.cache_text([prompts[i].text for i in mine])
     sigmas = timestep_schedule(config.eval_num_steps, policy.shift, dtype=policy.compute_dtype)
     kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
     with average.applied():
@@ -237,13 +290,32 @@ def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: 
             pending.append(scorer.submit(rewards, images.numpy(), [p.text for p in drawn], [p.metadata for p in drawn]))
             raise_failed(pending)
             kept = torch.cat([kept, images[:max(0, config.eval_images - batch[0])]])
-    scores = [future.result() for future in pending]
-    metrics = {}
-    for name in (*rewards.weights, "total"):
-        local = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *(s[name] for s in scores)]))
-        metrics[f"eval/{name}"] = distributed.gather_rows(local, list(mine), len(prompts)).double().mean().item()
-    rows = list(mine)[:len(kept)]
-    return metrics, distributed.gather_rows(kept, rows, min(config.eval_images, len(prompts))).numpy()
+    return join_scores([future.result() for future in pending]), kept
+
+
+# ------------------------------------------------------------------------------------------------------ across the ranks
+
+def gather_scores(scores: dict[str, np.ndarray], rows, total: int) -> dict[str, Tensor]:  # all ranks
+    """Every sample's scores and metrics on every rank, name -> (total,) float32, of which this rank has `rows`."""
+    names = dict.fromkeys(name for rank in distributed.gather_objects(list(scores)) for name in rank)
+    nothing = np.full(len(rows), np.nan, np.float32)
+    return {name: distributed.gather_rows(torch.from_numpy(scores.get(name, nothing)), list(rows), total) for name in names}
+
+
+def means(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
+    """Mean of each score and metric, over the samples that it says something about."""
+    return {f"{prefix}/{name}": values.double().nanmean().item() for name, values in scores.items()
+            if not values.isnan().all()}
+
+
+def together(task: Callable, *arguments):  # all ranks
+    """(what `task` returns, "") or, on all ranks alike, (None, what the first rank says whose reward failed)."""
+    try:
+        result, failure = task(*arguments), ""
+    except RewardError as error:
+        result, failure = None, str(error)
+    failures = [said for said in distributed.gather_objects(failure) if said]
+    return (None, failures[0]) if failures else (result, "")
 
 
 # ----------------------------------------------------------------------------------------------------- run directory
@@ -386,6 +458,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     validate(config)
     weights = dict(config.rewards)
     check_reward_weights(weights)
+    weights |= dict.fromkeys(config.eval_rewards, 1.0)
+    check_reward_weights(weights)
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
@@ -400,7 +474,9 @@ def main() -> None:
         directory, error = distributed.broadcast_object(open_run(config, preset) if is_main() else None)
         if error:
             raise ConfigError(error)
-        rewards = build_rewards(dict(config.rewards), threads=config.reward_threads, device=str(device))
+        weights = dict(config.rewards)
+        rewards = build_rewards(weights | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads,
+                                device=str(device), batch=config.reward_batch, models=dict(config.reward_models))
         torch.manual_seed(config.seed)
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
@@ -409,7 +485,9 @@ def main() -> None:
     scorer = ThreadPoolExecutor(max_workers=1)
     try:
         run(config, directory, policy, rewards, train_prompts, test_prompts, scorer)
-    except (RewardError, TrainingError) as error:
+    except RewardError as error:
+        stop(error, everywhere=False)
+    except TrainingError as error:
         stop(error, everywhere=True)
     scorer.shutdown()
     distributed.shutdown()
@@ -435,58 +513,74 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     sigmas = timestep_schedule(config.num_steps, policy.shift, dtype=policy.compute_dtype)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
 
+    training_rewards = rewards.subset(weights=dict(config.rewards))
     found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)
     done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
     history = read_metrics(directory, done if found else -1) if is_main() else []
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
-        f"{len(test_prompts)} for evaluation\n{describe(config, distributed.world_size())}")
+        f"{len(test_prompts)} for evaluation\n{describe(config, distributed.world_size(), policy.branches(config.guidance_scale))}")
     if found:
         say(f"continuing after epoch {done}, from {found[-1]}")
 
-    def evaluate_and_keep(epoch: int) -> dict[str, float]:
-        metrics, images = evaluate(policy, average, rewards, test_prompts, config, scorer)
+    def keep(epoch: int) -> None:
+        """A checkpoint of the weights as they are after `epoch`, unless there is one."""
+        if is_main() and epoch and not (directory / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").exists():
+            save_checkpoint(directory, epoch, policy, optimizer, scaler, average)
+
+    def evaluate_and_keep(epoch: int) -> tuple[dict[str, float], str]:
+        """Mean scores of the held-out prompts, each of which counts once; or what failed."""
+        with within_memory("--rollout-batch", config):
+            share, failure = together(evaluate_share, policy, average, rewards, test_prompts, config, scorer)
+        if failure:
+            return {}, failure
+        scores, images = share
+        rows = distributed.share(len(test_prompts), distributed.rank(), distributed.world_size())
+        metrics = means("eval", gather_scores(scores, rows, len(test_prompts)))
+        images = distributed.gather_rows(images, list(rows)[:len(images)], min(config.eval_images, len(test_prompts)))
         if is_main():
-            save_images(directory, epoch, images)
+            save_images(directory, epoch, images.numpy())
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        return metrics
+        return metrics, ""
 
     if config.eval_only or not found:
-        metrics = {"epoch": done, **evaluate_and_keep(done)}
+        metrics, failure = evaluate_and_keep(done)
+        if failure:
+            raise RewardError(failure)
         if is_main() and not found:
-            write_metrics(directory, metrics)
-            history.append(metrics)
+            history.append({"epoch": done, **metrics})
+            write_metrics(directory, history[-1])
     for epoch in range(done + 1, 1 if config.eval_only else config.epochs + 1):
         started = time.perf_counter()
-        samples = sample_epoch(policy, rewards, train_prompts, sigmas, config, epoch, scorer)
-        scores = gather_scores(samples, rewards, config)                                                 # name -> (N,)
+        with within_memory("--rollout-batch", config):
+            samples, failure = together(sample_epoch, policy, training_rewards, train_prompts, sigmas, config, epoch, scorer)
+        if failure:
+            keep(epoch - 1)
+            raise RewardError(failure)
+        rows = samples.indices if samples else []
+        scores = gather_scores(samples.scores if samples else {}, rows, len(group_ids))                  # name -> (N,)
         advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                  # (N,)
-        metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
+        with within_memory("--train-batch", config):
+            metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
         seconds = time.perf_counter() - started
-        metrics = {"epoch": epoch, **{f"reward/{name}": values.mean().item() for name, values in scores.items()},
-                   "reward_std": scores["total"].std(correction=0).item(),
+        metrics = {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
                    "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
                    "seconds": seconds, "images_per_second": len(group_ids) / seconds}
         say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
             f"approx_kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
             f"gradient {metrics['grad_norm']:.3f}, {seconds:.1f} s")
         if epoch % config.eval_every == 0 or epoch == config.epochs:
-            metrics.update(evaluate_and_keep(epoch))
+            scored, failure = evaluate_and_keep(epoch)
+            metrics |= scored
         if is_main():
             write_metrics(directory, metrics)
             history.append(metrics)
-            if epoch % config.save_every == 0 or epoch == config.epochs:
-                save_checkpoint(directory, epoch, policy, optimizer, scaler, average)
+        if failure or epoch % config.save_every == 0 or epoch == config.epochs:
+            keep(epoch)
+        if failure:
+            raise RewardError(failure)
     if is_main() and not config.eval_only:
         report(directory, history)
-
-
-def gather_scores(samples: Samples | None, rewards: Rewards, config: Config) -> dict[str, Tensor]:  # all ranks
-    """Every sample's scores on every rank: name -> (N,) float32."""
-    total = config.groups_per_epoch * config.group_size
-    indices = [] if samples is None else samples.indices
-    return {name: distributed.gather_rows(torch.zeros(0) if samples is None else samples.scores[name], indices, total)
-            for name in (*rewards.weights, "total")}
 
 
 def report(directory: Path, history: list[dict]) -> None:

@@ -102,6 +102,15 @@ def test_presets_are_valid_and_described(preset):
     ({"resolution": (0, 64)}, "resolution is (0, 64)"),
     ({"rewards": (("rapidocr", 1.0), ("rapidocr", 2.0))}, "rewards is"),
     ({"run_name": "../elsewhere"}, "run-name is '../elsewhere'"),
+    ({"guard": True, "rule": "cps", "noise_level": 0.8}, "guard is True: its ratio needs"),
+    ({"eval_rewards": ("rapidocr_line",)}, "eval-rewards is ('rapidocr_line',): a reward is named twice, or trained on"),
+    ({"eval_rewards": ("ocr", "ocr")}, "eval-rewards is ('ocr', 'ocr')"),
+    ({"reward_urls": (("geneval", "http://host:1"),)}, "reward-urls is (('geneval', 'http://host:1'),): the run's rewards are"),
+    ({"reward_models": (("pickscore", "a"), ("pickscore", "b"))}, "reward-models is"),
+    ({"lora_path": "adapter", "full_finetune": True}, "lora-path is 'adapter'"),
+    ({"reward_deadline": 0.0}, "reward-deadline is 0.0"),
+    ({"max_unanswered": 1.5}, "max-unanswered is 1.5"),
+    ({"reward_batch": 0}, "reward-batch is 0"),
 ])
 def test_a_setting_that_cannot_be_is_named_with_its_value(changes, names):
     with pytest.raises(ConfigError) as error:
@@ -149,3 +158,47 @@ def test_untrained_steps_are_floor_of_the_fraction_or_the_window():
     assert steps(num_steps=10, timestep_fraction=1.0) == 10
     assert [steps(num_steps=n, timestep_fraction=0.7) for n in (10, 20, 30)] == [7, 14, 21]      # as if not binary fractions
     assert steps(num_steps=10, window_size=3) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- presets
+
+# preset: groups, size, T, trained, guidance, rule, noise level, clip range, beta, std, dtype; after the published settings
+PUBLISHED = {
+    "sd35m_ocr": (48, 24, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.04, "global", "float16"),
+    "sd35m_geneval": (48, 24, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.04, "global", "float16"),
+    "sd35m_pickscore": (48, 24, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.01, "global", "float16"),
+    "sd35m_ocr_4gpu": (16, 16, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.04, "global", "float16"),
+    "sd35m_geneval_4gpu": (16, 16, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.04, "global", "float16"),
+    "sd35m_pickscore_4gpu": (16, 16, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.01, "global", "float16"),
+    "sd35m_ocr_1gpu": (8, 8, 10, 9, 4.5, "flow_sde", 0.7, 1e-4, 0.04, "global", "float16"),
+    "sd35m_geneval_fast": (48, 24, 10, 3, 1, "cps", 0.8, 1e-5, 0, "global", "float16"),
+    "sd35m_pickscore_fast": (64, 18, 10, 3, 1, "cps", 0.8, 1e-5, 0, "global", "float16"),
+    "sd35m_ocr_guard": (48, 24, 10, 9, 4.5, "flow_sde", 0.7, 2e-6, 0, "group", "float16"),
+    "flux_pickscore": (48, 24, 6, 5, 3.5, "flow_sde", 0.9, 1e-4, 0, "global", "bfloat16"),
+    "flux_fast": (48, 24, 6, 3, 3.5, "cps", 0.8, 1e-5, 0, "group", "bfloat16"),
+    "flux_geneval_fast": (48, 24, 6, 3, 3.5, "cps", 0.8, 1e-5, 0, "global", "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_published_preset_has_its_published_settings(preset):
+    c = PRESETS[preset]
+    assert PUBLISHED[preset] == (c.groups_per_epoch, c.group_size, c.num_steps, batch_plan(c, 1).trained_steps, c.guidance_scale,
+                                 c.rule, c.noise_level, c.clip_range, c.beta, c.advantage_std, c.dtype)
+    task = preset.split("_")[1].replace("fast", "pickscore")
+    assert c.rewards == ((task, 1.0),) and c.prompts.endswith(task) and c.resolution == (512, 512)
+    assert c.learning_rate == (1e-4 if c.guard else 3e-4) and (c.ema_decay, c.ema_every) == (0.9, 8)
+    assert (c.lora_rank, c.lora_alpha, len(c.lora_targets)) == ((64, 128, 12) if "flux" in preset else (32, 64, 8))
+    assert c.window_range == ((0, 3) if "flux" in preset else (0, 5)) or not c.window_size
+    assert c.eval_num_steps == (28 if "flux" in preset else 40) and not c.shared_start_noise and c.kl == "per_time"
+
+
+def test_every_preset_of_a_published_model_is_checked_against_the_published_settings():
+    assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"}
+
+
+def test_a_run_begun_before_a_field_existed_goes_on():
+    saved = to_dict(Config())
+    del saved["guard"]
+    assert changed_fields(saved, Config()) == []
+    assert changed_fields(saved, dataclasses.replace(Config(), guard=True)) == ["guard"]

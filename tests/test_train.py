@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,12 +77,17 @@ def train_here(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(model, tmp_path_factory):
-    """`start(name, ranks, **changes)`: the real command, on so many ranks (0: without torchrun), and the run's directory."""
+    """`start(name, ranks, **changes)`: the real command, on so many ranks (0: without torchrun), and the run's directory.
+
+    In place of a number, `ranks` may be the launcher's own words.
+    """
     runs = tmp_path_factory.mktemp("commands")
     processes = []
 
-    def run(name: str, ranks: int, *words: str, cwd=ROOT, path=ROOT, **changes) -> tuple[subprocess.Popen, Path]:
+    def run(name: str, ranks: int | list[str], *words: str, cwd=ROOT, path=ROOT, **changes) -> tuple[subprocess.Popen, Path]:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        if isinstance(ranks, list):
+            launcher = ranks
         arguments = flags(**{"model": model, "output_dir": runs, "run_name": name, **SMALL, **changes})
         process = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *arguments, *words], cwd=cwd,
                                    env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)}, text=True,
@@ -200,9 +206,38 @@ def test_two_ranks_do_what_one_does_that_was_interrupted(train_here, one_rank, t
     assert_same_run(two_ranks, directory, epochs=5, before=4)
 
 
+def test_two_nodes_do_what_one_does(start, one_rank):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    rendezvous = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=two-nodes", "--rdzv-backend=c10d",
+                  f"--rdzv-endpoint=localhost:{port}"]
+    nodes = [start("two-nodes", rendezvous) for _ in range(2)]
+    for process, directory in nodes:
+        out, err = process.communicate(timeout=250)
+        assert process.returncode == 0, err[-3000:]
+    assert_same_run(one_rank, directory)
+
+
 def test_with_a_window_three_ranks_of_which_one_has_no_sample_do_what_one_does(train_here, command):
     changes = dict(groups_per_epoch=1, group_size=2, updates_per_epoch=1, window_size=2, window_range=(0, 4), eval_prompts=2)
     assert_same_run(train_here("window-1", **changes), completed(command("window-3", 3, **changes)))
+
+
+GUARD = dict(guard=True, clip_range=1e-4, beta=0, advantage_std="group")
+
+
+def test_a_guarded_run_is_the_same_on_three_ranks_and_in_other_batches(train_here, command):
+    one = train_here("guard-1", **GUARD)
+    assert all(m["ratio_deviation_before"] == 0 < m["ratio_deviation"] for m in metrics_of(one)[1:])
+    assert_same_run(one, completed(command("guard-3", 3, **GUARD, rollout_batch=2, train_batch=3)))
+
+
+SHARED = dict(shared_start_noise=True, window_size=1, window_range=(0, 4), groups_per_epoch=3)
+
+
+def test_with_shared_start_noise_three_ranks_that_split_groups_do_what_one_does(train_here, command):
+    assert_same_run(train_here("shared-1", **SHARED), completed(command("shared-3", 3, **SHARED, rollout_batch=2)))
 
 
 def test_another_seed_is_another_run_with_the_same_evaluation_before_training(train_here, one_rank):
@@ -309,9 +344,72 @@ def test_gradients_meet_once_per_update_and_the_network_is_called_as_often_as_pl
     assert not [n for n in reduced if 1000 < n < weights and n != 7 * 16 * 32 * 3]         # nor in pieces; the images apart
 
     _, config = parse_config(flags(**{**SMALL, "updates_per_epoch": 3}))
-    plan = batch_plan(config, 1)
+    plan = batch_plan(config, 1, branches=2)
     evaluation = 7 * config.eval_num_steps * 2                                             # both branches
     assert rows[0] == plan.rollout_calls + plan.replay_calls + plan.reference_calls + 2 * evaluation
+
+
+def test_a_shared_prefix_changes_no_latents_and_saves_the_calls_that_arithmetic_says(model, monkeypatch):
+    _, config = parse_config(flags(**{**SMALL, **SHARED, "model": model, "num_steps": 6, "window_range": (0, 6)}))
+    policy, rewards = policy_of(model, config), train.build_rewards(dict(config.rewards))
+    sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+    prompts, rows, forward, epoch = train.load_prompts(config.prompts, "train"), [0], SD3Transformer2DModel.forward, 2
+
+    def counted_forward(self, hidden_states, *args, **kwargs):
+        rows[0] += len(hidden_states)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(SD3Transformer2DModel, "forward", counted_forward)
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    with train.ThreadPoolExecutor(1) as scorer:
+        samples = train.sample_epoch(policy, rewards, prompts, sigmas, config, epoch, scorer)
+    K, T, windows = config.group_size, config.num_steps, train.draw_windows(config, epoch)
+    assert len(windows.unique()) > 1
+    saved = (K - 1) * int(windows.sum())
+    assert rows[0] == 2 * (len(samples.indices) * T - saved)                               # 2: guidance
+
+    # Without sharing: each image all the way from its group's start noise, alone.
+    for j, i in enumerate(samples.indices):
+        first = int(windows[i // K])
+        start = train.draw_noise(config.seed, train.GROUP_NOISE, epoch, [i // K], 1, policy.latent_shape)[0].double()
+        noise = train.draw_noise(config.seed, train.TRAIN_NOISE, epoch, [i], T + 1, policy.latent_shape)[1:].double()
+        levels = torch.zeros(T, dtype=torch.float64)
+        levels[first] = config.noise_level
+        velocity = policy.velocity(policy.encode([samples.prompts[j].text]), config.guidance_scale)
+        alone = train.rollout(velocity, start, sigmas, levels, noise, config.rule, first, 1)
+        assert (alone.final[0] - samples.trajectory.final[j]).abs().max() < 1e-8
+        assert (alone.log_probs[0, 0] - samples.trajectory.log_probs[0, j]).abs() < 1e-8
+
+
+def test_the_plan_of_a_shared_prefix_is_its_average_over_windows():
+    _, config = parse_config("--window-size 2 --window-range 0 5 --shared-start-noise --groups-per-epoch 4 --group-size 6".split())
+    calls = [4 * 6 * config.num_steps - 4 * 5 * first for first in range(4)]                 # by where a window may start
+    assert batch_plan(config, 1).rollout_calls == np.mean(calls)
+
+
+def test_the_guarded_gradient_is_reinforce_weighted_by_std_over_the_length_of_the_step(train_here, model):
+    settings = {**SMALL, **GUARD, "updates_per_epoch": 1, "max_grad_norm": 1e-12}
+    metrics = metrics_of(train_here("guarded-gradient", **{**settings, "epochs": 1}))[1]
+    _, config = parse_config(flags(**settings))
+    torch.manual_seed(config.seed)
+    distributed.setup()
+    try:
+        policy = policy_of(model, config)
+        sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+        with train.ThreadPoolExecutor(1) as scorer:
+            samples = train.sample_epoch(policy, train.build_rewards(dict(config.rewards)),
+                                         train.load_prompts(config.prompts, "train"), sigmas, config, 1, scorer)
+    finally:
+        distributed.shutdown()
+    r = torch.from_numpy(samples.scores["total"]).double().view(2, 4)
+    A = ((r - r.mean(1, keepdim=True)) / (r.std(1, correction=0, keepdim=True) + 1e-4)).flatten()      # (N,)
+    velocity, loss = policy.velocity(policy.encode([p.text for p in samples.prompts]), config.guidance_scale), 0
+    for k in range(3):
+        log_prob, _, std = train.replay(velocity, samples.trajectory, k)
+        loss = loss - (A * std.flatten() / (sigmas[k] - sigmas[k + 1]) * log_prob).mean() / 3
+    gradients = torch.autograd.grad(loss, policy.parameters, allow_unused=True, materialize_grads=True)
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert abs(metrics["grad_norm"] - norm) < 1e-6 * norm
 
 
 def test_the_gradient_is_that_of_the_mean_over_all_samples_and_trained_steps(train_here, model):
@@ -328,7 +426,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_samples_and_trained_steps(tra
             samples = train.sample_epoch(policy, rewards, train.load_prompts(config.prompts, "train"), sigmas, config, 1, scorer)
     finally:
         distributed.shutdown()
-    r = samples.scores["total"].double().view(2, 4)
+    r = torch.from_numpy(samples.scores["total"]).double().view(2, 4)
     A = ((r - r.mean(1, keepdim=True)) / (r.std(correction=0) + 1e-4)).flatten()                       # (N,)
     velocity = policy.velocity(policy.encode([p.text for p in samples.prompts]), config.guidance_scale)
     # At rho = 1, REINFORCE: -mean over N samples and S steps of A grad log pi.
@@ -574,6 +672,52 @@ def test_a_failing_reward_ends_the_command_with_one_line_and_no_traceback(comman
     assert code != 0 and "failing:score" in line and "nan" in line and 'the word "' in line
     assert "Traceback" not in err
     assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
+
+
+METRIC_REWARD = """
+from rewards import jpeg_incompressibility
+
+def score(images, prompts, metadata):
+    size = jpeg_incompressibility(images, prompts, metadata)
+    short = [len(prompt) < 15 for prompt in prompts]                     # some micro-batches have none of these
+    metrics = {"twice": 2 * size}
+    if any(short):
+        metrics["of_short"] = [s if is_short else float("nan") for s, is_short in zip(size, short)]
+    return size, metrics
+
+def other(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_metrics_of_rewards_and_rewards_for_evaluation_alone_are_logged_and_not_trained_on(
+        train_here, command, one_rank, tmp_path, monkeypatch):
+    (tmp_path / "with_metrics.py").write_text(METRIC_REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    changes = dict(rewards=("with_metrics:score", 1), eval_rewards=("with_metrics:other",), rollout_batch=2)
+    one = train_here("metrics-1", **changes)
+    two = completed(command("metrics-2", 2, cwd=tmp_path, **changes))
+    name = "with_metrics:score"
+    before, first, last = metrics_of(one)
+    for m, prefix in ((before, "eval"), (first, "reward"), (last, "reward"), (last, "eval")):
+        assert m[f"{prefix}/{name}/twice"] == pytest.approx(2 * m[f"{prefix}/{name}"], rel=1e-6)
+        assert m[f"{prefix}/total"] == m[f"{prefix}/{name}"]
+    texts = [p.text for p in train.load_prompts("words", "test")[:7]]
+    assert 0 < sum(len(text) < 15 for text in texts) < 7 and "eval/with_metrics:score/of_short" in before
+    assert "eval/with_metrics:other" in last and "reward/with_metrics:other" not in last
+    assert_same_run(one_rank, one)                                                         # neither changed the training
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert set(a) == set(b)
+        assert all(abs(a[key] - b[key]) <= 1e-6 * abs(a[key]) for key in a if key.startswith(("reward/", "eval/")))
+
+
+def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(train_here, monkeypatch):
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *_: torch.empty(2**55, dtype=torch.uint8))
+    with pytest.raises(Stopped) as stop:
+        train_here("too-large", **CHEAP, epochs=1)
+    message = str(stop.value)
+    assert "out of memory on rank 0" in message and "lower --train-batch" in message and "training batches of up to 8" in message
 
 
 # -------------------------------------------------------------------------------------------------------- bundled model
