@@ -444,8 +444,9 @@ def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_s
     end, wait = time.monotonic() + deadline, 0.25
     while True:
         try:
-            # Half of the deadline: a machine that vanished without a word is asked twice.
-            response = client.post(url, json=json, content=content, headers=headers, timeout=max(deadline / 2, 0.1))
+            # At most half of the deadline: a machine that vanished without a word is asked twice.
+            timeout = max(min(deadline / 2, end - time.monotonic()), 0.1)
+            response = client.post(url, json=json, content=content, headers=headers, timeout=timeout)
             if response.is_success:
                 return response
             answer = f"{response.status_code} {response.text}"
@@ -553,6 +554,7 @@ def openai_judge(name, question, options):
     if not address.startswith(("openai+http://", "openai+https://")):
         needs = f"reward {name!r} needs a server, as openai+http://host:port/v1, not {address!r}"
         raise ValueError(f"{needs}; one is: vllm serve {model}")
+    _client()  # so that a missing package is found now
     url = address.removeprefix("openai+").rstrip("/") + "/chat/completions"
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -51,7 +51,7 @@ def installed(module):
     return lambda test: test
 
 
-needs_transformers = installed("transformers.models.clip")
+needs_transformers = installed("transformers.models.qwen2_5_vl")  # which the transformers beside ImageReward lacks
 
 
 # ---------------------------------------------------------------- CLIP: pickscore, clipscore, aesthetic
@@ -285,11 +285,12 @@ def qwen_checkpoint(directory, speaks):
     torch.manual_seed(0)
     network = Qwen2_5_VLForConditionalGeneration(config)
     with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.2)
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1:  # what was seen matters more than the token that comes after it
+                torch.nn.init.normal_(parameter, std=0.02 if "embed_tokens" in name else 0.2)
         if speaks:
-            network.lm_head.weight[: len(tokenizer) - 5] = 0
+            network.lm_head.weight[:-5] = 0
+            network.lm_head.weight[-5:] -= network.lm_head.weight[-5:].mean(0)  # so that one of them is above 0
     network.save_pretrained(directory)
     template = (
         "{% for message in messages %}<|im_start|>{% for part in message['content'] %}{% if part['type'] == 'image' %}"
@@ -311,6 +312,7 @@ def test_qwenvl_is_the_score_that_the_model_writes_about_each_picture(tmp_path, 
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
     monkeypatch.setattr(rewards, "ANSWER_TOKENS", 1)
+    monkeypatch.setattr(rewards, "QUALITY_QUESTION", "Well?")  # short, so that the picture weighs something beside it
     directory = qwen_checkpoint(tmp_path, speaks=True)
     network = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
     processor = AutoProcessor.from_pretrained(directory)
@@ -452,8 +454,6 @@ class Peer:
         lock = threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 with lock:
