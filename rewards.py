@@ -15,6 +15,7 @@ This file needs numpy and pillow alone: each reward imports its engine when it i
 """
 
 import base64
+import contextlib
 import difflib
 import functools
 import importlib
@@ -170,7 +171,7 @@ LINE_BATCH = 4
 def _import(module, attribute, packages):
     try:
         return getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+    except Exception as error:  # a package built for another version of what it needs raises more than ImportError
         reason = textwrap.shorten(str(error), 200)
         raise ImportError(f"cannot import {module} ({reason}): pip install {packages}") from error
 
@@ -250,13 +251,14 @@ def paddleocr_reader(num_threads, detection="", recognition=""):
 
     (B, H, W, 3) uint8 -> B strings, the lines of a picture in reading order with a space between them. `detection`,
     `recognition`: directories of models or, in 3.x, names of PaddleOCR's own; without them, PaddleOCR downloads those
-    for English. 3.x runs on paddlepaddle or, where that is not installed, onnxruntime.
+    for English. 3.x runs on paddlepaddle or, where that is not installed or a model is an .onnx, on onnxruntime.
     """
     PaddleOCR = _import("paddleocr", "PaddleOCR", "paddleocr paddlepaddle")
     if hasattr(PaddleOCR, "predict"):
         models = _paddle_model("detection", detection) | _paddle_model("recognition", recognition)
         engine = {"cpu_threads": num_threads}
-        if importlib.util.find_spec("paddle") is None:
+        onnx = [model for model in (detection, recognition) if model and os.path.isfile(f"{model}/inference.onnx")]
+        if onnx or importlib.util.find_spec("paddle") is None:
             _import("onnxruntime", "InferenceSession", "onnxruntime")
             engine = {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": num_threads}}
         reader = PaddleOCR(
@@ -279,15 +281,21 @@ def paddleocr_reader(num_threads, detection="", recognition=""):
 # ---------------------------------------------------------------- networks in this process
 
 
-def _pretrained(name, kind, options, **arguments):
-    """The model `name` of MODELS, or what prepares its inputs, loaded by the class `kind` of transformers."""
-    loader = _import("transformers", kind, "transformers torch")
-    source = options.model(name)
+@contextlib.contextmanager
+def _loading(name, source):
+    """Whatever goes wrong in loading the model `name` of MODELS from `source` becomes one line that names both."""
     try:
-        return loader.from_pretrained(source, **arguments)
+        yield
     except Exception as error:  # of any type: a hub id that does not exist, a file that breaks off, a missing package
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"cannot load the model {name!r} from {source!r} ({reason})") from error
+
+
+def _pretrained(name, kind, options, **arguments):
+    """The model `name` of MODELS, or what prepares its inputs, loaded by the class `kind` of transformers."""
+    loader = _import("transformers", kind, "transformers torch")
+    with _loading(name, options.model(name)):
+        return loader.from_pretrained(options.model(name), **arguments)
 
 
 def network_reward(score, options):
@@ -343,18 +351,15 @@ def _tensors(name, options):
     The model `name` of MODELS is a path or, on the hub, repository:file.
     """
     path = options.model(name)
-    if not os.path.exists(path):
-        repository, _, file = path.partition(":")
-        if not file:
-            raise ValueError(f"the model {name!r} is {path!r}: neither a file nor, on the hub, repository:file")
-        path = _import("huggingface_hub", "hf_hub_download", "huggingface_hub")(repository, file)
-    try:
+    with _loading(name, path):
+        if not os.path.exists(path):
+            repository, _, file = path.partition(":")
+            if not file:
+                raise FileNotFoundError("there is no such file, and on the hub it would be repository:file")
+            path = _import("huggingface_hub", "hf_hub_download", "huggingface_hub")(repository, file)
         if path.endswith(".safetensors"):
             return _import("safetensors.torch", "load_file", "safetensors")(path)
         return _import("torch", "load", "torch")(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise ValueError(f"cannot load the model {name!r} from {path!r} ({reason})") from error
 
 
 def aesthetic(options):
@@ -389,11 +394,12 @@ def imagereward(options):
         "transformers 5, and serve it from there: python rewards.py serve imagereward"
     )
     load = _import("ImageReward", "load", own)
-    files = {"name": options.model("imagereward")}
-    if os.path.isdir(files["name"]):
-        directory = files["name"]
-        files = {"name": f"{directory}/ImageReward.pt", "med_config": f"{directory}/med_config.json"}
-    network = load(**files, device=options.device)
+    source = options.model("imagereward")
+    files = {"name": source}
+    if os.path.isdir(source):
+        files = {"name": f"{source}/ImageReward.pt", "med_config": f"{source}/med_config.json"}
+    with _loading("imagereward", source):
+        network = load(**files, device=options.device)
     torch = importlib.import_module("torch")
 
     def score(pictures, prompts):

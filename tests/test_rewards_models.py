@@ -372,6 +372,13 @@ def image_reward(tmp_path_factory):
 
 
 @installed("ImageReward")
+def test_imagereward_that_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(ValueError) as error:
+        build_rewards({"imagereward": 1}, models={"imagereward": str(tmp_path / "nothing")})
+    one_line(error, "'imagereward'", "nothing")
+
+
+@installed("ImageReward")
 def test_imagereward_is_the_package_s_own_score_of_each_picture_with_its_own_prompt(image_reward):
     import ImageReward
 
