@@ -14,16 +14,23 @@ A reward is a callable
 This file needs numpy and pillow alone: each reward imports its engine when it is built.
 """
 
+import base64
+import contextlib
 import difflib
+import functools
 import importlib
+import importlib.util
 import io
 import math
 import numbers
 import os
+import random
 import re
 import sys
 import textwrap
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,10 +49,18 @@ class Options:
     device: str = "cpu"                                 # of the networks: "cuda:0"
     batch: int = 16                                     # pictures that a network sees at once
     models: dict = field(default_factory=dict)          # a name of MODELS -> directory, file or hub id in its place
+    urls: dict = field(default_factory=dict)  # name -> where it is served: http://, pickle+http://, openai+http://
+    deadline: float = 600.0  # seconds for which a server that does not answer is asked again
+    max_unanswered: float = 0.1                         # share of a judge's answers that may lack a score
+    trust_remote_code: bool = False                     # whether DeQA may run the code that its hub repository holds
 
     def __post_init__(self):
         if self.threads < 1:
             raise ValueError(f"threads is {self.threads}; a reward needs at least 1")
+        if self.batch < 1:
+            raise ValueError(f"batch is {self.batch}; a network needs at least 1 picture")
+        if not 0 <= self.max_unanswered <= 1:
+            raise ValueError(f"max_unanswered is {self.max_unanswered}; a share lies between 0 and 1")
         for name in self.models:
             if name not in MODELS:
                 raise ValueError(f"no reward has a model {name!r}; known: {', '.join(MODELS)}")
@@ -55,8 +70,21 @@ class Options:
         return self.models.get(name, MODELS[name])
 
 
-# What networks are loaded from, unless Options.models says otherwise: hub ids
-MODELS = {}
+# What networks are loaded from, unless Options.models says otherwise: hub ids, "repository:file" on the hub,
+# a name that the reward's own package knows, or "" for the model of its choice
+MODELS = {
+    "ocr.detection": "",
+    "ocr.recognition": "",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "pickscore.processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "clipscore": "openai/clip-vit-large-patch14",
+    "aesthetic.clip": "openai/clip-vit-large-patch14",
+    "aesthetic": "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth",  # LAION's sac+logos+ava1-l14-linearMSE.pth
+    "imagereward": "ImageReward-v1.0",
+    "deqa": "zhiyuanyou/DeQA-Score-Mix3",
+    "qwenvl": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "unifiedreward": "CodeGoat24/UnifiedReward-7b-v1.5",
+}
 
 
 # ---------------------------------------------------------------- JPEG size
@@ -143,7 +171,7 @@ LINE_BATCH = 4
 def _import(module, attribute, packages):
     try:
         return getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
+    except Exception as error:  # a package built for another version of what it needs raises more than ImportError
         reason = textwrap.shorten(str(error), 200)
         raise ImportError(f"cannot import {module} ({reason}): pip install {packages}") from error
 
@@ -208,25 +236,399 @@ def paddle_text(result):
     return " ".join(text for _, (text, _) in page or ())
 
 
-def paddleocr_reader(num_threads):
-    """Reads scenes with PaddleOCR, 3.x or 2.x, as the reference does; its models are downloaded on first use.
+def _paddle_model(kind, model):
+    # PaddleOCR refuses a directory without the name of what is in it, which its inference.yml holds.
+    if not os.path.isdir(model):
+        return {f"text_{kind}_model_name": model} if model else {}
+    safe_load = _import("yaml", "safe_load", "pyyaml")
+    with open(os.path.join(model, "inference.yml"), encoding="utf-8") as file:
+        name = safe_load(file)["Global"]["model_name"]
+    return {f"text_{kind}_model_dir": model, f"text_{kind}_model_name": name}
 
-    (B, H, W, 3) uint8 -> B strings, the lines of a picture in reading order with a space between them.
+
+def paddleocr_reader(num_threads, detection="", recognition=""):
+    """Reads scenes with PaddleOCR, 3.x or 2.x, as the reference does.
+
+    (B, H, W, 3) uint8 -> B strings, the lines of a picture in reading order with a space between them. `detection`,
+    `recognition`: directories of models or, in 3.x, names of PaddleOCR's own; without them, PaddleOCR downloads those
+    for English. 3.x runs on paddlepaddle or, where that is not installed or a model is an .onnx, on onnxruntime.
     """
     PaddleOCR = _import("paddleocr", "PaddleOCR", "paddleocr paddlepaddle")
     if hasattr(PaddleOCR, "predict"):
-        engine = PaddleOCR(
-            lang="en",
+        models = _paddle_model("detection", detection) | _paddle_model("recognition", recognition)
+        engine = {"cpu_threads": num_threads}
+        onnx = [model for model in (detection, recognition) if model and os.path.isfile(f"{model}/inference.onnx")]
+        if onnx or importlib.util.find_spec("paddle") is None:
+            _import("onnxruntime", "InferenceSession", "onnxruntime")
+            engine = {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": num_threads}}
+        reader = PaddleOCR(
+            **(models or {"lang": "en"}),
+            **engine,
             device="cpu",
-            cpu_threads=num_threads,
             text_rec_score_thresh=0.5,  # what 2.x does unasked
             use_doc_orientation_classify=False,
             use_doc_unwarping=False,
             use_textline_orientation=False,
         )
-        return lambda images: [paddle_text(engine.predict(image)) for image in _bgr(images)]
-    engine = PaddleOCR(lang="en", use_gpu=False, use_angle_cls=False, cpu_threads=num_threads, show_log=False)
-    return lambda images: [paddle_text(engine.ocr(image, cls=False)) for image in _bgr(images)]
+        return lambda images: [paddle_text(reader.predict(image)) for image in _bgr(images)]
+    models = {"det_model_dir": detection or None, "rec_model_dir": recognition or None}
+    reader = PaddleOCR(
+        lang="en", use_gpu=False, use_angle_cls=False, cpu_threads=num_threads, show_log=False, **models
+    )
+    return lambda images: [paddle_text(reader.ocr(image, cls=False)) for image in _bgr(images)]
+
+
+# ---------------------------------------------------------------- networks in this process
+
+
+@contextlib.contextmanager
+def _loading(name, source):
+    """Whatever goes wrong in loading the model `name` of MODELS from `source` becomes one line that names both."""
+    try:
+        yield
+    except Exception as error:  # of any type: a hub id that does not exist, a file that breaks off, a missing package
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"cannot load the model {name!r} from {source!r} ({reason})") from error
+
+
+def _pretrained(name, kind, options, **arguments):
+    """The model `name` of MODELS, or what prepares its inputs, loaded by the class `kind` of transformers."""
+    loader = _import("transformers", kind, "transformers torch")
+    with _loading(name, options.model(name)):
+        return loader.from_pretrained(options.model(name), **arguments)
+
+
+def network_reward(score, options):
+    """The reward of a network: `score(pictures, prompts) -> (b,) tensor` is asked for at most `options.batch` at once.
+
+    `pictures` are PIL's: where an array is 3 high or wide, transformers would have to guess which axis the colours are.
+    """
+    torch = importlib.import_module("torch")
+    lock = threading.Lock()  # tokenizers keep state between calls: one thread at a time
+
+    def reward(images, prompts, metadata):
+        scores = []
+        with lock, torch.inference_mode():
+            for start in range(0, len(images), options.batch):
+                pictures = [Image.fromarray(image) for image in images[start : start + options.batch]]
+                scores += score(pictures, list(prompts[start : start + options.batch])).tolist()
+        return np.array(scores, np.float32)
+
+    return reward
+
+
+def clip_reward(model, processor, scale, options):
+    """exp(logit_scale) cos(image, prompt) / scale, of CLIP's two embeddings; a prompt is cut to CLIP's 77 tokens.
+
+    `model`, `processor`: names of MODELS. In float32, as the reference.
+    """
+    network = _pretrained(model, "CLIPModel", options, dtype="float32").to(options.device).eval()
+    processor = _pretrained(processor, "CLIPProcessor", options)
+    tokens = network.config.text_config.max_position_embeddings
+
+    def score(pictures, prompts):
+        texts = {"padding": True, "truncation": True, "max_length": tokens}
+        inputs = processor(images=pictures, text=prompts, return_tensors="pt", **texts).to(options.device)
+        outputs = network(**inputs)  # its embeddings are of length 1
+        return network.logit_scale.exp() * (outputs.image_embeds * outputs.text_embeds).sum(-1) / scale
+
+    return network_reward(score, options)
+
+
+def pickscore(options):
+    """PickScore (arXiv 2305.01569) over 26, as the reference scales it."""
+    return clip_reward("pickscore", "pickscore.processor", 26, options)
+
+
+def clipscore(options):
+    """The similarity of picture and prompt that CLIP ViT-L/14 (arXiv 2103.00020) was trained by, over 30."""
+    return clip_reward("clipscore", "clipscore", 30, options)
+
+
+def _tensors(name, options):
+    """The tensors by name in a file of weights, which is not trusted to hold anything else.
+
+    The model `name` of MODELS is a path or, on the hub, repository:file.
+    """
+    path = options.model(name)
+    with _loading(name, path):
+        if not os.path.exists(path):
+            repository, _, file = path.partition(":")
+            if not file:
+                raise FileNotFoundError("there is no such file, and on the hub it would be repository:file")
+            path = _import("huggingface_hub", "hf_hub_download", "huggingface_hub")(repository, file)
+        if path.endswith(".safetensors"):
+            return _import("safetensors.torch", "load_file", "safetensors")(path)
+        return _import("torch", "load", "torch")(path, map_location="cpu", weights_only=True)
+
+
+def aesthetic(options):
+    """LAION's aesthetic predictor, improved: about 1 to 10, from the direction of CLIP ViT-L/14's image embedding."""
+    weights = _tensors("aesthetic", options)
+    names = [(f"layers.{i}.weight", f"layers.{i}.bias") for i in (0, 2, 4, 6, 7)]  # between them, dropout alone
+    missing = [name for pair in names for name in pair if name not in set(weights)]
+    if missing:
+        raise ValueError(f"{options.model('aesthetic')!r} does not hold LAION's aesthetic predictor: no {missing[0]!r}")
+    layers = [[weights[name].float().to(options.device) for name in pair] for pair in names]
+    network = _pretrained("aesthetic.clip", "CLIPModel", options, dtype="float32").to(options.device).eval()
+    processor = _pretrained("aesthetic.clip", "CLIPProcessor", options)
+    functional = importlib.import_module("torch.nn.functional")
+
+    def score(pictures, prompts):
+        inputs = processor(images=pictures, return_tensors="pt").to(options.device)
+        embeds = functional.normalize(network.get_image_features(**inputs).pooler_output)
+        for weight, bias in layers:
+            embeds = functional.linear(embeds, weight, bias)
+        return embeds.squeeze(-1)
+
+    return network_reward(score, options)
+
+
+def imagereward(options):
+    """ImageReward (arXiv 2304.05977) of each picture with its own prompt, which is cut to 35 tokens.
+
+    The model may be a directory that holds the hub repository's ImageReward.pt and med_config.json.
+    """
+    own = (
+        "image-reward and what it needs (see the README) into an environment of its own, since it does not run beside "
+        "transformers 5, and serve it from there: python rewards.py serve imagereward"
+    )
+    load = _import("ImageReward", "load", own)
+    source = options.model("imagereward")
+    files = {"name": source}
+    if os.path.isdir(source):
+        files = {"name": f"{source}/ImageReward.pt", "med_config": f"{source}/med_config.json"}
+    with _loading("imagereward", source):
+        network = load(**files, device=options.device)
+    torch = importlib.import_module("torch")
+
+    def score(pictures, prompts):
+        # The package's own `score` would rank a list of pictures for one prompt.
+        texts = {"padding": "max_length", "truncation": True, "max_length": 35}
+        tokens = network.blip.tokenizer(prompts, return_tensors="pt", **texts).to(options.device)
+        pixels = torch.stack([network.preprocess(picture) for picture in pictures]).to(options.device)
+        return network.score_gard(tokens.input_ids, tokens.attention_mask, pixels).squeeze(-1)
+
+    return network_reward(score, options)
+
+
+def deqa(options):
+    """DeQA-Score (arXiv 2501.11561) over 5: the technical quality of a picture, whatever the prompt.
+
+    The network is code that its repository on the hub holds: it runs only where `options.trust_remote_code` allows it.
+    """
+    source = options.model("deqa")
+    if not options.trust_remote_code:
+        raise ValueError(f"reward 'deqa' runs code that {source!r} holds: read it, then set trust_remote_code")
+    dtype = _import("torch", "float16" if options.device.startswith("cuda") else "float32", "torch")
+    arguments = {"trust_remote_code": True, "attn_implementation": "eager", "torch_dtype": dtype}
+    network = _pretrained("deqa", "AutoModelForCausalLM", options, **arguments).to(options.device).eval()
+    return network_reward(lambda pictures, prompts: network.score(pictures).float() / 5, options)
+
+
+# ---------------------------------------------------------------- asking a server
+
+
+@functools.cache
+def _client():
+    # One for the process: threads may share it, and it keeps connections open between requests.
+    Limits = _import("httpx2", "Limits", "httpx2")
+    return _import("httpx2", "Client", "httpx2")(limits=Limits(max_connections=None))
+
+
+def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_start=""):
+    """What the server answers to a POST of `json` or of the bytes `content`: an httpx2.Response of status 2xx.
+
+    A server that cannot be reached, or answers 429 or 5xx, is asked again, less and less often, for `deadline` seconds.
+    Raises RewardError, in one line, when they are over, with the last answer and `how_to_start`; and at once for any
+    other status, which asking again would not change.
+    """
+    client = _client()
+    import httpx2
+
+    away = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)
+    end, wait = time.monotonic() + deadline, 0.25
+    while True:
+        try:
+            # At most half of the deadline: a machine that vanished without a word is asked twice.
+            timeout = max(min(deadline / 2, end - time.monotonic()), 0.1)
+            response = client.post(url, json=json, content=content, headers=headers, timeout=timeout)
+            if response.is_success:
+                return response
+            answer = f"{response.status_code} {response.text}"
+        except away as error:
+            response, answer = None, f"{type(error).__name__}: {error}"
+        answer = " ".join(answer.split())[:300]
+        if response is not None and response.status_code < 500 and response.status_code != 429:
+            raise RewardError(f"{url} refused the request: {answer}")
+        if time.monotonic() + wait > end:
+            start = f"; start it with: {how_to_start}" if how_to_start else ""
+            raise RewardError(f"{url} did not answer in {deadline:g} s; the last answer was {answer}{start}")
+        time.sleep(wait * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+        wait = min(2 * wait, 15)
+
+
+# ---------------------------------------------------------------- judges: models that answer in words
+
+# Tokens in which a judge has to come to its score
+ANSWER_TOKENS = 2048
+
+# A score from 1 to 5, perhaps as "4/5" or "**4**", and not the beginning of 45, 4/10 or 3-4
+SCORE = re.compile(
+    r"[\s*]*([1-5](?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*5(?:\.0+)?)?"
+    r"(?!\w|[.,][0-9]|\s*(?:/|%|out of)|\s*(?:-|to|or)\s*[0-9])"
+)
+
+QUALITY_QUESTION = """You judge the aesthetic quality of a picture, on this scale:
+1. Bad: blurred beyond recognition, noisy, far too dark, a chaos of a composition.
+2. Poor: visibly blurred, badly lit, pale colours, an awkward composition that cuts its subject off.
+3. Fair: sharp and well enough lit, but dull in colour; the composition is sound and has no idea of its own.
+4. Good: sharp, well exposed, vivid colours, a thoughtful composition that leads the eye to its subject.
+5. Excellent: outstandingly clear, perfectly exposed, rich in colour, a masterly composition that moves the viewer.
+
+First weigh the picture by these criteria in detail, within a <Thought> tag; then give it a score from 1 to 5 within a \
+<Score> tag:
+<Thought>
+your reasoning
+</Thought>
+<Score>X</Score>"""
+
+ALIGNMENT_QUESTION = """You are given a text caption and a picture that was generated from it. Judge the picture by:
+1. Alignment with the caption: whether the objects it names are there, with their attributes and relations.
+2. Overall image quality: how clear and detailed it is, how true its colours are, and how pleasing it is as a whole.
+From both, give a score from 1 to 5 after 'Final Score:'.
+Text Caption: [{prompt}]"""
+
+# What stands where a judge's score should
+QWENVL_SCORE = r"<Score>([^<]*)</Score>"
+UNIFIED_SCORE = r"(?i)Final Score\**:\s*(.*)"
+
+
+def judged(answer, pattern):
+    """The score in a judge's `answer`, from 1 to 5: what stands where `pattern` last matches; None without one."""
+    found = re.findall(pattern, answer)
+    score = SCORE.match(found[-1]) if found else None
+    return float(score[1]) if score and float(score[1]) <= 5 else None
+
+
+def judge_reward(name, ask, pattern, options):
+    """The reward of a judge: its score over 5. Metric `unanswered`: 1 where it gave none, though asked twice.
+
+    `ask(images, prompts, temperature) -> B answers`; `pattern` finds the score in one. A picture without a score gets
+    the mean of those with its prompt, so that it has no advantage over them, or else the mean of the batch. Raises
+    RewardError, with the last answer, where a whole batch has no score, or too many had none since the start.
+    """
+    lock = threading.Lock()
+    asked = unanswered = 0
+    last = ""
+
+    def reward(images, prompts, metadata):
+        nonlocal asked, unanswered, last
+        answers = ask(images, prompts, 0)
+        scores = np.array([judged(answer, pattern) for answer in answers], float)  # None becomes NaN
+        missing = np.flatnonzero(np.isnan(scores))
+        if len(missing):  # again, and not at temperature 0, where the answer would be the same
+            answers = ask(images[missing], [prompts[i] for i in missing], 0.7)
+            scores[missing] = [judged(answer, pattern) for answer in answers]
+        silent = np.isnan(scores)
+        with lock:
+            asked, unanswered = asked + len(scores), unanswered + int(silent.sum())
+            if silent.any():
+                last = answers[np.flatnonzero(silent[missing])[-1]]
+            share, answer = unanswered / asked, " ".join(last.split())[:200]
+        if silent.all() or (asked >= 20 and share > options.max_unanswered):  # a share of fewer says little
+            of_batch = f"{silent.sum()} of a batch of {len(scores)}"
+            raise RewardError(
+                f"reward {name!r}: no score from 1 to 5 for {of_batch} and {share:.0%} of {asked} pictures so far "
+                f"(max_unanswered is {options.max_unanswered:.0%}); the last answer begins {answer!r}"
+            )
+        known, texts = ~silent, np.array(prompts, object)
+        for i in np.flatnonzero(silent):
+            same = known & (texts == prompts[i])
+            scores[i] = scores[same if same.any() else known].mean()
+        return scores / 5, {"unanswered": silent.astype(np.float32)}
+
+    return reward
+
+
+def openai_judge(name, question, options):
+    """`ask` of `judge_reward` through an OpenAI-compatible server (vLLM, sglang), up to 64 pictures at once.
+
+    `question(prompt)` is what is asked of each. The server's key, if it wants one, is in OPENAI_API_KEY.
+    """
+    address, model = options.urls.get(name, ""), options.model(name)
+    if not address.startswith(("openai+http://", "openai+https://")):
+        needs = f"reward {name!r} needs a server, as openai+http://host:port/v1, not {address!r}"
+        raise ValueError(f"{needs}; one is: vllm serve {model}")
+    _client()  # so that a missing package is found now
+    url = address.removeprefix("openai+").rstrip("/") + "/chat/completions"
+    key = os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+
+    def answer(image, prompt, temperature):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG")
+        picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question(prompt)}]
+        messages = [{"role": "user", "content": content}]
+        request = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": ANSWER_TOKENS}
+        start = f"vllm serve {model}"
+        response = post(url, json=request, headers=headers, deadline=options.deadline, how_to_start=start)
+        try:
+            return response.json()["choices"][0]["message"]["content"] or ""
+        except (ValueError, LookupError, TypeError) as error:
+            text = " ".join(response.text.split())[:200]
+            raise RewardError(f"{url} is no OpenAI-compatible server: it answered {text!r}") from error
+
+    def ask(images, prompts, temperature):
+        with ThreadPoolExecutor(64) as pool:
+            return list(pool.map(answer, images, prompts, [temperature] * len(images)))
+
+    return ask
+
+
+def qwenvl(options):
+    """Qwen2.5-VL's grade of a picture's aesthetic quality, whatever the prompt, over 5.
+
+    In this process by transformers, or through an OpenAI-compatible server where `options.urls` has one.
+    """
+    if "qwenvl" in options.urls:
+        ask = openai_judge("qwenvl", lambda prompt: QUALITY_QUESTION, options)
+        return judge_reward("qwenvl", ask, QWENVL_SCORE, options)
+    _import("torchvision", "ops", "torchvision")  # which transformers needs for this model's processor
+    dtype = "bfloat16" if options.device.startswith("cuda") else "float32"
+    network = _pretrained("qwenvl", "Qwen2_5_VLForConditionalGeneration", options, dtype=dtype)
+    network.to(options.device).eval()
+    processor = _pretrained("qwenvl", "AutoProcessor", options)
+    content = [{"type": "image"}, {"type": "text", "text": QUALITY_QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    lock = threading.Lock()
+    torch = importlib.import_module("torch")
+
+    def ask(images, prompts, temperature):
+        # First as the model's own settings say, which keep the likeliest token alone: "top_k": 1.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        answers = []
+        with lock, torch.inference_mode():
+            for start in range(0, len(images), options.batch):
+                pictures = [Image.fromarray(image) for image in images[start : start + options.batch]]
+                inputs = processor(
+                    images=pictures, text=[text] * len(pictures), padding=True, padding_side="left", return_tensors="pt"
+                ).to(options.device)
+                tokens = network.generate(**inputs, max_new_tokens=ANSWER_TOKENS, **sampling)
+                answers += processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answers
+
+    return judge_reward("qwenvl", ask, QWENVL_SCORE, options)
+
+
+def unifiedreward(options):
+    """UnifiedReward's grade (arXiv 2503.05236) of a picture's alignment with its prompt and of its quality, over 5.
+
+    Through an OpenAI-compatible server, which `options.urls` has to name.
+    """
+    ask = openai_judge("unifiedreward", lambda prompt: ALIGNMENT_QUESTION.format(prompt=prompt), options)
+    return judge_reward("unifiedreward", ask, UNIFIED_SCORE, options)
 
 
 # ---------------------------------------------------------------- names
@@ -237,7 +639,16 @@ REGISTRY = {
     "jpeg_compressibility": lambda options: jpeg_compressibility,
     "rapidocr": lambda options: text_reward(rapidocr_reader(options.threads)),
     "rapidocr_line": lambda options: text_reward(rapidocr_line_reader(options.threads)),
-    "ocr": lambda options: text_reward(paddleocr_reader(options.threads)),
+    "ocr": lambda options: text_reward(
+        paddleocr_reader(options.threads, options.model("ocr.detection"), options.model("ocr.recognition"))
+    ),
+    "pickscore": pickscore,
+    "clipscore": clipscore,
+    "aesthetic": aesthetic,
+    "imagereward": imagereward,
+    "deqa": deqa,
+    "qwenvl": qwenvl,
+    "unifiedreward": unifiedreward,
 }
 
 
