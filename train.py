@@ -226,7 +226,8 @@ def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: 
     The noise does not depend on the run's seed, so that runs can be compared.
     """  # all ranks
     mine = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
-    sigmas = timestep_schedule(config.eval_num_steps, policy.shift, dtype=policy.compute_dtype)
+    sigmas = timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps),
+                               dtype=policy.compute_dtype)
     kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
     with average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
@@ -432,7 +433,7 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
     scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
     average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-    sigmas = timestep_schedule(config.num_steps, policy.shift, dtype=policy.compute_dtype)
+    sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
 
     found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)

@@ -323,7 +323,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_samples_and_trained_steps(tra
     try:
         policy = policy_of(model, config)
         rewards = train.build_rewards(dict(config.rewards))
-        sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+        sigmas = train.timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=torch.float64)
         with train.ThreadPoolExecutor(1) as scorer:
             samples = train.sample_epoch(policy, rewards, train.load_prompts(config.prompts, "train"), sigmas, config, 1, scorer)
     finally:
@@ -409,7 +409,7 @@ def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_
             for p, averaged in zip(policy.parameters, state["average"], strict=True):
                 p.copy_(averaged)
         assert any(not torch.equal(*pair) for pair in zip(state["average"], state["trained"]))
-    sigmas = train.timestep_schedule(config.eval_num_steps, policy.shift, dtype=torch.float64)
+    sigmas = train.timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps), dtype=torch.float64)
     images = []
     for i, prompt in enumerate(train.load_prompts(config.prompts, "test")[:7]):
         noise = train.draw_noise(0, train.EVAL_NOISE, 0, [i], 1, policy.latent_shape)[0].double()
