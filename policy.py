@@ -27,7 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
@@ -45,8 +45,8 @@ class Family:
     """What a kind of pipeline does in its own way. A new one is a subclass, listed in FAMILIES, that says:
 
     pipeline, transformer       diffusers' classes of the whole and of the network
-    tiling()                    channels of a latent, latent pixels on a side of a patch, most patches on a side (None: any number)
-    schedule(T, tokens)         arguments of sampler.timestep_schedule for T steps and so many patches, as the pipeline has them
+    tiling()                    a latent's channels, its pixels on a side of a patch, most patches on a side (None: any number)
+    schedule(T, tokens)         sampler.timestep_schedule's arguments for T steps of so many patches, as the pipeline has them
     encode(prompt, length, device)      embeddings (1, L, D) and pooled (1, P) of one prompt, of `length` T5 tokens
     branches(guidance_scale)    transformer calls of a guided velocity: 2 for classifier-free guidance, else 1
     velocity(network, latents, sigma, text, guidance_scale)
@@ -132,9 +132,7 @@ class FLUX(Family):
         rows, columns = (torch.arange(size // 2, device=latents.device) for size in latents.shape[-2:])
         image_ids = F.pad(torch.cartesian_prod(rows, columns), (1, 0))                           # (H/2 W/2, 3): 0, row, column
         tokens = F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)                        # (B, H/2 W/2, 4C)
-        guidance = None
-        if self.pipe.transformer.config.guidance_embeds:
-            guidance = torch.full_like(sigma, guidance_scale)
+        guidance = torch.full_like(sigma, guidance_scale) if self.pipe.transformer.config.guidance_embeds else None
         v = network(tokens, embeds, pooled, sigma, img_ids=image_ids, txt_ids=image_ids.new_zeros(embeds.shape[1], 3),
                     guidance=guidance, return_dict=False)[0]                                     # (B, H/2 W/2, 4C)
         return F.pixel_shuffle(v.transpose(1, 2).unflatten(2, (len(rows), len(columns))), 2)
@@ -146,7 +144,7 @@ FAMILIES = {family.pipeline.__name__: family for family in (SD3, FLUX)}
 # ------------------------------------------------------------------------------------------- what can be had, and whence
 
 def check_model(model: str) -> type[Family]:
-    """The family of `model`: a pipeline's directory, a hub id, or random:NAME. Raises ValueError in one line. Loads no weights."""
+    """The family of `model`, a pipeline's directory, a hub id or random:NAME; else a ValueError in one line. Loads no weights."""
     if model.startswith("random:"):
         known = {f"random:{name}": family for family in FAMILIES.values() for name in family.published}
         if model not in known:
@@ -176,11 +174,11 @@ def from_hub(option: str, repository: str, name: str) -> Path | None:
     except RemoteEntryNotFoundError:
         return None
     except GatedRepoError as error:
-        raise ValueError(f"{option} {repository!r} is gated: accept its licence on its page of the hub, then give your token with "
-                         "`hf auth login` or in HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{option} {repository!r} is neither here nor on the hub: correct it, or if it is private, give your token "
+        raise ValueError(f"{option} {repository!r} is gated: accept its licence on its page of the hub, then give your token "
                          "with `hf auth login` or in HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{option} {repository!r} is neither here nor on the hub: correct it, or if it is private, give your "
+                         "token with `hf auth login` or in HF_TOKEN") from error
     except Exception as error:
         raise ValueError(f"{option} {repository!r} is neither a directory here nor could it be had from the hub "
                          f"({type(error).__name__}); give a directory, or go on line") from error
@@ -205,45 +203,52 @@ def find_adapter(lora_path: str) -> list[Path]:
             from_hub("--lora-path", lora_path, name) for name in names]
         if all(files):
             return files
-    raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} nor {DIFFUSERS_FILE}, "
-                     "and other formats are not loaded")
+    raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} nor "
+                     f"{DIFFUSERS_FILE}, and other formats are not loaded")
 
 
 def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """An adapter's own settings, and its tensors by peft's names. Raises ValueError in one line."""
     *settings, weights = find_adapter(lora_path)
-    with safe_open(weights, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    try:
+        with safe_open(weights, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is no whole safetensors file ({error}): fetch it again") from error
+    if not tensors:
+        raise ValueError(f"--lora-path {lora_path!r} holds no tensors: {weights} is empty")
     if settings:
         config = LoraConfig.from_pretrained(settings[0].parent)
         if not isinstance(config, LoraConfig):
             raise ValueError(f"--lora-path {lora_path!r} is of peft type {config.peft_type.value}: only LORA is supported")
         return config, tensors
-    if other := [key for key in tensors if not key.startswith("transformer.") or ".lora_" not in key]:
-        raise ValueError(f"--lora-path {lora_path!r} adapts other parts than the transformer, or in an older format: {other[0]}; "
+    other = [key for key in tensors if not key.startswith("transformer.") or ".lora_" not in key]
+    if other:
+        raise ValueError(f"--lora-path {lora_path!r} adapts more than the transformer, or in an older format: {other[0]}; "
                          "load it in diffusers and save it again")
-    ranks = [len(tensor) for key, tensor in tensors.items() if ".lora_A." in key]
-    guess = {"r": ranks[0], "lora_alpha": ranks[0],                              # as diffusers takes it
-             "target_modules": [key[len("transformer."):].partition(".lora_")[0] for key in tensors]} if ranks else {}
-    config = {key.removeprefix("transformer."): value for key, value in metadata.items()} or guess
-    return LoraConfig(**config), {f"base_model.model.{key[len('transformer.'):]}": value for key, value in tensors.items()}
+    tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+    config = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    if not config:                                                               # alpha is the rank, as diffusers takes it
+        rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
+        config = dict(r=rank, lora_alpha=rank, target_modules=sorted({key.partition(".lora_")[0] for key in tensors}))
+    return LoraConfig(**config), {f"base_model.model.{key}": value for key, value in tensors.items()}
 
 
 def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> PeftModel:
     """`transformer` with the adapter, to train. Raises ValueError, with the first tensor that does not fit, if one does not."""
     config, tensors = read_adapter(lora_path)
+    trained_on, config.base_model_name_or_path, config.inference_mode = config.base_model_name_or_path, None, False
 
     def require(ok: bool, key: str, needed) -> None:
         if not ok:
             found = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
             raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {needed}; "
-                             f"give the model that it was trained on ({config.base_model_name_or_path or 'it does not say which'})")
+                             f"give the model that it was trained on ({trained_on or 'it does not say which'})")
 
     layers = dict(transformer.named_modules())
     for key in tensors:
         require(key.removeprefix("base_model.model.").partition(".lora_")[0] in layers, key, "the model has no such layer")
-    config.inference_mode = False
     network = get_peft_model(transformer, config)
     own = get_peft_model_state_dict(network, save_embedding_layers=False)
     for key, value in own.items():
@@ -338,7 +343,7 @@ class Policy:
                 r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets))
         if not full_finetune:
             self.network.peft_config["default"].base_model_name_or_path = model
-        self.network.eval()                                  # an adapter's dropout would give a replay another policy than sampled
+        self.network.eval()                                  # an adapter's dropout would replay another policy than sampled
         if dtype == "float64":
             self.network.double()
         if gradient_checkpointing:
@@ -415,8 +420,9 @@ class Policy:
     def _random_text(self, prompt: str) -> Text:
         """In place of the encoders that a random model has not: numbers of the same shape, always the same for a prompt."""
         generator, config = torch.Generator().manual_seed(zlib.crc32(prompt.encode())), self.pipe.transformer.config
-        shapes = [(self.family.clip_tokens + self.max_sequence_length, config.joint_attention_dim), (config.pooled_projection_dim,)]
-        return tuple(torch.randn(1, *shape, generator=generator).to(self.dtype) for shape in shapes)
+        tokens = self.family.clip_tokens + self.max_sequence_length
+        shapes = (1, tokens, config.joint_attention_dim), (1, config.pooled_projection_dim)
+        return tuple(torch.randn(shape, generator=generator).to(self.dtype) for shape in shapes)
 
     # --------------------------------------------------------------------------------------------------- velocity
 

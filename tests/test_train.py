@@ -409,7 +409,8 @@ def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_
             for p, averaged in zip(policy.parameters, state["average"], strict=True):
                 p.copy_(averaged)
         assert any(not torch.equal(*pair) for pair in zip(state["average"], state["trained"]))
-    sigmas = train.timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps), dtype=torch.float64)
+    schedule = policy.schedule_arguments(config.eval_num_steps)
+    sigmas = train.timestep_schedule(config.eval_num_steps, **schedule, dtype=torch.float64)
     images = []
     for i, prompt in enumerate(train.load_prompts(config.prompts, "test")[:7]):
         noise = train.draw_noise(0, train.EVAL_NOISE, 0, [i], 1, policy.latent_shape)[0].double()
