@@ -51,13 +51,15 @@ class Family:
     branches(guidance_scale)    transformer calls of a guided velocity: 2 for classifier-free guidance, else 1
     velocity(network, latents, sigma, text, guidance_scale)
                                 one call: (B, C, H, W), (B,), what `encode` made -> (B, C, H, W); gradients flow
-    clip_tokens, published, vae, scheduler
-                                of `--model random:NAME`: embeddings before T5's, {NAME: the transformer's settings}, what sets
-                                autoencoder and scheduler apart
 
     All are about `self.pipe`, a loaded pipeline with a `transformer`, a `vae` with scaling and shift factor, and a flow-matching
-    `scheduler`. Outside, latents are (B, C, H, W), however the network takes them.
+    `scheduler`. Outside, latents are (B, C, H, W), however the network takes them. For `--model random:NAME` it may say besides:
+
+    published, vae, scheduler   {NAME: the transformer's settings}, what is particular in those of autoencoder and scheduler
+    clip_tokens                 how many embeddings stand before T5's
     """
+
+    published: dict[str, dict] = {}
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
@@ -198,9 +200,14 @@ def find_adapter(lora_path: str) -> list[Path]:
     if place.suffix == ".safetensors" and place.is_file():
         return [place]
     place = place / "adapter" if (place / "adapter").is_dir() else place
+
+    def find(name: str) -> Path | None:
+        if not place.exists():
+            return from_hub("--lora-path", lora_path, name)
+        return place / name if (place / name).exists() else None
+
     for names in (PEFT_FILES, (DIFFUSERS_FILE,)):
-        files = [place / name if (place / name).exists() else None for name in names] if place.exists() else [
-            from_hub("--lora-path", lora_path, name) for name in names]
+        files = [find(name) for name in names]
         if all(files):
             return files
     raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} nor "
@@ -232,7 +239,7 @@ def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     if not config:                                                               # alpha is the rank, as diffusers takes it
         rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
         config = dict(r=rank, lora_alpha=rank, target_modules=sorted({key.partition(".lora_")[0] for key in tensors}))
-    return LoraConfig(**config), {f"base_model.model.{key}": value for key, value in tensors.items()}
+    return LoraConfig.from_peft_type(**config), {f"base_model.model.{key}": value for key, value in tensors.items()}
 
 
 def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> PeftModel:
@@ -246,7 +253,7 @@ def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> Pe
             raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {needed}; "
                              f"give the model that it was trained on ({trained_on or 'it does not say which'})")
 
-    layers = dict(transformer.named_modules())
+    layers = {name for name, _ in transformer.named_modules()}
     for key in tensors:
         require(key.removeprefix("base_model.model.").partition(".lora_")[0] in layers, key, "the model has no such layer")
     network = get_peft_model(transformer, config)
@@ -254,7 +261,7 @@ def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> Pe
     for key, value in own.items():
         require(key in tensors and tensors[key].shape == value.shape, key, f"the model needs {tuple(value.shape)}")
     for key in tensors:
-        require(key in own, key, "and its adapter_config.json does not name that layer")
+        require(key in own, key, "but its own settings do not name that layer")
     set_peft_model_state_dict(network, tensors)
     return network
 
@@ -272,7 +279,7 @@ def random_pipeline(family: type[Family], name: str, device: torch.device, dtype
         torch.set_default_dtype(dtype)
         try:
             with device:
-                return kind(**settings).eval().to(device, dtype)
+                return kind(**settings).eval()
         finally:
             torch.set_default_dtype(before)
 
@@ -322,8 +329,7 @@ class Policy:
             self.pipe = family.pipeline.from_pretrained(
                 model, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
         self.family = family(self.pipe)
-        self._check_schedule(model)
-        self._check_resolution(model, resolution)
+        self._check(model, resolution)
         self.offload_text_encoders = offload_text_encoders
         for name, part in self.pipe.components.items():
             if isinstance(part, torch.nn.Module):
@@ -333,7 +339,7 @@ class Policy:
         self.reference = None
         if full_finetune:
             if with_reference:
-                self.reference = copy.deepcopy(transformer).to(self.dtype).requires_grad_(False)
+                self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
             self.network = transformer
         elif lora_path:
             self.network = load_adapter(transformer, lora_path, model)
@@ -352,12 +358,10 @@ class Policy:
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0
 
-    def _check_schedule(self, model: str) -> None:
+    def _check(self, model: str, resolution: tuple[int, int]) -> None:
         for option in ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
             if self.pipe.scheduler.config.get(option):
                 raise ValueError(f"--model {model!r}: its scheduler's {option} is not supported; give one that does without")
-
-    def _check_resolution(self, model: str, resolution: tuple[int, int]) -> None:
         channels, patch, most = self.family.tiling()
         scale = self.pipe.vae_scale_factor
         unit = scale * patch

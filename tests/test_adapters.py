@@ -210,7 +210,7 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused_with_the_first_of_them(m
     elif fault == "stranger":
         key = "base_model.model.transformer_blocks.1.ff.net.2.lora_A.weight"
         tensors[key] = torch.zeros(3, 512)
-        expected = f"{key} has shape (3, 512), and its adapter_config.json does not name that layer"
+        expected = f"{key} has shape (3, 512), but its own settings do not name that layer"
     else:
         tensors[key] = torch.zeros(5, 128) if fault == "rank" else torch.zeros(3, 96)
         expected = f"{key} has shape {tuple(tensors[key].shape)}, the model needs (3, 128)"
