@@ -48,7 +48,7 @@ class Family:
     tiling()                    a latent's channels, its pixels on a side of a patch, most patches on a side (None: any number)
     schedule(T, tokens)         sampler.timestep_schedule's arguments for T steps of so many patches, as the pipeline has them
     encode(prompt, length, device)      embeddings (1, L, D) and pooled (1, P) of one prompt, of `length` T5 tokens
-    branches(guidance_scale)    transformer calls of a guided velocity: 2 for classifier-free guidance, else 1
+    branches(guidance_scale)    transformer calls of a guided velocity: 2 for classifier-free guidance, else 1; static
     velocity(network, latents, sigma, text, guidance_scale)
                                 one call: (B, C, H, W), (B,), what `encode` made -> (B, C, H, W); gradients flow
 
@@ -100,7 +100,8 @@ class SD3(Family):
                                                        max_sequence_length=length)
         return embeds, pooled
 
-    def branches(self, guidance_scale: float) -> int:
+    @staticmethod
+    def branches(guidance_scale: float) -> int:
         return 1 if guidance_scale == 1 else 2
 
     def velocity(self, network, latents: Tensor, sigma: Tensor, text: Text, guidance_scale: float) -> Tensor:
@@ -126,7 +127,8 @@ class FLUX(Family):
         embeds, pooled, _ = self.pipe.encode_prompt(prompt, prompt, device=device, max_sequence_length=length)
         return embeds, pooled
 
-    def branches(self, guidance_scale: float) -> int:
+    @staticmethod
+    def branches(guidance_scale: float) -> int:
         return 1
 
     def velocity(self, network, latents: Tensor, sigma: Tensor, text: Text, guidance_scale: float) -> Tensor:
