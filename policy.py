@@ -456,7 +456,7 @@ class Policy:
         return guided
 
     def reference_velocity(self, text: Text, guidance_scale: float = 1.0):
-        """The velocity before any training, as `velocity`, without gradients."""
+        """The velocity of the model without an adapter, or before full fine-tuning, as `velocity`, without gradients."""
         guided = self.velocity(text, guidance_scale, self.reference)
 
         @torch.no_grad()
@@ -491,7 +491,7 @@ class Policy:
         """
         if not isinstance(self.network, PeftModel):
             return self.network.save_pretrained(directory / "transformer")
-        self.network.save_pretrained(directory / "adapter", save_embedding_layers=False)         # True would ask the hub
+        self.network.save_pretrained(directory / "adapter", save_embedding_layers=False)         # "auto" asks the hub
         tensors = get_peft_model_state_dict(self.network, save_embedding_layers=False)
         settings = self.network.peft_config["default"].to_dict()
         self.pipe.save_lora_weights(
