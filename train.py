@@ -33,7 +33,7 @@ import distributed
 from config import Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
 from distributed import is_main
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
-from policy import Policy, WeightAverage, check_model
+from policy import Policy, WeightAverage, check_model, find_adapter
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, replay, rollout, timestep_schedule
@@ -101,7 +101,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
     windows, steps = draw_windows(config, epoch), torch.arange(config.num_steps)
     mine = distributed.share(plan.samples, distributed.rank(), distributed.world_size())
     groups = sorted({i // config.group_size for i in mine})
-    policy.cache_text([chosen[g].text for g in groups])
+    policy.cache_text([chosen[g].text for g in groups], config.guidance_scale)
     starts = shared_starts(policy, chosen, groups, windows, sigmas, config, epoch) if config.shared_start_noise else None
 
     # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree, and of one
@@ -278,8 +278,9 @@ def evaluate_share(policy: Policy, average: WeightAverage, rewards: Rewards, pro
     Every prompt has noise of its own, which does not depend on the run's seed, so that runs can be compared.
     """
     mine = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
-    policy.cache_text([prompts[i].text for i in mine])
-    sigmas = timestep_schedule(config.eval_num_steps, policy.shift, dtype=policy.compute_dtype)
+    policy.cache_text([prompts[i].text for i in mine], config.guidance_scale)
+    sigmas = timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps),
+                               dtype=policy.compute_dtype)
     kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
     with average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
@@ -464,6 +465,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
     check_model(config.model)
+    if config.lora_path:
+        find_adapter(config.lora_path)
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
 
 
@@ -479,7 +482,8 @@ def main() -> None:
                                 device=str(device), batch=config.reward_batch, models=dict(config.reward_models))
         torch.manual_seed(config.seed)
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
-                        config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
+                        config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
+                        config.offload_text_encoders, config.gradient_checkpointing)
     except (ValueError, OSError, ImportError) as error:
         stop(error, everywhere=False)
     scorer = ThreadPoolExecutor(max_workers=1)
@@ -510,7 +514,7 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
     scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
     average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-    sigmas = timestep_schedule(config.num_steps, policy.shift, dtype=policy.compute_dtype)
+    sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
 
     training_rewards = rewards.subset(weights=dict(config.rewards))

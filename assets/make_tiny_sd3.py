@@ -305,7 +305,7 @@ def report(model: Path) -> None:
     text = policy.encode(prompts)
     for steps in (8, 16, 28):
         for guidance in (1.0, 2.0, 3.0, 4.5, 7.0, 10.0):
-            sigmas = timestep_schedule(steps, policy.shift)
+            sigmas = timestep_schedule(steps, **policy.schedule_arguments(steps))
             final = rollout(policy.velocity(text, guidance), noise, sigmas, 0.0, None).final
             print(f"{steps} steps, guidance {guidance}: {score(policy.decode(final).numpy()):.4f}", flush=True)
 

@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from make_tiny_sd3 import make_pipeline
+from transformers import CLIPTextModel
 
 torch.set_num_threads(1)          # the tensors here are too small to share
 
@@ -21,6 +23,33 @@ def model(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("model")
     pipe.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def flux_model(tmp_path_factory) -> str:
+    """As `model`, a small FluxPipeline with guidance embeddings and dynamic shifting."""
+    torch.manual_seed(0)
+    parts = make_pipeline()
+    transformer = FluxTransformer2DModel(
+        in_channels=32, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=128, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "embed" in name and parameter.ndim == 2:                 # prompt, time and guidance matter
+                parameter *= 3
+    pipe = FluxPipeline(
+        transformer=transformer, vae=AutoencoderKL.from_config({**parts.vae.config, "scaling_factor": 0.5, "shift_factor": 0.1}),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=8, max_image_seq_len=128),
+        text_encoder=CLIPTextModel(parts.text_encoder.config), tokenizer=parts.tokenizer,
+        text_encoder_2=parts.text_encoder_3, tokenizer_2=parts.tokenizer_3)
+    directory = tmp_path_factory.mktemp("flux")
+    pipe.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(params=["sd3", "flux"])
+def each_model(request, model, flux_model) -> str:
+    return {"sd3": model, "flux": flux_model}[request.param]
 
 
 def wait_until(condition, seconds: float) -> None:

@@ -57,7 +57,7 @@ def test_a_rollout_without_noise_ends_where_the_pipeline_ends(policy, pipe, guid
     expected = pipe(PROMPTS, latents=noise, num_inference_steps=steps, guidance_scale=guidance_scale, height=HEIGHT,
                     width=WIDTH, max_sequence_length=TOKENS, output_type="latent").images
     velocity = policy.velocity(policy.encode(PROMPTS), guidance_scale)
-    latents = rollout(velocity, noise, timestep_schedule(steps, policy.shift), 0.0, None).final
+    latents = rollout(velocity, noise, timestep_schedule(steps, **policy.schedule_arguments(steps)), 0.0, None).final
     assert (latents - expected).abs().max() < 1e-5
     assert (latents[0] - latents[1]).std() > 0.1 and (latents - noise).std() > 0.1
 
@@ -66,7 +66,8 @@ def test_pictures_are_uint8_and_those_of_the_pipeline_within_one_level(policy, p
     noise = start_noise(policy, 2)
     expected = pipe(PROMPTS, latents=noise, num_inference_steps=3, guidance_scale=1.0, height=HEIGHT, width=WIDTH,
                     max_sequence_length=TOKENS, output_type="pil").images
-    latents = rollout(policy.velocity(policy.encode(PROMPTS)), noise, timestep_schedule(3, policy.shift), 0.0, None).final
+    sigmas = timestep_schedule(3, **policy.schedule_arguments(3))
+    latents = rollout(policy.velocity(policy.encode(PROMPTS)), noise, sigmas, 0.0, None).final
     images = policy.decode(latents)
     assert images.dtype == torch.uint8 and images.shape == (2, HEIGHT, WIDTH, 3) and images.device == CPU
     difference = np.abs(images.numpy().astype(int) - np.stack(expected).astype(int))
@@ -181,7 +182,7 @@ def test_a_float64_policy_computes_in_float64_in_every_part(model):
             if not list(module.children()) and list(module.parameters(recurse=False)):
                 module.register_forward_hook(lambda _, __, output, name=name: seen.setdefault(name, set()).add(output.dtype))
     velocity = policy.velocity(policy.encode(PROMPTS), 4.5)
-    sigmas = timestep_schedule(2, policy.shift, dtype=torch.float64)
+    sigmas = timestep_schedule(2, **policy.schedule_arguments(2), dtype=torch.float64)
     trajectory = rollout(velocity, start_noise(policy, 2), sigmas, 0.7, start_noise(policy, 4).view(2, 2, *policy.latent_shape),
                          num_trained=1)
     policy.decode(trajectory.final)
@@ -278,8 +279,8 @@ def test_a_model_is_checked_by_its_index_alone(model, tmp_path, monkeypatch):
     check_model(str(tmp_path))                                                            # nothing else is looked at
     check_model(model)
 
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="is a FluxPipeline: only StableDiffusion3Pipeline"):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "AuraFlowPipeline"}))
+    with pytest.raises(ValueError, match="is a AuraFlowPipeline: only StableDiffusion3Pipeline and FluxPipeline"):
         check_model(str(tmp_path))
     for missing in (str(tmp_path / "nothing"), "nothing", "./no/thing"):
         with pytest.raises(ValueError) as error:

@@ -352,7 +352,7 @@ def test_gradients_meet_once_per_update_and_the_network_is_called_as_often_as_pl
 def test_a_shared_prefix_changes_no_latents_and_saves_the_calls_that_arithmetic_says(model, monkeypatch):
     _, config = parse_config(flags(**{**SMALL, **SHARED, "model": model, "num_steps": 6, "window_range": (0, 6)}))
     policy, rewards = policy_of(model, config), train.build_rewards(dict(config.rewards))
-    sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+    sigmas = train.timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=torch.float64)
     prompts, rows, forward, epoch = train.load_prompts(config.prompts, "train"), [0], SD3Transformer2DModel.forward, 2
 
     def counted_forward(self, hidden_states, *args, **kwargs):
@@ -395,7 +395,7 @@ def test_the_guarded_gradient_is_reinforce_weighted_by_std_over_the_length_of_th
     distributed.setup()
     try:
         policy = policy_of(model, config)
-        sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+        sigmas = train.timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=torch.float64)
         with train.ThreadPoolExecutor(1) as scorer:
             samples = train.sample_epoch(policy, train.build_rewards(dict(config.rewards)),
                                          train.load_prompts(config.prompts, "train"), sigmas, config, 1, scorer)
@@ -421,7 +421,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_samples_and_trained_steps(tra
     try:
         policy = policy_of(model, config)
         rewards = train.build_rewards(dict(config.rewards))
-        sigmas = train.timestep_schedule(config.num_steps, policy.shift, dtype=torch.float64)
+        sigmas = train.timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=torch.float64)
         with train.ThreadPoolExecutor(1) as scorer:
             samples = train.sample_epoch(policy, rewards, train.load_prompts(config.prompts, "train"), sigmas, config, 1, scorer)
     finally:
@@ -507,7 +507,8 @@ def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_
             for p, averaged in zip(policy.parameters, state["average"], strict=True):
                 p.copy_(averaged)
         assert any(not torch.equal(*pair) for pair in zip(state["average"], state["trained"]))
-    sigmas = train.timestep_schedule(config.eval_num_steps, policy.shift, dtype=torch.float64)
+    schedule = policy.schedule_arguments(config.eval_num_steps)
+    sigmas = train.timestep_schedule(config.eval_num_steps, **schedule, dtype=torch.float64)
     images = []
     for i, prompt in enumerate(train.load_prompts(config.prompts, "test")[:7]):
         noise = train.draw_noise(0, train.EVAL_NOISE, 0, [i], 1, policy.latent_shape)[0].double()

@@ -1,0 +1,257 @@
+"""Adapters come and go in the formats that people use, and what does not fit is refused in one line."""
+
+import json
+import shutil
+import socket
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_families import PROMPTS, SIGMA, change, load_pipeline, make_policy, pipeline_latents, policy_latents, start_noise
+
+import policy as policy_module
+from policy import Policy, check_model, find_adapter
+
+ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+             "attn.to_add_out"]
+STEPS, GUIDANCE = 3, 2.0
+RESPONSE = SimpleNamespace(headers={}, request=None)      # what the hub's errors want to know of an answer
+
+
+def fresh_pipeline(model: str) -> DiffusionPipeline:
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def of_pipeline(pipe: DiffusionPipeline, noise: torch.Tensor) -> torch.Tensor:
+    return pipeline_latents(pipe, noise, (16, 32), num_inference_steps=STEPS, guidance_scale=GUIDANCE)
+
+
+def written_by_peft(model: str, directory: Path, config=None) -> PeftModel:
+    """An adapter as the published trainer leaves it: peft's own save, with alpha twice the rank; weights that do something."""
+    network = get_peft_model(fresh_pipeline(model).transformer, config or LoraConfig(
+        r=3, lora_alpha=6, init_lora_weights="gaussian", target_modules=ATTENTION))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if "lora_B" in name:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    network.save_pretrained(directory)
+    return network
+
+
+def adapted(model: str, lora_path, dtype: str = "float32", **settings) -> Policy:
+    return make_policy(model, dtype, lora_path=str(lora_path), **settings)
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+def test_one_directory_is_loaded_by_peft_and_by_diffusers_and_both_draw_what_the_policy_draws(each_model, tmp_path, caplog):
+    policy = make_policy(each_model)
+    change(policy, 0.03)
+    policy.save(tmp_path)
+    noise = start_noise(policy)
+    own, untrained = policy_latents(policy, noise, STEPS, GUIDANCE), of_pipeline(load_pipeline(each_model), noise)
+    assert (own - untrained).abs().max() > 1e-2
+
+    by_peft, by_diffusers = fresh_pipeline(each_model), fresh_pipeline(each_model)
+    by_peft.transformer = PeftModel.from_pretrained(by_peft.transformer, tmp_path / "adapter")
+    by_diffusers.load_lora_weights(tmp_path / "adapter")
+    for pipe in (by_peft, by_diffusers):
+        assert (of_pipeline(pipe, noise) - own).abs().max() < 1e-5
+    assert "weights file" not in caplog.text                                              # it is clear which file is whose
+    images = policy.decode(own)
+    latents = of_pipeline(by_diffusers, noise)
+    assert (policy.decode(latents).int() - images.int()).abs().max() <= 1
+
+
+def test_a_saved_adapter_names_its_model_and_weighs_what_an_adapter_weighs(each_model, tmp_path):
+    policy = make_policy(each_model)
+    policy.save(tmp_path)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == each_model and (settings["r"], settings["lora_alpha"]) == (4, 8)
+    weights = sum(4 * p.numel() for p in policy.parameters)
+    files = {f.name: f.stat().st_size for f in (tmp_path / "adapter").iterdir()}
+    headers = 2 * 200 * len(policy.parameters)                                            # of names, in both formats
+    assert sum(files.values()) < 2 * weights + headers + 20_000                           # settings and a card
+    assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == {
+        name.replace(".default", "") for name, p in policy.network.named_parameters() if p.requires_grad}
+
+
+def test_saving_and_loading_ask_no_hub(model, tmp_path, monkeypatch):
+    policy = make_policy(model)
+    policy.network.peft_config["default"].base_model_name_or_path = "someone/something"
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **_: asked.append(args) or [])
+    policy.save(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(model, tmp_path)
+    assert not asked
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+def test_an_adapter_in_the_published_layout_loads_and_training_goes_on_from_it(each_model, tmp_path):
+    network = written_by_peft(each_model, tmp_path)
+    policy = adapted(each_model, tmp_path)
+    text, x = policy.encode(PROMPTS), start_noise(policy)
+    with torch.no_grad():
+        expected = policy.velocity(text, network=network)(x, SIGMA)
+        untrained = policy.velocity(text, network=load_pipeline(each_model).transformer)(x, SIGMA)
+    before = policy.velocity(text)(x, SIGMA)
+    assert (before - expected).abs().max() < 1e-5 and (before - untrained).abs().max() > 1e-3
+    assert len(policy.parameters) == sum("lora_" in name for name, _ in network.named_parameters())
+    assert {min(p.shape) for p in policy.parameters} == {3}                               # its own rank, not the policy's 4
+
+    optimizer = torch.optim.SGD(policy.parameters, lr=1e-3)
+    before.square().mean().backward()
+    optimizer.step()
+    after = policy.velocity(text)(x, SIGMA)
+    assert after.square().mean() < before.square().mean()
+    assert (policy.reference_velocity(text)(x, SIGMA) - untrained).abs().max() < 1e-5     # the model without any adapter
+    policy.save(tmp_path / "on")
+    pipe = fresh_pipeline(each_model)
+    pipe.load_lora_weights(tmp_path / "on" / "adapter")
+    with torch.no_grad():
+        assert (policy.velocity(text, network=pipe.transformer)(x, SIGMA) - after).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_loaded_adapter_is_trained_in_full_precision_and_without_its_dropout(model, tmp_path, dtype):
+    written_by_peft(model, tmp_path, LoraConfig(r=3, lora_alpha=6, lora_dropout=0.5, target_modules=ATTENTION))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: value.bfloat16() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    policy = adapted(model, tmp_path, dtype)
+    assert {p.dtype for p in policy.parameters} == {policy.compute_dtype}
+    assert torch.equal(policy.parameters[0].to(torch.bfloat16), next(iter(
+        tensors[name.replace(".default", "")].bfloat16() for name, p in policy.network.named_parameters() if p.requires_grad)))
+    text, x = policy.encode(PROMPTS), start_noise(policy)
+    assert torch.equal(policy.velocity(text)(x, SIGMA), policy.velocity(text)(x, SIGMA))
+
+
+def test_checkpoints_and_diffusers_files_load_as_adapters(each_model, tmp_path):
+    policy = make_policy(each_model)
+    change(policy)
+    policy.save(tmp_path)
+    weights = tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(weights, alone)
+    text, x = policy.encode(PROMPTS), start_noise(policy)
+    with torch.no_grad():
+        expected = policy.velocity(text)(x, SIGMA)
+        for path in (tmp_path, tmp_path / "adapter", alone, weights):
+            assert (adapted(each_model, path).velocity(text)(x, SIGMA) - expected).abs().max() < 1e-5, path
+
+        save_file(load_file(weights), alone / weights.name)                               # without its settings
+        pipe = fresh_pipeline(each_model)
+        pipe.load_lora_weights(alone)
+        found = adapted(each_model, alone).velocity(text)(x, SIGMA)
+        assert (found - policy.velocity(text, network=pipe.transformer)(x, SIGMA)).abs().max() < 1e-5
+        assert (found - expected).abs().max() > 1e-3                                      # where alpha is taken for the rank
+
+
+def test_an_adapter_comes_from_the_hub_by_its_id_in_either_format(model, tmp_path, monkeypatch):
+    written_by_peft(model, tmp_path / "peft")
+    policy = adapted(model, tmp_path / "peft")
+    policy.save(tmp_path)
+    (tmp_path / "diffusers").mkdir()
+    shutil.copy(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tmp_path / "diffusers")
+
+    def download(repository, name):
+        assert repository in ("someone/peft", "someone/diffusers")
+        path = tmp_path / repository.partition("/")[2] / name
+        if not path.exists():
+            raise RemoteEntryNotFoundError("404", response=RESPONSE)
+        return str(path)
+
+    monkeypatch.setattr(policy_module, "hf_hub_download", download)
+    for name in ("someone/peft", "someone/diffusers"):
+        for found, expected in zip(adapted(model, name).parameters, policy.parameters, strict=True):
+            assert torch.equal(found, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+def refusal(call, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500, message
+    return message
+
+
+def test_an_adapter_of_another_architecture_is_refused_with_the_first_tensor_that_has_no_place(model, flux_model, tmp_path):
+    everything = LoraConfig(r=3, target_modules=["attn.to_q", "proj_mlp"])
+    network = written_by_peft(flux_model, tmp_path, everything)
+    first = next(iter(load_file(tmp_path / "adapter_model.safetensors")))
+    message = refusal(adapted, model, tmp_path)
+    assert str(tmp_path) in message and model in message and "the model has no such layer" in message
+    assert first in message and str(tuple(network.state_dict()[first.replace(".weight", ".default.weight")].shape)) in message
+
+
+@pytest.mark.parametrize("fault", ["missing", "rank", "width", "stranger"])
+def test_an_adapter_whose_tensors_do_not_fit_is_refused_with_the_first_of_them(model, tmp_path, fault):
+    written_by_peft(model, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = "base_model.model.transformer_blocks.1.attn.to_k.lora_A.weight"
+    if fault == "missing":
+        del tensors[key]
+        expected = f"{key} is missing, the model needs (3, 128)"
+    elif fault == "stranger":
+        key = "base_model.model.transformer_blocks.1.ff.net.2.lora_A.weight"
+        tensors[key] = torch.zeros(3, 512)
+        expected = f"{key} has shape (3, 512), but its own settings do not name that layer"
+    else:
+        tensors[key] = torch.zeros(5, 128) if fault == "rank" else torch.zeros(3, 96)
+        expected = f"{key} has shape {tuple(tensors[key].shape)}, the model needs (3, 128)"
+    save_file(tensors, weights)
+    message = refusal(adapted, model, tmp_path)
+    assert expected in message and model in message and str(tmp_path) in message
+
+
+def test_what_holds_no_adapter_of_ours_is_refused(model, tmp_path):
+    assert "does not exist" in refusal(find_adapter, str(tmp_path / "nothing"))
+    assert "does not exist" in refusal(adapted, model, "nothing")
+    assert "holds no adapter" in refusal(find_adapter, model)
+    torch.save({}, tmp_path / "adapter_model.bin")                                        # could run code: never opened
+    (tmp_path / "adapter_config.json").write_text("{}")
+    message = refusal(adapted, model, tmp_path)
+    assert "adapter_model.safetensors" in message and "pytorch_lora_weights.safetensors" in message
+    get_peft_model(fresh_pipeline(model).transformer, LoHaConfig(target_modules=["to_q"])).save_pretrained(tmp_path / "loha")
+    assert "LOHA" in refusal(adapted, model, tmp_path / "loha")
+    (tmp_path / "text").mkdir()
+    save_file({"text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "text" / "pytorch_lora_weights.safetensors")
+    assert "text_encoder.layer.lora_A.weight" in refusal(adapted, model, tmp_path / "text")
+    (tmp_path / "empty").mkdir()
+    save_file({}, tmp_path / "empty" / "pytorch_lora_weights.safetensors")
+    assert "no tensors" in refusal(adapted, model, tmp_path / "empty")
+    (tmp_path / "empty" / "pytorch_lora_weights.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "no whole safetensors file" in refusal(adapted, model, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("look, option", [(check_model, "--model"), (find_adapter, "--lora-path")])
+@pytest.mark.parametrize("error, hint", [
+    (GatedRepoError("401\nlong", response=RESPONSE), "is gated: accept its licence"),
+    (RepositoryNotFoundError("401\nlong", response=RESPONSE), "neither here nor on the hub"),
+    (LocalEntryNotFoundError("off line\nlong"), "go on line"),
+    (OSError("several\nlines"), "go on line"),
+    (RemoteEntryNotFoundError("404\nlong", response=RESPONSE), "has neither|has no model_index.json")])
+def test_what_the_hub_does_not_give_is_told_in_one_line_with_the_way_out(look, option, error, hint, monkeypatch):
+    def download(*_):
+        raise error
+
+    monkeypatch.setattr(policy_module, "hf_hub_download", download)
+    message = refusal(look, "someone/something")
+    assert message.startswith(f"{option} 'someone/something'") and any(part in message for part in hint.split("|"))
+    if isinstance(error, RepositoryNotFoundError):
+        assert "HF_TOKEN" in message and ("gated" in message) == isinstance(error, GatedRepoError)

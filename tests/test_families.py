@@ -1,0 +1,327 @@
+"""SD3 and FLUX, alike: the policy samples as the pipeline does, fits the memory, and trains; published sizes; random weights."""
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+import policy as policy_module
+from policy import FAMILIES, FLUX, SD3, Policy, check_model
+from sampler import replay, rollout, timestep_schedule
+
+CPU = torch.device("cpu")
+TOKENS = 12
+PROMPTS = ['the word "lamp"', 'the word "sun"']
+SIGMA = torch.tensor([0.9, 0.3])
+
+
+def make_policy(model: str, dtype: str = "float32", resolution=(16, 32), **settings) -> Policy:
+    torch.manual_seed(0)
+    return Policy(model, CPU, dtype, resolution, TOKENS, lora_rank=4, lora_alpha=8, **settings)
+
+
+def start_noise(policy: Policy, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).to(policy.compute_dtype)
+
+
+def change(policy: Policy, scale: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.parameters:
+            p += scale * torch.randn(p.shape, generator=generator).to(p)
+
+
+def policy_latents(policy: Policy, noise: torch.Tensor, steps: int, guidance_scale: float) -> torch.Tensor:
+    sigmas = timestep_schedule(steps, **policy.schedule_arguments(steps))
+    return rollout(policy.velocity(policy.encode(PROMPTS), guidance_scale), noise, sigmas, 0.0, None).final
+
+
+def pipeline_latents(pipe: DiffusionPipeline, noise: torch.Tensor, resolution, **settings) -> torch.Tensor:
+    """The pipeline's own final latents (B, C, H, W), by its own packing where it packs."""
+    if isinstance(pipe, FluxPipeline):
+        noise = pipe._pack_latents(noise, *noise.shape)
+    latents = pipe(PROMPTS, latents=noise, height=resolution[0], width=resolution[1], max_sequence_length=TOKENS,
+                   output_type="latent", **settings).images
+    return pipe._unpack_latents(latents, *resolution, pipe.vae_scale_factor) if isinstance(pipe, FluxPipeline) else latents
+
+
+@functools.cache
+def untrained_policy(model: str, resolution=(16, 32)) -> Policy:
+    """For tests that leave it as it is."""
+    return make_policy(model, resolution=resolution)
+
+
+@functools.cache
+def load_pipeline(model: str) -> DiffusionPipeline:
+    """Likewise."""
+    pipe = DiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# ---------------------------------------------------------------------------------------------- as the pipeline does it
+
+@pytest.mark.parametrize("resolution, steps, guidance_scale", [
+    ((16, 32), 6, 1.0), ((16, 32), 6, 3.5), ((40, 24), 1, 3.5), ((64, 64), 10, 2.0)])
+def test_a_rollout_without_noise_ends_where_the_pipeline_ends(each_model, resolution, steps, guidance_scale):
+    policy = untrained_policy(each_model, resolution)
+    noise = start_noise(policy)
+    expected = pipeline_latents(load_pipeline(each_model), noise, resolution, num_inference_steps=steps,
+                                guidance_scale=guidance_scale)
+    latents = policy_latents(policy, noise, steps, guidance_scale)
+    assert latents.shape == expected.shape and (latents - expected).abs().max() < 1e-5
+    assert (latents - noise).std() > 0.1
+
+
+def test_flux_without_guidance_embeddings_and_shift_as_schnell_is_ends_where_its_pipeline_ends(flux_model, tmp_path):
+    shutil.copytree(flux_model, tmp_path, dirs_exist_ok=True)
+    config = load_pipeline(flux_model).transformer.config
+    FluxTransformer2DModel.from_config({**config, "guidance_embeds": False}).save_pretrained(tmp_path / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(tmp_path / "scheduler")
+    policy = make_policy(str(tmp_path))
+    noise = start_noise(policy)
+    expected = pipeline_latents(load_pipeline(str(tmp_path)), noise, (16, 32), num_inference_steps=4)
+    assert policy.schedule_arguments(4) == {"shift": 1.0, "sigma_min": 0.25}
+    for guidance_scale in (1.0, 3.5):
+        assert (policy_latents(policy, noise, 4, guidance_scale) - expected).abs().max() < 1e-5
+
+
+def test_every_input_of_flux_matters(flux_model):
+    policy = untrained_policy(flux_model)
+    x, text = start_noise(policy), policy.encode(PROMPTS)
+    turned = (text[0].flip(0), text[1]), (text[0], text[1].flip(0))
+    with torch.no_grad():
+        v = policy.velocity(text, 3.5)(x, SIGMA)
+        others = [policy.velocity(text, 1.0)(x, SIGMA), policy.velocity(text, 3.5)(x, SIGMA + 0.05),
+                  *(policy.velocity(other, 3.5)(x, SIGMA) for other in turned),
+                  policy.velocity(text, 3.5)(x.roll(2, -1), SIGMA).roll(-2, -1)]                  # the place
+    assert all((other - v).abs().max() > 1e-3 for other in others)
+
+
+def test_flux_takes_one_transformer_call_whatever_the_guidance_and_sd3_two_rows_with_it(model, flux_model):
+    for directory, rows in ((model, 4), (flux_model, 2)):
+        policy, seen = untrained_policy(directory), []
+        hook = policy.pipe.transformer.proj_out.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        for guidance_scale, expected in ((1.0, 2), (4.5, rows)):
+            policy.velocity(policy.encode(PROMPTS), guidance_scale)(start_noise(policy), SIGMA)
+            assert seen.pop() == expected == 2 * policy.branches(guidance_scale) and not seen
+            assert check_model(directory).branches(guidance_scale) == policy.branches(guidance_scale)    # before any load
+        hook.remove()
+
+
+@pytest.mark.parametrize("settings", [dict(shift=1.0), dict(shift=3.0), dict(use_dynamic_shifting=True),
+                                      dict(use_dynamic_shifting=True, time_shift_type="linear", max_shift=2.0)])
+def test_the_schedule_is_the_one_the_pipeline_sets(each_model, settings, monkeypatch):
+    resolution = (40, 24)
+    policy, pipe = untrained_policy(each_model, resolution), load_pipeline(each_model)
+    scheduler = FlowMatchEulerDiscreteScheduler(base_image_seq_len=8, max_image_seq_len=128, **settings)
+    monkeypatch.setattr(policy.pipe, "scheduler", scheduler)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    for steps in (1, 5):
+        pipeline_latents(pipe, start_noise(policy), resolution, num_inference_steps=steps)
+        sigmas = timestep_schedule(steps, **policy.schedule_arguments(steps))
+        assert (sigmas - pipe.scheduler.sigmas).abs().max() < 1e-6
+
+
+def test_a_schedule_of_another_kind_is_refused(flux_model, tmp_path):
+    shutil.copytree(flux_model, tmp_path, dirs_exist_ok=True)
+    FlowMatchEulerDiscreteScheduler(shift_terminal=0.1).save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match="shift_terminal is not supported"):
+        make_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("resolution", [(20, 32), (16, 36)])
+def test_a_resolution_that_flux_cannot_tile_is_refused_with_what_it_takes(flux_model, resolution):
+    with pytest.raises(ValueError) as error:
+        make_policy(flux_model, resolution=resolution)
+    assert str(resolution) in str(error.value) and "multiples of 8" in str(error.value)
+    assert make_policy(flux_model, resolution=(8, 4096)).latent_shape == (8, 2, 1024)     # no table of positions ends
+
+
+def test_flux_has_a_reference_and_a_new_adapter_changes_nothing(flux_model):
+    policy, pipe = make_policy(flux_model), load_pipeline(flux_model)
+    text, x = policy.encode(PROMPTS), start_noise(policy)
+    with torch.no_grad():
+        untrained = policy.velocity(text, 3.5, pipe.transformer)(x, SIGMA)
+    assert (policy.velocity(text, 3.5)(x, SIGMA) - untrained).abs().max() < 1e-5
+    change(policy)
+    assert (policy.velocity(text, 3.5)(x, SIGMA) - untrained).abs().max() > 1e-2
+    assert (policy.reference_velocity(text, 3.5)(x, SIGMA) - untrained).abs().max() < 1e-5
+
+
+def test_the_published_targets_of_flux_are_found_by_the_end_of_their_names(flux_model):
+    suffixes = ("attn.to_q", "attn.to_out.0", "attn.add_k_proj", "ff.net.0.proj", "ff_context.net.2")
+    policy = make_policy(flux_model, lora_targets=suffixes)
+    adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name, p in policy.network.named_parameters()
+               if p.requires_grad}
+    expected = {name for name, _ in load_pipeline(flux_model).transformer.named_modules()
+                if any(name.endswith("." + suffix) for suffix in suffixes)}
+    assert adapted == expected and {name.split("blocks")[0] for name in adapted} == {"transformer_", "single_transformer_"}
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_frozen_weights_are_half_and_adapters_float32_and_a_half_policy_stays_near_float32(each_model, dtype):
+    policy, full = make_policy(each_model, dtype), untrained_policy(each_model)
+    trained, frozen = set(), set()
+    for p in policy.network.parameters():
+        (trained if p.requires_grad else frozen).add(p.dtype)
+    assert trained == {torch.float32} and frozen == {policy.dtype} == {next(policy.pipe.text_encoder.parameters()).dtype}
+    # FLUX rounds time and guidance, times 1000, to the network's dtype: these stay what they are.
+    x, sigma, guidance_scale = start_noise(policy), torch.tensor([0.5, 0.25]), 4.0
+    velocity = policy.velocity(policy.encode(PROMPTS), guidance_scale)(x, sigma)
+    with torch.no_grad():
+        expected = full.velocity(full.encode(PROMPTS), guidance_scale)(x, sigma)
+    assert velocity.dtype == torch.float32 and 0 < (velocity - expected).norm() < 0.04 * expected.norm()
+    velocity.square().mean().backward()
+    assert {p.grad.dtype for p in policy.parameters if p.grad is not None} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_activations(each_model):
+    def gradient(**settings) -> tuple[torch.Tensor, int]:
+        policy = make_policy(each_model, "float64", **settings)
+        change(policy)
+        text, noise, kept = policy.encode(PROMPTS), start_noise(policy, 8).view(4, 2, *policy.latent_shape), 0
+        sigmas = timestep_schedule(3, **policy.schedule_arguments(3), dtype=torch.float64)
+        trajectory = rollout(policy.velocity(text, 3.5), noise[0], sigmas, 0.7, noise[1:], num_trained=1)
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            log_prob, _, _ = replay(policy.velocity(text, 3.5), trajectory, 0)
+        assert (log_prob - trajectory.log_probs[0]).abs().max() < 1e-9
+        grads = torch.autograd.grad(log_prob.sum(), policy.parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in grads]), kept
+
+    (plain, much), (checkpointed, little) = gradient(), gradient(gradient_checkpointing=True)
+    assert plain.norm() > 0 and (plain - checkpointed).norm() < 1e-9 * plain.norm()
+    assert little < 0.5 * much
+
+
+def test_text_encoders_are_on_the_device_only_while_prompts_are_encoded(each_model, monkeypatch):
+    policy, moves = make_policy(each_model, offload_text_encoders=True), []
+    encoders = [part for name, part in policy.pipe.components.items() if name.startswith("text_encoder")]
+    for i, encoder in enumerate(encoders):          # on a machine where device and host are one, the object tells them apart
+        monkeypatch.setattr(encoder, "to", lambda device, i=i: moves.append((i, device is policy.device)))
+        encoder.register_forward_hook(lambda *_, i=i: moves.append(f"{i} encodes"))
+    policy.cache_text(PROMPTS, 4.5)
+    there, back = [(i, True) for i in range(len(encoders))], [(i, False) for i in range(len(encoders))]
+    encodes = [f"{i} encodes" for i in range(len(encoders))]
+    assert moves == there + encodes * (2 + (policy.branches(4.5) == 2)) + back
+    moves.clear()
+    policy.cache_text(PROMPTS[::-1], 4.5)
+    policy.velocity(policy.encode(PROMPTS), 4.5)
+    assert not moves                                                                      # all was known, the empty prompt too
+    policy.encode(["another", "more"])
+    assert moves == there + encodes * 2 + back
+    for found, expected in zip(policy.encode(PROMPTS), untrained_policy(each_model).encode(PROMPTS)):
+        assert torch.equal(found, expected)
+
+
+def test_cached_prompts_stay_until_others_are_announced_however_many_they_are(model, monkeypatch):
+    monkeypatch.setattr(policy_module, "TEXT_CACHE", 3)
+    policy, encoded = make_policy(model), []
+    encode = policy.family.encode
+    monkeypatch.setattr(policy.family, "encode", lambda prompt, *rest: encoded.append(prompt) or encode(prompt, *rest))
+    many = [f"prompt {i}" for i in range(6)]
+    policy.encode(["one before"])
+    policy.cache_text(many, 4.5)
+    for _ in range(2):
+        for prompt in many:
+            policy.velocity(policy.encode([prompt]), 4.5)
+    assert encoded == ["one before", *many, ""]
+    policy.cache_text(["prompt 4"])                                                       # neither the newest nor the oldest
+    for prompt in ("a", "b", "prompt 4"):
+        policy.encode([prompt])
+    assert encoded[8:] == ["a", "b"] and len(policy._text_cache) == 3
+
+
+def test_images_are_decoded_in_slices_to_the_same_pixels(each_model, monkeypatch):
+    policy, sizes = make_policy(each_model), []
+    latents = start_noise(policy, 5)
+    policy.pipe.vae.decoder.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    whole = policy.decode(latents)
+    monkeypatch.setattr(policy_module, "DECODE_PIXELS", 2 * 16 * 32 + 1)
+    sliced = policy.decode(latents)
+    monkeypatch.setattr(policy_module, "DECODE_PIXELS", 1)
+    single = policy.decode(latents)
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1] and whole.shape == (5, 16, 32, 3) and whole.float().std() > 5
+    for other in (sliced, single):
+        difference = (other.int() - whole.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 1e-3                 # a tie of rounding here and there
+
+
+# ------------------------------------------------------------------------------------------------------- random weights
+
+@pytest.mark.parametrize("name, count", [("sd35m", 2_243_171_520), ("sd35l", 8_056_627_520), ("flux", 11_901_408_320)])
+def test_random_models_have_the_published_number_of_weights(name, count):
+    family = check_model(f"random:{name}")
+    with torch.device("meta"):
+        transformer = family.transformer(**family.published[name])
+    assert sum(p.numel() for p in transformer.parameters()) == count
+    assert family.pipeline.__name__ in FAMILIES
+
+
+@pytest.mark.parametrize("family, dtype", [(SD3, "float16"), (FLUX, "bfloat16")])
+def test_a_random_model_goes_the_way_of_any_other(family, dtype, monkeypatch):
+    small = dict(num_layers=2, num_attention_heads=2, attention_head_dim=16)
+    small |= dict(caption_projection_dim=32, qk_norm="rms_norm", dual_attention_layers=(0,)) if family is SD3 else dict(
+        num_single_layers=2, axes_dims_rope=(4, 6, 6), guidance_embeds=True)
+    monkeypatch.setitem(family.published, "small", small)
+    made, init = [], torch.nn.Linear.reset_parameters
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda self: made.append(self.weight.dtype) or init(self))
+
+    policy = make_policy("random:small", dtype, resolution=(32, 48))
+    torch.manual_seed(1)
+    again = Policy("random:small", CPU, dtype, (32, 48), TOKENS, lora_rank=4)
+    assert made[0] == policy.dtype and set(made) == {policy.dtype, torch.float32}         # the autoencoder's, the adapter's
+    assert torch.get_default_dtype() == torch.float32
+    assert policy.latent_shape == (16, 4, 6)
+    embeds, pooled = policy.encode(["a", "b", "a"])
+    assert embeds.shape == (3, TOKENS + 77 * (family is SD3), 4096) and pooled.shape == (3, 2048 if family is SD3 else 768)
+    assert torch.equal(embeds[0], embeds[2]) and not torch.equal(embeds[0], embeds[1]) and embeds.dtype == policy.dtype
+    assert torch.equal(again.encode(["b"])[0][0], embeds[1])
+    x = start_noise(policy)
+    velocity = policy.velocity(policy.encode(PROMPTS), 3.5)(x, SIGMA)
+    assert velocity.isfinite().all() and velocity.std() > 1e-2
+    assert torch.equal(again.velocity(again.encode(PROMPTS), 3.5)(x, SIGMA), velocity)    # whatever the seed of the run
+    velocity.square().mean().backward()
+    assert sum(p.grad.norm() for p in policy.parameters if p.grad is not None) > 0
+    images = policy.decode(x)
+    assert images.shape == (2, 32, 48, 3) and images.float().std() > 0
+
+
+def test_an_unknown_random_model_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="random:sd36.*random:sd35m, random:sd35l, random:flux"):
+        check_model("random:sd36")
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+def test_flux_trains_on_two_ranks_by_the_command_that_users_run(flux_model, tmp_path):
+    root = Path(policy_module.__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", root / "train.py",
+               "--model", flux_model, "--output-dir", tmp_path, "--run-name", "flux",
+               *("--rewards jpeg_incompressibility 1 --resolution 16 32 --guidance-scale 3.5 --num-steps 3 --window-size 2 "
+                 "--window-range 0 3 --groups-per-epoch 1 --group-size 3 --updates-per-epoch 1 --epochs 1 --beta 0.1 "
+                 "--eval-prompts 2 --eval-num-steps 2").split()]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, capture_output=True,
+                          timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *_, last = map(json.loads, (tmp_path / "flux" / "metrics.jsonl").read_text().splitlines())
+    assert last["epoch"] == 1 and last["grad_norm"] > 0 and last["ratio_deviation_before"] < 1e-5
+    saved = tmp_path / "flux" / "checkpoints" / "epoch_00001" / "adapter"
+    pipe = DiffusionPipeline.from_pretrained(flux_model)
+    pipe.load_lora_weights(saved)
+    assert any("lora_A" in name for name, _ in pipe.transformer.named_parameters())
