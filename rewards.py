@@ -338,13 +338,13 @@ def geneval_relations(box, target):
 
 def _geneval_attributes(clause, objects, groups):
     # The terms, in [0, 1], of the clause's colour and position, for exactly as many objects as it wants. `groups`:
-    # the objects of each earlier clause that is met, [] of one that is not: without its target, a position is wrong.
+    # the objects of each earlier clause that is met, [] of one that is not: a position without its target is wrong.
     terms = []
     if "color" in clause:
         # 1 - |wanted - with that colour| / wanted
         terms.append(sum(each.color == clause["color"] for each in objects) / len(objects))
     if "position" in clause:
-        # Here the reference code appends 1 whatever it found, after the 0 of a wrong position: half a point for any.
+        # The correction: the reference code gives a wrong position its 0, and then a stray 1, a second term beside it.
         relation, target = clause["position"]
         pairs = [(each.box, other.box) for each in objects for other in groups[target]]
         terms.append(float(bool(pairs) and all(relation in geneval_relations(*pair) for pair in pairs)))
@@ -355,8 +355,9 @@ def geneval_score(detections, metadata):
     """GenEval's judgement (arXiv 2310.11513) of a picture's detections: (score, strict, accuracy).
 
         score       what Flow-GRPO (arXiv 2505.05470) trains on, the mean over terms. Each clause of `include` gives
-                    1 - |wanted - found| / wanted, which a crowd makes negative; where the count is exact, one term
-                    each for its colour and position; where it is not, a single 0 for both. At most 1
+                    1 - |wanted - found| / wanted, which a crowd makes negative. Where the count is exact, a colour
+                    gives 1 - |wanted - with that colour| / wanted, and a position 1 or 0: whether each object stands
+                    so to each of its target, a clause that is itself met. Where it is not, one 0 for both
         strict      1.0 where every clause is exactly right, 0.0 elsewhere; then score and accuracy are 1 too
         accuracy    the benchmark's, 1.0 or 0.0: at least the count, the `count` most confident objects rightly
                     coloured and placed
@@ -388,7 +389,7 @@ def geneval_detector(options):
     functional = _import("torch.nn", "functional", packages)
     Mask2Former = _import("transformers", "Mask2FormerForUniversalSegmentation", packages)
     source = options.model("geneval")
-    processor = _import("transformers", "AutoImageProcessor", packages).from_pretrained(source)
+    processor = _import("transformers", "Mask2FormerImageProcessor", packages).from_pretrained(source)
     network = Mask2Former.from_pretrained(source).to(options.device).eval()
     labels = network.config.id2label
     names = [GENEVAL_NAMES.get(labels[index], labels[index]) for index in range(len(labels))]
@@ -400,8 +401,8 @@ def geneval_detector(options):
         return [objects(*each, images.shape[1:3]) for each in zip(probabilities, outputs.masks_queries_logits)]
 
     def objects(probabilities, mask_logits, size):
-        # What transformers' post_process_instance_segmentation does with overlapping instances, on the network's own
-        # device, and for the few queries alone that can pass: a mask only takes from the confidence of its class.
+        # As transformers' post_process_instance_segmentation, overlapping instances whole, 384 x 384 pixels first; but
+        # on the network's device, for the few queries alone that can pass: a mask takes from its class's confidence.
         confidence, index = probabilities.flatten().topk(len(probabilities))
         confidence, index = confidence[confidence > GENEVAL_CONFIDENCE], index[confidence > GENEVAL_CONFIDENCE]
         if not len(index):

@@ -313,19 +313,12 @@ RENAMED = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "comput
 HEIGHT, WIDTH = 40, 72
 
 
-def quiet_processor(name, **settings):
-    """The image processor as transformers builds it where torchvision is not installed."""
-    import transformers
-
-    return getattr(transformers, name + "Pil")(**settings)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Directories in the hub's format: {name of rewards.MODELS: a small random checkpoint of the class it names}."""
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer, Mask2FormerConfig,
-                              Mask2FormerForUniversalSegmentation, SwinConfig)
+    from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, Mask2FormerConfig,
+                              Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig)
 
     torch.manual_seed(0)
     stages = dict(depths=[1] * 4, num_heads=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -353,13 +346,14 @@ def models(tmp_path_factory):
                 parameter *= 100
             elif "layers" in name and parameter.ndim == 2:
                 parameter *= 5
+        clip.text_model.final_layer_norm.weight[:3] *= 8  # and texts in length, which must not weigh
 
     directories = {name: str(tmp_path_factory.mktemp(name)) for name in ("geneval", "geneval.clip")}
     detector.save_pretrained(directories["geneval"])
     settings = dict(size={"height": 64, "width": 64}, num_labels=len(LABELS))
-    quiet_processor("Mask2FormerImageProcessor", **settings).save_pretrained(directories["geneval"])
+    Mask2FormerImageProcessor(**settings).save_pretrained(directories["geneval"])
     clip.save_pretrained(directories["geneval.clip"])
-    square = quiet_processor("CLIPImageProcessor", size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    square = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(square, tokenizer).save_pretrained(directories["geneval.clip"])
     return directories
 
@@ -396,9 +390,9 @@ def metadata(pictures):
 
 def reference_detections(models, pictures):
     """For each picture a list of (COCO's name, confidence, mask (H, W) bool), by transformers' own post-processing."""
-    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(models["geneval"])
+    processor = Mask2FormerImageProcessor.from_pretrained(models["geneval"])
     network = Mask2FormerForUniversalSegmentation.from_pretrained(models["geneval"])
     with torch.inference_mode():
         outputs = network(**processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt"))
@@ -419,14 +413,12 @@ def reference_colors(models):
     def color_of(picture, name, mask):
         mask = Image.fromarray(mask)
         crop = Image.composite(Image.fromarray(picture), grey, mask).crop(mask.getbbox())
-        cosines = []
-        for color in prompts.GENEVAL_COLORS:
-            texts = [f"a photo of a {color} {name}", f"a photo of a {color}-colored {name}", f"a photo of a {color} object"]
-            with torch.inference_mode():
-                outputs = clip(**processor(text=texts, images=crop, padding=True, return_tensors="pt"))
-            text = outputs.text_embeds.mean(0)  # of three vectors of length 1
-            cosines.append(torch.cosine_similarity(text, outputs.image_embeds[0], dim=0))
-        return prompts.GENEVAL_COLORS[int(torch.stack(cosines).argmax())]
+        texts = [text for color in prompts.GENEVAL_COLORS for text in (
+            f"a photo of a {color} {name}", f"a photo of a {color}-colored {name}", f"a photo of a {color} object")]
+        with torch.inference_mode():
+            outputs = clip(**processor(text=texts, images=crop, padding=True, return_tensors="pt"))
+        colors = torch.stack([three.mean(0) for three in outputs.text_embeds.split(3)])  # of vectors of length 1
+        return prompts.GENEVAL_COLORS[int(torch.cosine_similarity(colors, outputs.image_embeds).argmax())]
 
     return color_of
 
@@ -447,14 +439,14 @@ def test_objects_are_those_of_transformers_own_post_processing(models, pictures)
             assert detection.confidence == pytest.approx(confidence, abs=2e-6)
             assert (detection.mask == mask).all() and mask.shape == (HEIGHT, WIDTH)
             assert detection.box == Image.fromarray(mask).getbbox()
-        overlapping += sum(detection.mask for detection in detections).max(initial=0) > 1
+        overlapping += np.max(sum(detection.mask.astype(int) for detection in detections)) > 1
     assert sum(map(len, found)) > 50 and overlapping  # overlapping instances are all kept, whole
 
 
 def test_a_colour_is_that_of_the_object_alone_on_grey(models, pictures):
     color_of, pairs, expected = reference_colors(models), [], []
     rng = np.random.default_rng(3)
-    for picture in pictures:
+    for picture in [*pictures, *pictures]:
         mask = Image.new("1", (WIDTH, HEIGHT))
         x, y, w, h = rng.integers(0, WIDTH - 6), rng.integers(0, HEIGHT - 6), *rng.integers(5, 40, 2)
         ImageDraw.Draw(mask).ellipse([x, y, x + w, y + h], fill=1)
@@ -468,7 +460,7 @@ def test_a_colour_is_that_of_the_object_alone_on_grey(models, pictures):
 
 def test_scores_are_the_rules_on_what_the_networks_find(models, pictures, metadata):
     color_of = reference_colors(models)
-    expected, seen = [], set()
+    expected = []
     for picture, each, reference in zip(pictures, metadata, reference_detections(models, pictures)):
         detections = []
         for name, confidence, mask in reference:
@@ -476,14 +468,13 @@ def test_scores_are_the_rules_on_what_the_networks_find(models, pictures, metada
             colored = any("color" in clause and clause["class"] == name for clause in each["include"])
             color = color_of(picture, name, mask) if colored else None
             detections.append(Detection(name, confidence, Image.fromarray(mask).getbbox(), color=color))
-            seen.add(color)
         expected.append(geneval_score(detections, each))
     scores = in_this_process(models)(pictures, ["a photo"] * len(pictures), metadata)
     score, strict, accuracy = zip(*expected)
     np.testing.assert_allclose(scores["geneval"], score, atol=1e-6)
     np.testing.assert_array_equal(scores["geneval/strict_accuracy"], strict)
     np.testing.assert_array_equal(scores["geneval/accuracy"], accuracy)
-    assert len(set(score)) > 4 and len(set(strict)) == len(set(accuracy)) == 2 and len(seen) > 3  # not all alike
+    assert len(set(score)) > 4 and len(set(strict)) == len(set(accuracy)) == 2  # they differ
 
 
 def test_each_tag_has_its_accuracy_and_is_nan_elsewhere(models, pictures, metadata):
