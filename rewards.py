@@ -84,6 +84,8 @@ MODELS = {
     "deqa": "zhiyuanyou/DeQA-Score-Mix3",
     "qwenvl": "Qwen/Qwen2.5-VL-7B-Instruct",
     "unifiedreward": "CodeGoat24/UnifiedReward-7b-v1.5",
+    "geneval": "facebook/mask2former-swin-small-coco-instance",
+    "geneval.clip": "openai/clip-vit-large-patch14",
 }
 
 
@@ -631,6 +633,267 @@ def unifiedreward(options):
     return judge_reward("unifiedreward", ask, UNIFIED_SCORE, options)
 
 
+# ---------------------------------------------------------------- GenEval: objects, counts, colours, positions
+
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+GENEVAL_CLASSES = tuple(name.strip() for name in """
+    person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+    parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+    handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+    surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange,
+    broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop,
+    computer mouse, tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock,
+    vase, scissors, teddy bear, hair drier, toothbrush
+    """.split(","))
+GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's -> its own
+GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_COLOR_PROMPTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+GENEVAL_RELATIONS = ("left of", "right of", "above", "below")
+GENEVAL_CONFIDENCE, GENEVAL_COUNTING_CONFIDENCE = 0.3, 0.9  # an object counts above it; the second under tag counting
+GENEVAL_MAX_OBJECTS = 16  # of a class
+
+
+@dataclass(eq=False)
+class Detection:
+    """An object in a picture."""
+
+    name: str  # of GENEVAL_CLASSES
+    confidence: float
+    box: tuple  # x0, y0, x1, y1 in pixels, y downwards, x1 and y1 just outside
+    mask: np.ndarray = None  # bool (H, W): which pixels it has
+    color: str = None  # of GENEVAL_COLORS; the rules need that of `geneval_color_asked` only
+
+
+def geneval_check(prompt, metadata):
+    """Raises ValueError, in one line with the prompt and the value, unless `metadata` is what GenEval can judge."""
+
+    def needs(what, value, way_out=""):
+        return ValueError(f"prompt {prompt!r}: GenEval's metadata needs {what}, not {value!r}{way_out}")
+
+    tag, include, exclude = metadata.get("tag"), metadata.get("include"), metadata.get("exclude", [])
+    way_out = '; give prompts as GenEval objects in a .jsonl file, or the built-in set "geneval"'
+    if tag not in GENEVAL_TAGS:
+        raise needs(f'a "tag", one of {", ".join(GENEVAL_TAGS)}', tag, way_out)
+    if not isinstance(include, list) or not include:
+        raise needs('"include", a list of at least one object', include, way_out)
+    if not isinstance(exclude, list):
+        raise needs('"exclude" to be a list of objects, or left out', exclude)
+    for key, clause in [("include", clause) for clause in include] + [("exclude", clause) for clause in exclude]:
+        if not isinstance(clause, dict):
+            raise needs(f'objects with "class" and "count" in its "{key}"', clause)
+        name, count = clause.get("class"), clause.get("count")
+        if name not in GENEVAL_CLASSES:
+            close = difflib.get_close_matches(str(name), GENEVAL_CLASSES, n=1)
+            close = GENEVAL_NAMES.get(str(name)) or "".join(close)
+            way_out = f"; did you mean {close!r}?" if close else f"; known: {', '.join(GENEVAL_CLASSES)}"
+            raise needs(f'a "class" that GenEval knows in its "{key}"', name, way_out)
+        if type(count) is not int or count < 1:
+            raise needs(f'a "count" of {name!r} that is a whole number, at least 1', count)
+    for index, clause in enumerate(include):
+        name, color, position = clause["class"], clause.get("color"), clause.get("position")
+        if "color" in clause and color not in GENEVAL_COLORS:
+            raise needs(f'a "color" of {name!r} out of {", ".join(GENEVAL_COLORS)}', color)
+        if "position" in clause:
+            if not isinstance(position, (list, tuple)) or len(position) != 2:
+                raise needs(f'a "position" of {name!r} that is [relation, index of its target]', position)
+            relation, target = position
+            if relation not in GENEVAL_RELATIONS:
+                raise needs(f"a relation of {name!r} out of {', '.join(GENEVAL_RELATIONS)}", relation)
+            if type(target) is not int or not 0 <= target < index:
+                raise needs(f'a target of {name!r} that is the index, from 0, of an earlier entry of "include"', target)
+
+
+def geneval_objects(detections, metadata):
+    """What counts as seen: {class name: its detections above the tag's confidence, best first, at most 16}."""
+    least = GENEVAL_COUNTING_CONFIDENCE if metadata["tag"] == "counting" else GENEVAL_CONFIDENCE
+    objects = {}
+    for detection in sorted(detections, key=lambda detection: -detection.confidence):
+        if detection.confidence > least:
+            objects.setdefault(detection.name, []).append(detection)
+    return {name: found[:GENEVAL_MAX_OBJECTS] for name, found in objects.items()}
+
+
+def geneval_color_asked(detections, metadata):
+    """The detections whose colour `geneval_score` looks at."""
+    objects = geneval_objects(detections, metadata)
+    asked = []
+    for clause in metadata["include"]:
+        found = objects.get(clause["class"], [])
+        if "color" in clause and len(found) >= clause["count"]:
+            asked += found[: clause["count"]]
+    return asked
+
+
+def geneval_relations(box, target):
+    """Where `box` stands seen from `target`, out of GENEVAL_RELATIONS: none, one, or two on a diagonal."""
+    corners, target_corners = np.reshape(box, (2, 2)), np.reshape(target, (2, 2))  # (2 corners, x and y)
+    offset = corners.mean(0) - target_corners.mean(0)
+    margin = 0.1 * (np.ptp(corners, axis=0) + np.ptp(target_corners, axis=0))
+    reduced = np.sign(offset) * np.maximum(np.abs(offset) - margin, 0)
+    if np.all(np.abs(reduced) < 1e-3):
+        return set()
+    dx, dy = reduced / np.linalg.norm(offset)
+    return {name for name, along in zip(GENEVAL_RELATIONS, (-dx, dx, -dy, dy)) if along > 0.5}
+
+
+def _geneval_attributes(clause, objects, groups):
+    # The terms, in [0, 1], of the clause's colour and position, for exactly as many objects as it wants. `groups`:
+    # the objects of each earlier clause that is met, [] of one that is not: a position without its target is wrong.
+    terms = []
+    if "color" in clause:
+        # 1 - |wanted - with that colour| / wanted
+        terms.append(sum(each.color == clause["color"] for each in objects) / len(objects))
+    if "position" in clause:
+        # The correction: the reference code gives a wrong position its 0, and then a stray 1, a second term beside it.
+        relation, target = clause["position"]
+        pairs = [(each.box, other.box) for each in objects for other in groups[target]]
+        terms.append(float(bool(pairs) and all(relation in geneval_relations(*pair) for pair in pairs)))
+    return terms
+
+
+def geneval_score(detections, metadata):
+    """GenEval's judgement (arXiv 2310.11513) of a picture's detections: (score, strict, accuracy).
+
+        score       what Flow-GRPO (arXiv 2505.05470) trains on, the mean over terms. Each clause of `include` gives
+                    1 - |wanted - found| / wanted, which a crowd makes negative. Where the count is exact, a colour
+                    gives 1 - |wanted - with that colour| / wanted, and a position 1 or 0: whether each object stands
+                    so to each of its target, a clause that is itself met. Where it is not, one 0 for both
+        strict      1.0 where every clause is exactly right, 0.0 elsewhere; then score and accuracy are 1 too
+        accuracy    the benchmark's, 1.0 or 0.0: at least the count, the `count` most confident objects rightly
+                    coloured and placed
+
+    Strict and accuracy both want fewer than `count` of what `exclude` names. `metadata` as `geneval_check` demands.
+    """
+    objects = geneval_objects(detections, metadata)
+    terms, exact_groups, best_groups = [], [], []  # groups: the objects of each clause, [] where it is not met
+    for clause in metadata["include"]:
+        found, wanted = objects.get(clause["class"], []), clause["count"]
+        terms.append(1 - abs(wanted - len(found)) / wanted)
+        if len(found) == wanted:
+            attributes = _geneval_attributes(clause, found, exact_groups)
+        else:
+            attributes = [0.0] if "color" in clause or "position" in clause else []
+        terms += attributes
+        exact_groups.append(found if len(found) == wanted and all(term == 1 for term in attributes) else [])
+        best = found[:wanted]
+        met = len(best) == wanted and all(term == 1 for term in _geneval_attributes(clause, best, best_groups))
+        best_groups.append(best if met else [])
+    allowed = all(len(objects.get(clause["class"], [])) < clause["count"] for clause in metadata.get("exclude", []))
+    return sum(terms) / len(terms), float(allowed and all(exact_groups)), float(allowed and all(best_groups))
+
+
+def geneval_detector(options):
+    """images (B, H, W, 3) uint8 -> for each a list of its Detections above GENEVAL_CONFIDENCE, by Mask2Former."""
+    packages = "torch transformers scipy"
+    _import("scipy.optimize", "linear_sum_assignment", packages)  # without which transformers builds no Mask2Former
+    functional = _import("torch.nn", "functional", packages)
+    processor = _pretrained("geneval", "Mask2FormerImageProcessor", options)
+    network = _pretrained("geneval", "Mask2FormerForUniversalSegmentation", options).to(options.device).eval()
+    labels = network.config.id2label
+    names = [GENEVAL_NAMES.get(labels[index], labels[index]) for index in range(len(labels))]
+
+    def detect(images):
+        inputs = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt").to(options.device)
+        outputs = network(**inputs)
+        probabilities = outputs.class_queries_logits.softmax(-1)[..., :-1]  # (B, queries, classes); the last: nothing
+        return [objects(*each, images.shape[1:3]) for each in zip(probabilities, outputs.masks_queries_logits)]
+
+    def objects(probabilities, mask_logits, size):
+        # As transformers' post_process_instance_segmentation, overlapping instances whole, 384 x 384 pixels first; but
+        # on the network's device, for the few queries alone that can pass: a mask takes from its class's confidence.
+        confidence, index = probabilities.flatten().topk(len(probabilities))
+        confidence, index = confidence[confidence > GENEVAL_CONFIDENCE], index[confidence > GENEVAL_CONFIDENCE]
+        if not len(index):
+            return []
+        query, label = index // len(names), index % len(names)
+        logits = functional.interpolate(mask_logits[query][None], size=(384, 384), mode="bilinear")[0]  # (N, 384, 384)
+        inside = (logits > 0).float()
+        confidence = confidence * (logits.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        masks = functional.interpolate(inside[None], size=size)[0].bool().cpu().numpy()  # (N, H, W), of nearest pixels
+        found = []
+        for name, score, mask in zip([names[i] for i in label.tolist()], confidence.tolist(), masks):
+            (ys,), (xs,) = np.nonzero(mask.any(1)), np.nonzero(mask.any(0))
+            if score > GENEVAL_CONFIDENCE and len(xs):
+                box = int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+                found.append(Detection(name, score, box, mask))
+        return found
+
+    detect.names = frozenset(names)
+    return detect
+
+
+def geneval_color_reader(options):
+    """list of (image (H, W, 3) uint8, Detection) -> each one's colour, zero-shot by CLIP: a list of GENEVAL_COLORS."""
+    normalize = _import("torch.nn.functional", "normalize", "torch transformers")
+    processor = _pretrained("geneval.clip", "CLIPProcessor", options)
+    network = _pretrained("geneval.clip", "CLIPModel", options).to(options.device).eval()
+
+    @functools.cache
+    def color_features(name):
+        texts = [prompt.format(color, name) for color in GENEVAL_COLORS for prompt in GENEVAL_COLOR_PROMPTS]
+        inputs = processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(options.device)
+        features = normalize(network.get_text_features(**inputs).pooler_output, dim=-1)
+        return normalize(features.unflatten(0, (len(GENEVAL_COLORS), -1)).mean(1), dim=-1)  # (colours, D)
+
+    def crop(image, detection):
+        x0, y0, x1, y1 = detection.box
+        alone = np.where(detection.mask[..., None], image, np.uint8(0x99))  # all that is not the object turns grey
+        return Image.fromarray(alone[y0:y1, x0:x1])
+
+    def colors(pairs):
+        found = []
+        for start in range(0, len(pairs), options.batch):
+            chunk = pairs[start : start + options.batch]
+            inputs = processor(images=[crop(*pair) for pair in chunk], return_tensors="pt").to(options.device)
+            features = network.get_image_features(**inputs).pooler_output  # (B, D); their norms choose no colour
+            for (_, detection), feature in zip(chunk, features):
+                found.append(GENEVAL_COLORS[(color_features(detection.name) @ feature).argmax()])
+        return found
+
+    return colors
+
+
+def geneval_reward(options):
+    """GenEval's score of each picture by Mask2Former and CLIP; metadata as `geneval_check` demands, else ValueError.
+
+    Metrics: strict_accuracy, accuracy, and accuracy/<tag>, which is NaN for the pictures of another tag.
+    """
+    detect, colors = geneval_detector(options), geneval_color_reader(options)
+    import torch
+
+    lock = threading.Lock()  # tokenizers keep state between calls: one thread at a time
+
+    def judge(images, metadata):
+        detections = detect(images)
+        asked = [
+            (image, detection)
+            for image, found, each in zip(images, detections, metadata)
+            for detection in geneval_color_asked(found, each)
+        ]
+        for (_, detection), color in zip(asked, colors(asked)):
+            detection.color = color
+        return [geneval_score(found, each) for found, each in zip(detections, metadata)]
+
+    def reward(images, prompts, metadata):
+        for prompt, each in zip(prompts, metadata, strict=True):
+            geneval_check(prompt, each)
+            for clause in each["include"] + each.get("exclude", []):
+                if clause["class"] not in detect.names:
+                    model, name = options.model("geneval"), clause["class"]
+                    raise ValueError(f"{model} does not know {name!r}; give geneval a detector of COCO's 80 classes")
+        rows = []
+        with lock, torch.inference_mode():
+            for start in range(0, len(images), options.batch):
+                part = slice(start, start + options.batch)
+                rows += judge(images[part], metadata[part])
+        scores, strict, accuracy = np.array(rows, np.float32).T
+        tags = np.array([each["tag"] for each in metadata])
+        by_tag = {f"accuracy/{tag}": np.where(tags == tag, accuracy, np.nan) for tag in GENEVAL_TAGS}
+        return scores, {"strict_accuracy": strict, "accuracy": accuracy} | by_tag
+
+    return reward
+
+
 # ---------------------------------------------------------------- names
 
 # name -> factory(options) that builds the callable; nothing heavy is imported before it is called
@@ -649,6 +912,7 @@ REGISTRY = {
     "deqa": deqa,
     "qwenvl": qwenvl,
     "unifiedreward": unifiedreward,
+    "geneval": geneval_reward,
 }
 
 
@@ -657,7 +921,7 @@ def _check_quoted(prompt, metadata):
 
 
 # name -> check(prompt, metadata), which raises ValueError for a prompt that the reward cannot score
-PROMPT_CHECKS = {name: _check_quoted for name in ("rapidocr", "rapidocr_line", "ocr")}
+PROMPT_CHECKS = {name: _check_quoted for name in ("rapidocr", "rapidocr_line", "ocr")} | {"geneval": geneval_check}
 
 
 def import_reward(name):

@@ -319,7 +319,8 @@ def test_import_and_checks_load_no_engine():
         "import sys, rewards\n"
         "weights = dict.fromkeys(rewards.REGISTRY, 1.0)\n"
         "rewards.check_reward_weights(weights)\n"
-        "rewards.check_reward_prompts(weights, ['says \"cat\"'], [{}])\n"
+        "metadata = {'tag': 'single_object', 'include': [{'class': 'cat', 'count': 1}]}\n"
+        "rewards.check_reward_prompts(weights, ['says \"cat\"'], [metadata])\n"
         "print(sorted({'torch', 'cv2', 'onnxruntime', 'rapidocr', 'paddleocr'} & set(sys.modules)))"
     )
     here = os.path.dirname(rewards.__file__)
