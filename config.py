@@ -166,7 +166,7 @@ PUBLISHED = Config(
     learning_rate=3e-4, ema_decay=0.9, ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16",
     rollout_batch=8, train_batch=8, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
-PICKSCORE = dict(prompts="prompts/pickscore", rewards=(("pickscore", 1.0),))             # the README says where these come from
+PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))             # the README says where these come from
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5), clip_range=1e-5, beta=0.0)
 FLUX = dict(
     model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0, dtype="bfloat16",
