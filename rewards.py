@@ -15,15 +15,18 @@ This file needs numpy and pillow alone: each reward imports its engine when it i
 """
 
 import difflib
+import functools
 import importlib
 import io
 import math
 import numbers
 import os
+import random
 import re
 import sys
 import textwrap
 import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -227,6 +230,47 @@ def paddleocr_reader(num_threads):
         return lambda images: [paddle_text(engine.predict(image)) for image in _bgr(images)]
     engine = PaddleOCR(lang="en", use_gpu=False, use_angle_cls=False, cpu_threads=num_threads, show_log=False)
     return lambda images: [paddle_text(engine.ocr(image, cls=False)) for image in _bgr(images)]
+
+
+# ---------------------------------------------------------------- asking a server
+
+
+@functools.cache
+def _client():
+    # One for the process: threads may share it, and it keeps connections open between requests.
+    Limits = _import("httpx2", "Limits", "httpx2")
+    return _import("httpx2", "Client", "httpx2")(limits=Limits(max_connections=None))
+
+
+def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_start=""):
+    """What the server answers to a POST of `json` or of the bytes `content`: an httpx2.Response of status 2xx.
+
+    A server that cannot be reached, or answers 429 or 5xx, is asked again, less and less often, for `deadline` seconds.
+    Raises RewardError, in one line, when they are over, with the last answer and `how_to_start`; and at once for any
+    other status, which asking again would not change.
+    """
+    client = _client()
+    import httpx2
+
+    away = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)
+    end, wait = time.monotonic() + deadline, 0.25
+    while True:
+        try:
+            # Half of the deadline: a machine that vanished without a word is asked twice.
+            response = client.post(url, json=json, content=content, headers=headers, timeout=max(deadline / 2, 0.1))
+            if response.is_success:
+                return response
+            answer = f"{response.status_code} {response.text}"
+        except away as error:
+            response, answer = None, f"{type(error).__name__}: {error}"
+        answer = textwrap.shorten(answer, 300)
+        if response is not None and response.status_code < 500 and response.status_code != 429:
+            raise RewardError(f"{url} refused the request: {answer}")
+        if time.monotonic() + wait > end:
+            start = f"; start it with: {how_to_start}" if how_to_start else ""
+            raise RewardError(f"{url} did not answer in {deadline:g} s; the last answer was {answer}{start}")
+        time.sleep(wait * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+        wait = min(2 * wait, 15)
 
 
 # ---------------------------------------------------------------- names
