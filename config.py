@@ -38,6 +38,8 @@ class Config:
     """A built-in set (words, ocr, geneval), a directory with train and test files, or a file."""
     rewards: tuple[tuple[str, float], ...] = (("rapidocr_line", 1.0),)
     """Rewards and their weights: --rewards rapidocr 1.0 my_file:my_function 0.5"""
+    reward_urls: tuple[tuple[str, str], ...] = ()
+    """Where rewards are served: --reward-urls geneval http://host:18085"""
     resolution: tuple[int, int] = (24, 64)
     """Height and width of the images, in pixels."""
     max_sequence_length: int = 12
@@ -129,8 +131,8 @@ class Config:
 
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
-MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "reward_threads", "eval_every", "eval_prompts", "eval_num_steps",
-              "eval_images", "eval_only", "save_every", "output_dir", "run_name"}
+MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "reward_threads", "reward_urls", "eval_every", "eval_prompts",
+              "eval_num_steps", "eval_images", "eval_only", "save_every", "output_dir", "run_name"}
 
 SD35_MEDIUM = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),), resolution=(512, 512),

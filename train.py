@@ -385,7 +385,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
     weights = dict(config.rewards)
-    check_reward_weights(weights)
+    check_reward_weights(weights, dict(config.reward_urls))
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
@@ -400,11 +400,13 @@ def main() -> None:
         directory, error = distributed.broadcast_object(open_run(config, preset) if is_main() else None)
         if error:
             raise ConfigError(error)
-        rewards = build_rewards(dict(config.rewards), threads=config.reward_threads, device=str(device))
+        rewards = build_rewards(dict(config.rewards), threads=config.reward_threads, device=str(device),
+                                urls=dict(config.reward_urls))
+        rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         torch.manual_seed(config.seed)
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, with_reference=config.beta > 0)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
     scorer = ThreadPoolExecutor(max_workers=1)
     try:
