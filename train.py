@@ -460,7 +460,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     weights = dict(config.rewards)
     check_reward_weights(weights)
     weights |= dict.fromkeys(config.eval_rewards, 1.0)
-    check_reward_weights(weights)
+    check_reward_weights(weights, dict(config.reward_urls))
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
@@ -478,13 +478,16 @@ def main() -> None:
         if error:
             raise ConfigError(error)
         weights = dict(config.rewards)
-        rewards = build_rewards(weights | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads,
-                                device=str(device), batch=config.reward_batch, models=dict(config.reward_models))
+        rewards = build_rewards(
+            weights | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads, device=str(device),
+            batch=config.reward_batch, models=dict(config.reward_models), urls=dict(config.reward_urls),
+            deadline=config.reward_deadline, max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
+        rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         torch.manual_seed(config.seed)
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
                         config.offload_text_encoders, config.gradient_checkpointing)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
     scorer = ThreadPoolExecutor(max_workers=1)
     try:

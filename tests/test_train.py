@@ -459,7 +459,7 @@ def test_the_kl_moves_weights_where_rewards_are_equal_and_pulls_them_to_the_refe
     (tmp_path / "first_epoch_reward.py").write_text(
         "from rewards import jpeg_incompressibility\ncalls = 0\n"
         "def score(images, prompts, metadata):\n    global calls\n    calls += 1\n"
-        "    return jpeg_incompressibility(images, prompts, metadata) * (calls == 2)\n")    # the first call is the evaluation
+        "    return jpeg_incompressibility(images, prompts, metadata) * (calls == 3)\n")    # after the probe and the evaluation
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     settings = dict(rewards=("first_epoch_reward:score", 1), epochs=4, learning_rate=3e-3, max_grad_norm=100, **CHEAP)
@@ -643,7 +643,7 @@ def score(images, prompts, metadata):
     global calls
     calls += 1
     good = jpeg_incompressibility(images, prompts, metadata)
-    return good if calls < 3 else {outcome}      # the evaluation and the first epoch go well
+    return good if calls < 4 else {outcome}      # the probe, the evaluation and the first epoch go well
 """
 
 
