@@ -1225,12 +1225,13 @@ def build_reward(name, options):
 
 
 class Rewards:
-    """Several rewards and their weighted sum. May be called from any thread."""
+    """Several rewards, computed side by side, and their weighted sum. May be called from any thread."""
 
     def __init__(self, weights, components):
         """`weights`: name -> number; `components`: name -> reward callable, the same names."""
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components = components
+        self.threads = ThreadPoolExecutor(len(components))
 
     def subset(self, weights):
         """The same components under other weights; those that `weights` does not name are left out."""
@@ -1249,9 +1250,10 @@ class Rewards:
         if not 1 <= len(images) == len(prompts) == len(metadata):
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"a batch needs as many images as prompts and metadata, at least 1, not {counts}")
+        batch = images, prompts, metadata
         scores = {}
-        for name, reward in self.components.items():
-            scores |= component_scores(name, reward, images, prompts, metadata)
+        for columns in self.threads.map(lambda item: component_scores(*item, *batch), self.components.items()):
+            scores |= columns
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
 

@@ -68,7 +68,7 @@ def draw_windows(config: Config, epoch: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def within_memory(flag: str, config: Config) -> Iterator[None]:
+def within_memory(flag: str, plan: str) -> Iterator[None]:
     """Running out of memory ends in one line: where, the batch plan, and `flag`, which to lower."""
     try:
         yield
@@ -78,7 +78,7 @@ def within_memory(flag: str, config: Config) -> Iterator[None]:
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
         raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); lower {flag}; "
                             "--gradient-checkpointing and --offload-text-encoders save memory too. "
-                            f"The plan was: {describe(config, distributed.world_size())}") from error
+                            f"The plan was: {plan}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -294,6 +294,15 @@ def evaluate_share(policy: Policy, average: WeightAverage, rewards: Rewards, pro
     return join_scores([future.result() for future in pending]), kept
 
 
+def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: list[Prompt], config: Config,
+             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray]:  # all ranks
+    """Mean scores of the held-out prompts, each of which counts once, and the first `eval_images` images."""
+    scores, kept = together(evaluate_share, policy, average, rewards, prompts, config, scorer)
+    rows = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
+    images = distributed.gather_rows(kept, list(rows)[:len(kept)], min(config.eval_images, len(prompts)))
+    return means("eval", gather_scores(scores, rows, len(prompts))), images.numpy()
+
+
 # ------------------------------------------------------------------------------------------------------ across the ranks
 
 def gather_scores(scores: dict[str, np.ndarray], rows, total: int) -> dict[str, Tensor]:  # all ranks
@@ -310,13 +319,15 @@ def means(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
 
 
 def together(task: Callable, *arguments):  # all ranks
-    """(what `task` returns, "") or, on all ranks alike, (None, what the first rank says whose reward failed)."""
+    """What `task` returns; or, where a reward failed on any rank, a RewardError on all of them, with what the first one says."""
     try:
         result, failure = task(*arguments), ""
     except RewardError as error:
         result, failure = None, str(error)
-    failures = [said for said in distributed.gather_objects(failure) if said]
-    return (None, failures[0]) if failures else (result, "")
+    for said in distributed.gather_objects(failure):
+        if said:
+            raise RewardError(said)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------- run directory
@@ -457,9 +468,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     """Everything that can be found wrong before a model loads. Raises ConfigError, ValueError, OSError or ImportError."""
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
-    weights = dict(config.rewards)
-    check_reward_weights(weights)
-    weights |= dict.fromkeys(config.eval_rewards, 1.0)
+    weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
     check_reward_weights(weights, dict(config.reward_urls))
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
@@ -477,9 +486,8 @@ def main() -> None:
         directory, error = distributed.broadcast_object(open_run(config, preset) if is_main() else None)
         if error:
             raise ConfigError(error)
-        weights = dict(config.rewards)
         rewards = build_rewards(
-            weights | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads, device=str(device),
+            dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads, device=str(device),
             batch=config.reward_batch, models=dict(config.reward_models), urls=dict(config.reward_urls),
             deadline=config.reward_deadline, max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
@@ -524,50 +532,49 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)
     done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
     history = read_metrics(directory, done if found else -1) if is_main() else []
+    plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
-        f"{len(test_prompts)} for evaluation\n{describe(config, distributed.world_size(), policy.branches(config.guidance_scale))}")
+        f"{len(test_prompts)} for evaluation\n{plan}")
     if found:
         say(f"continuing after epoch {done}, from {found[-1]}")
+
+    def record(metrics: dict) -> None:
+        if is_main():
+            write_metrics(directory, metrics)
+            history.append(metrics)
 
     def keep(epoch: int) -> None:
         """A checkpoint of the weights as they are after `epoch`, unless there is one."""
         if is_main() and epoch and not (directory / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").exists():
             save_checkpoint(directory, epoch, policy, optimizer, scaler, average)
 
-    def evaluate_and_keep(epoch: int) -> tuple[dict[str, float], str]:
-        """Mean scores of the held-out prompts, each of which counts once; or what failed."""
-        with within_memory("--rollout-batch", config):
-            share, failure = together(evaluate_share, policy, average, rewards, test_prompts, config, scorer)
-        if failure:
-            return {}, failure
-        scores, images = share
-        rows = distributed.share(len(test_prompts), distributed.rank(), distributed.world_size())
-        metrics = means("eval", gather_scores(scores, rows, len(test_prompts)))
-        images = distributed.gather_rows(images, list(rows)[:len(images)], min(config.eval_images, len(test_prompts)))
+    def evaluate_after(epoch: int) -> dict[str, float]:
+        with within_memory("--rollout-batch", plan):
+            metrics, images = evaluate(policy, average, rewards, test_prompts, config, scorer)
         if is_main():
-            save_images(directory, epoch, images.numpy())
+            save_images(directory, epoch, images)
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        return metrics, ""
+        return metrics
 
-    if config.eval_only or not found:
-        metrics, failure = evaluate_and_keep(done)
-        if failure:
-            raise RewardError(failure)
-        if is_main() and not found:
-            history.append({"epoch": done, **metrics})
-            write_metrics(directory, history[-1])
-    for epoch in range(done + 1, 1 if config.eval_only else config.epochs + 1):
+    if not found:
+        record({"epoch": 0, **evaluate_after(0)})
+    elif config.eval_only:
+        evaluate_after(done)
+    if config.eval_only:
+        return
+    for epoch in range(done + 1, config.epochs + 1):
         started = time.perf_counter()
-        with within_memory("--rollout-batch", config):
-            samples, failure = together(sample_epoch, policy, training_rewards, train_prompts, sigmas, config, epoch, scorer)
-        if failure:
+        try:
+            with within_memory("--rollout-batch", plan):
+                samples = together(sample_epoch, policy, training_rewards, train_prompts, sigmas, config, epoch, scorer)
+        except RewardError:
             keep(epoch - 1)
-            raise RewardError(failure)
+            raise
         rows = samples.indices if samples else []
         scores = gather_scores(samples.scores if samples else {}, rows, len(group_ids))                  # name -> (N,)
         advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                  # (N,)
-        with within_memory("--train-batch", config):
+        with within_memory("--train-batch", plan):
             metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
         seconds = time.perf_counter() - started
         metrics = {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
@@ -576,17 +583,17 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
             f"approx_kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
             f"gradient {metrics['grad_norm']:.3f}, {seconds:.1f} s")
-        if epoch % config.eval_every == 0 or epoch == config.epochs:
-            scored, failure = evaluate_and_keep(epoch)
-            metrics |= scored
-        if is_main():
-            write_metrics(directory, metrics)
-            history.append(metrics)
-        if failure or epoch % config.save_every == 0 or epoch == config.epochs:
+        try:
+            if epoch % config.eval_every == 0 or epoch == config.epochs:
+                metrics |= evaluate_after(epoch)
+        except RewardError:                      # the epoch is kept, and its evaluation alone is lost
+            record(metrics)
             keep(epoch)
-        if failure:
-            raise RewardError(failure)
-    if is_main() and not config.eval_only:
+            raise
+        record(metrics)
+        if epoch % config.save_every == 0 or epoch == config.epochs:
+            keep(epoch)
+    if is_main():
         report(directory, history)
 
 
