@@ -82,8 +82,10 @@ class Config:
     """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
     """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s sqrt(D)."""
-    learning_rate: float = 6e-4
-    """AdamW's; constant."""
+    learning_rate: float = 8e-4
+    """AdamW's, in the first epoch."""
+    learning_rate_half_life: float = 20.0
+    """Epochs in which the learning rate halves; 0 keeps it constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
     max_grad_norm: float = 1.0
@@ -163,8 +165,9 @@ PUBLISHED = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),), resolution=(512, 512),
     max_sequence_length=128, num_steps=10, guidance_scale=4.5, rule="flow_sde", noise_level=0.7, window_size=0,
     groups_per_epoch=48, group_size=24, updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, kl="per_time",
-    learning_rate=3e-4, ema_decay=0.9, ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16",
-    rollout_batch=8, train_batch=8, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
+    learning_rate=3e-4, learning_rate_half_life=0, ema_decay=0.9, ema_every=8, lora_rank=32, lora_alpha=64,
+    lora_targets=ATTENTION, dtype="float16", rollout_batch=8, train_batch=8, reward_threads=4, eval_every=30, eval_prompts=0,
+    eval_num_steps=40, save_every=30)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
 PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))             # the README says where these come from
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5), clip_range=1e-5, beta=0.0)
@@ -239,9 +242,11 @@ def validate(config: Config) -> None:
         if isinstance(value, float):
             require(math.isfinite(value), field.name, "it must be a finite number")
     for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "rollout_batch", "train_batch", "reward_threads",
-                  "reward_batch", "eval_every", "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha", "max_sequence_length"):
+                  "reward_batch", "eval_every", "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha",
+                  "max_sequence_length"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
-    for field in ("epochs", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay", "seed"):
+    for field in ("epochs", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay", "learning_rate_half_life",
+                  "seed"):
         require(getattr(config, field) >= 0, field, "it must be at least 0")
     for field in ("clip_range", "learning_rate", "max_grad_norm", "noise_level", "reward_deadline"):
         require(getattr(config, field) > 0, field, "it must be positive")

@@ -41,6 +41,12 @@ from sampler import Trajectory, replay, rollout, timestep_schedule
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
 
 
+def learning_rate(config: Config, epoch: int) -> float:
+    """Of an epoch, from 1 on. It does not depend on how many there will be, so that a run can be made longer."""
+    half_life = config.learning_rate_half_life
+    return config.learning_rate * (0.5 ** ((epoch - 1) / half_life) if half_life else 1.0)
+
+
 class TrainingError(RuntimeError):
     """A run that cannot go on; one line."""
 
@@ -574,11 +580,14 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         rows = samples.indices if samples else []
         scores = gather_scores(samples.scores if samples else {}, rows, len(group_ids))                  # name -> (N,)
         advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                  # (N,)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, epoch)
         with within_memory("--train-batch", plan):
             metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
         seconds = time.perf_counter() - started
         metrics = {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
                    "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
+                   "learning_rate": learning_rate(config, epoch),
                    "seconds": seconds, "images_per_second": len(group_ids) / seconds}
         say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
             f"approx_kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "

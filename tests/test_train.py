@@ -322,6 +322,14 @@ def test_windows_are_drawn_for_each_group_and_epoch_within_their_range():
     assert torch.equal(first, train.draw_windows(config, 1))
 
 
+def test_the_learning_rate_halves_and_does_not_depend_on_how_long_the_run_will_be(train_here):
+    rates = {epochs: [m["learning_rate"] for m in metrics_of(train_here(f"rate-{epochs}", **{
+        **CHEAP, "epochs": epochs, "learning_rate": 0.01, "learning_rate_half_life": 2})) if m["epoch"]] for epochs in (2, 4)}
+    assert np.allclose(rates[4], [0.01 * 2 ** (-epoch / 2) for epoch in range(4)], rtol=1e-12) and rates[2] == rates[4][:2]
+    _, config = parse_config(["sd35m_ocr"])
+    assert {train.learning_rate(config, epoch) for epoch in (1, 1000)} == {3e-4}
+
+
 # ------------------------------------------------------------------------------------- law 7, and what an epoch computes
 
 def test_gradients_meet_once_per_update_and_the_network_is_called_as_often_as_planned(train_here, monkeypatch):
