@@ -10,6 +10,10 @@ from transformers import CLIPTextModel
 torch.set_num_threads(1)          # the tensors here are too small to share
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    items.sort(key=lambda item: item.path.name != "test_train.py")      # the longest file first: the others go beside it
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
     """A directory in the hub's format: a small StableDiffusion3Pipeline, all nine parts, with random weights."""
