@@ -43,15 +43,22 @@ import signal
 import socket
 import struct
 import sys
-import textwrap
 import threading
 import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Annotated
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+
+def brief(text, width):
+    """One line of at most `width` characters: of a longer text, its beginning and its end."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= width else f"{line[: width // 2]} ... {line[5 - width // 2 :]}"
 
 
 class RewardError(RuntimeError):
@@ -211,12 +218,10 @@ def text_reward(read):
 
     Returned as a callable of this file's form; its ValueError is that of `quoted_text`.
     """
-    lock = threading.Lock()  # OCR engines keep state between calls: one thread at a time
 
     def reward(images, prompts, metadata):
         targets = [quoted_text(prompt) for prompt in prompts]
-        with lock:
-            texts = read(images)
+        texts = read(images)
         return np.array([text_score(target, text) for target, text in zip(targets, texts, strict=True)], np.float32)
 
     return reward
@@ -238,7 +243,7 @@ def _import(module, attribute, packages):
     try:
         return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # a package built for another version of what it needs raises more than ImportError
-        reason = textwrap.shorten(str(error), 200)
+        reason = brief(error, 200)
         raise ImportError(f"cannot import {module} ({reason}): pip install {packages}") from error
 
 
@@ -353,7 +358,7 @@ def _loading(name, source):
     try:
         yield
     except Exception as error:  # of any type: a hub id that does not exist, a file that breaks off, a missing package
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        reason = brief(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"cannot load the model {name!r} from {source!r} ({reason})") from error
 
 
@@ -505,15 +510,15 @@ def _client():
 def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_start=""):
     """What the server answers to a POST of `json` or of the bytes `content`: an httpx2.Response of status 2xx.
 
-    A server that cannot be reached, or answers 429 or 5xx, is asked again, less and less often, for `deadline` seconds.
-    Raises RewardError, in one line, when they are over, with the last answer and `how_to_start`; and at once for any
-    other status, which asking again would not change.
+    A server that cannot be reached, or answers 5xx, is asked again, less and less often, for `deadline` seconds; one
+    that answers 500, which is a failure of its own, three times in all. Raises RewardError, in one line with the last
+    answer and `how_to_start`, when that is over; and at once for any other status, which another try would not change.
     """
     client = _client()
     import httpx2
 
     away = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)
-    end, wait = time.monotonic() + deadline, 0.25
+    end, wait, failures = time.monotonic() + deadline, 0.25, 0
     while True:
         try:
             # At most half of the deadline: a machine that vanished without a word is asked twice.
@@ -521,16 +526,19 @@ def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_s
             response = client.post(url, json=json, content=content, headers=headers, timeout=timeout)
             if response.is_success:
                 return response
-            answer = f"{response.status_code} {response.text}"
+            answer = brief(f"{response.status_code} {response.text}", 400)
+            failures += response.status_code == 500
+            if response.status_code < 500:
+                raise RewardError(f"{url} refused the request: {answer}")
+            if failures == 3:
+                raise RewardError(f"{url} failed {failures} times; the last answer was {answer}")
         except away as error:
-            response, answer = None, f"{type(error).__name__}: {error}"
-        answer = " ".join(answer.split())[:300]
-        if response is not None and response.status_code < 500 and response.status_code != 429:
-            raise RewardError(f"{url} refused the request: {answer}")
-        if time.monotonic() + wait > end:
+            answer = brief(f"{type(error).__name__}: {error}", 400)
+        left = end - time.monotonic()
+        if left <= 0:
             start = f"; start it with: {how_to_start}" if how_to_start else ""
             raise RewardError(f"{url} did not answer in {deadline:g} s; the last answer was {answer}{start}")
-        time.sleep(wait * random.uniform(0.5, 1))  # ranks that failed together do not come back together
+        time.sleep(min(wait * random.uniform(0.5, 1), left))  # ranks that failed together do not come back together
         wait = min(2 * wait, 15)
 
 
@@ -542,7 +550,7 @@ ANSWER_TOKENS = 2048
 # A score from 1 to 5, perhaps as "4/5" or "**4**", and not the beginning of 45, 4/10 or 3-4
 SCORE = re.compile(
     r"[\s*]*([1-5](?:\.[0-9]+)?)(?:\s*(?:/|out of)\s*5(?:\.0+)?)?"
-    r"(?!\w|[.,][0-9]|\s*(?:/|%|out of)|\s*(?:-|to|or)\s*[0-9])"
+    r"(?!\w|[.,][0-9]|\s*(?:/|%|out of)|\s*(?:-|–|to|or|of)\s*[0-9])"
 )
 
 QUALITY_QUESTION = """You judge the aesthetic quality of a picture, on this scale:
@@ -566,8 +574,8 @@ From both, give a score from 1 to 5 after 'Final Score:'.
 Text Caption: [{prompt}]"""
 
 # What stands where a judge's score should
-QWENVL_SCORE = r"<Score>([^<]*)</Score>"
-UNIFIED_SCORE = r"(?i)Final Score\**:\s*(.*)"
+QWENVL_SCORE = r"(?i)<Score>([^<]*)</Score>"
+UNIFIED_SCORE = r"(?i)Final Score\s*\**\s*:\s*(.*)"
 
 
 def judged(answer, pattern):
@@ -581,15 +589,13 @@ def judge_reward(name, ask, pattern, options):
     """The reward of a judge: its score over 5. Metric `unanswered`: 1 where it gave none, though asked twice.
 
     `ask(images, prompts, temperature) -> B answers`; `pattern` finds the score in one. A picture without a score gets
-    the mean of those with its prompt, so that it has no advantage over them, or else the mean of the batch. Raises
-    RewardError, with the last answer, where a whole batch has no score, or too many had none since the start.
+    the mean of those with its prompt, so that it has no advantage over them, or else of the last 1,000 pictures. Raises
+    RewardError, with the last answer, where more than the allowed share of these have no score, or all.
     """
     lock = threading.Lock()
-    asked = unanswered = 0
-    last = ""
+    recent = collections.deque(maxlen=1000)  # scores, NaN for none
 
     def reward(images, prompts, metadata):
-        nonlocal asked, unanswered, last
         answers = ask(images, prompts, 0)
         scores = np.array([judged(answer, pattern) for answer in answers], float)  # None becomes NaN
         missing = np.flatnonzero(np.isnan(scores))
@@ -598,20 +604,20 @@ def judge_reward(name, ask, pattern, options):
             scores[missing] = [judged(answer, pattern) for answer in answers]
         silent = np.isnan(scores)
         with lock:
-            asked, unanswered = asked + len(scores), unanswered + int(silent.sum())
-            if silent.any():
-                last = answers[np.flatnonzero(silent[missing])[-1]]
-            share, answer = unanswered / asked, " ".join(last.split())[:200]
-        if silent.all() or (asked >= 20 and share > options.max_unanswered):  # a share of fewer says little
-            of_batch = f"{silent.sum()} of a batch of {len(scores)}"
+            recent.extend(scores)
+            known = np.array(recent)
+        known, asked = known[~np.isnan(known)], len(known)
+        # Of fewer than ten pictures, one may be without a score: a share would say little.
+        if silent.any() and (not len(known) or asked - len(known) > options.max_unanswered * max(asked, 10)):
+            last = answers[np.flatnonzero(silent[missing])[-1]]
             raise RewardError(
-                f"reward {name!r}: no score from 1 to 5 for {of_batch} and {share:.0%} of {asked} pictures so far "
-                f"(max_unanswered is {options.max_unanswered:.0%}); the last answer begins {answer!r}"
+                f"reward {name!r}: no score from 1 to 5 for {asked - len(known)} of the last {asked} pictures "
+                f"(max_unanswered is {options.max_unanswered:.0%}); the last answer is {brief(last, 200)!r}"
             )
-        known, texts = ~silent, np.array(prompts, object)
+        texts = np.array(prompts, object)
         for i in np.flatnonzero(silent):
-            same = known & (texts == prompts[i])
-            scores[i] = scores[same if same.any() else known].mean()
+            same = scores[~silent & (texts == prompts[i])]
+            scores[i] = same.mean() if len(same) else known.mean()
         return scores / 5, {"unanswered": silent.astype(np.float32)}
 
     return reward
@@ -630,11 +636,10 @@ def openai_judge(name, question, options):
     url = address.removeprefix("openai+").rstrip("/") + "/chat/completions"
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    threads = ThreadPoolExecutor(64)
 
     def answer(image, prompt, temperature):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        picture = "data:image/png;base64," + base64.b64encode(png(image)).decode()
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question(prompt)}]
         messages = [{"role": "user", "content": content}]
         request = {"model": model, "messages": messages, "temperature": temperature, "max_tokens": ANSWER_TOKENS}
@@ -643,12 +648,11 @@ def openai_judge(name, question, options):
         try:
             return response.json()["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError) as error:
-            text = " ".join(response.text.split())[:200]
-            raise RewardError(f"{url} is no OpenAI-compatible server: it answered {text!r}") from error
+            said = brief(response.text, 200)
+            raise RewardError(f"{url} is no OpenAI-compatible server: it answered {said!r}") from error
 
     def ask(images, prompts, temperature):
-        with ThreadPoolExecutor(64) as pool:
-            return list(pool.map(answer, images, prompts, [temperature] * len(images)))
+        return list(threads.map(answer, images, prompts, [temperature] * len(images)))
 
     return ask
 
@@ -672,8 +676,7 @@ def qwenvl(options):
     torch = importlib.import_module("torch")
 
     def ask(images, prompts, temperature):
-        # First as the model's own settings say, which keep the likeliest token alone: "top_k": 1.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         answers = []
         with lock, torch.inference_mode():
             for start in range(0, len(images), options.batch):
@@ -901,8 +904,8 @@ def geneval_color_reader(options):
 
     def crop(image, detection):
         x0, y0, x1, y1 = detection.box
-        alone = np.where(detection.mask[..., None], image, np.uint8(0x99))  # all that is not the object turns grey
-        return Image.fromarray(alone[y0:y1, x0:x1])
+        mask = detection.mask[y0:y1, x0:x1, None]
+        return Image.fromarray(np.where(mask, image[y0:y1, x0:x1], np.uint8(0x99)))  # what is not the object turns grey
 
     def colors(pairs):
         found = []
@@ -999,7 +1002,7 @@ def import_reward(name):
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        reason = brief(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"reward {name!r}: cannot import {module_name!r} from {os.getcwd()} ({reason})") from error
     if not hasattr(module, attribute):
         raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}")
@@ -1059,6 +1062,7 @@ REQUEST_BYTES = 1 << 26  # of pixels in one request, far below what a server tak
 ENCODING = threading.Lock()  # one request at a time, so that the first is on its way soon
 
 PICKLED = ("geneval", "deqa")  # what existing reward-servers score; they are asked, and answer, in pickles
+JUDGES = ("qwenvl", "unifiedreward")  # what an OpenAI-compatible server is asked for
 
 
 def is_remote(name, urls):
@@ -1071,11 +1075,16 @@ def check_reward_urls(weights, urls):
     for name, url in urls.items():
         if name not in weights:
             raise ValueError(f"reward {name!r} has a URL, {url}, but no weight; those with one: {', '.join(weights)}")
-        if not re.fullmatch(r"(pickle\+|openai\+)?https?://[^\s/]+(/\S*)?", url):
+        try:
+            good = urlsplit(url).hostname and urlsplit(url).port != 0  # which raises for what is no port
+        except ValueError:
+            good = False
+        if not good or not re.fullmatch(r"(pickle\+|openai\+)?https?://[^\s/?#]+(/[^\s?#]*)?", url):
             schemes = "http://, https://, pickle+http:// or openai+http://"
             raise ValueError(f"reward {name!r} cannot be asked at {url!r}; a URL starts with {schemes} and a host")
-        if url.startswith("pickle+") and name not in PICKLED:
-            raise ValueError(f"reward {name!r} cannot be asked at {url!r}; pickle+ is for {' and '.join(PICKLED)}")
+        for scheme, names in (("pickle+", PICKLED), ("openai+", JUDGES)):
+            if url.startswith(scheme) and name not in names:
+                raise ValueError(f"reward {name!r} cannot be asked at {url!r}; {scheme} is for {' and '.join(names)}")
 
 
 def remote_reward(name, url, options):
@@ -1114,13 +1123,13 @@ def understood(url, count, read, content):
         scores, metrics = read(content)
         return column(scores), {metric: column(values) for metric, values in metrics.items()}
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        reason = brief(f"{type(error).__name__}: {error}", 300)
         raise RewardError(f"{url} answered something else than scores of {count} pictures ({reason})") from error
 
 
 def ask_server(name, url, deadline, images, prompts, metadata):
     """Scores and metrics from `python rewards.py serve`, which is shown the environment's REWARD_TOKEN."""
-    token, (host, _, port) = os.environ.get("REWARD_TOKEN"), url.partition("://")[2].partition("/")[0].partition(":")
+    token, server = os.environ.get("REWARD_TOKEN"), urlsplit(url)
     with ENCODING:
         # Base64 needs no quoting; json.dumps would look at every letter for some that do.
         pictures = b'", "'.join(base64.b64encode(png(image)) for image in images)
@@ -1130,7 +1139,7 @@ def ask_server(name, url, deadline, images, prompts, metadata):
         content=b'{"images": ["%b"], "prompts": %b, "metadata": %b}' % (pictures, *words),
         headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}".encode()} if token else {}),
         deadline=deadline,
-        how_to_start=f"python rewards.py serve {name} --host {host} --port {port or 80}",
+        how_to_start=f"python rewards.py serve {name} --host {server.hostname} --port {server.port or 'PORT'}",
     )
 
     def read(content):
@@ -1169,7 +1178,7 @@ def read_plain_pickle(data):
     Raises ValueError for a pickle that names anything else, and calls nothing that it names.
     """
     # Data alone can end a process too: hashing a tuple takes the C stack to its depth, a memo all memory to its index.
-    tuples, large = 0, len(data) > 1 << 24
+    tuples, large = 0, len(data) > 1 << 20
     for opcode, argument, _ in [] if large else pickletools.genops(data):
         tuples += opcode.name.startswith("TUPLE")
         large |= tuples > 10_000 or "PUT" in opcode.name and argument > len(data)
@@ -1193,6 +1202,8 @@ def read_plain_pickle(data):
         ("numpy", "dtype"): Dtype,
         ("numpy.core.multiarray", "scalar"): scalar,  # numpy 1
         ("numpy._core.multiarray", "scalar"): scalar,  # numpy 2
+        ("_codecs", "encode"): lambda text, _: text.encode("latin-1"),  # bytes, as protocols 0 to 2 have them
+        **{(module, kind.__name__): kind for module in ("builtins", "__builtin__") for kind in (set, frozenset)},
     }
 
     class PlainUnpickler(pickle.Unpickler):
@@ -1218,10 +1229,16 @@ def build_rewards(weights, **options):
 
 
 def build_reward(name, options):
-    """The callable of one reward: here, or its server's."""
-    if is_remote(name, options.urls):
-        return remote_reward(name, options.urls[name], options)
-    return import_reward(name) if ":" in name else REGISTRY[name](options)
+    """The callable of one reward: here, or its server's. What fails is a ValueError, ImportError or OSError."""
+    try:
+        if is_remote(name, options.urls):
+            return remote_reward(name, options.urls[name], options)
+        return import_reward(name) if ":" in name else REGISTRY[name](options)
+    except (ValueError, ImportError, OSError):
+        raise
+    except Exception as error:  # of a device that is not there, or too small
+        reason = brief(f"{type(error).__name__}: {error}", 300)
+        raise ValueError(f"reward {name!r} cannot be built ({reason})") from error
 
 
 class Rewards:
@@ -1267,7 +1284,7 @@ def component_scores(name, reward, images, prompts, metadata):
 
     Accepts whatever numpy reads as B real numbers, and a torch tensor on any device.
     """
-    batch = f"for a batch of {len(prompts)} that starts with prompt {prompts[0]!r}"
+    batch = f"for a batch of {len(prompts)} that starts with prompt {brief(repr(prompts[0]), 80)}"
     columns, metrics = {}, {}
     try:
         said = reward(images, prompts, metadata)
@@ -1280,7 +1297,7 @@ def component_scores(name, reward, images, prompts, metadata):
     except RewardError:
         raise
     except Exception as error:
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        reason = brief(f"{type(error).__name__}: {error}", 300)
         raise RewardError(f"reward {name!r} failed {batch}: {reason}") from error
     for column, values in columns.items():
         if values.shape != (len(prompts),) or values.dtype.kind not in "biuf":
@@ -1289,7 +1306,7 @@ def component_scores(name, reward, images, prompts, metadata):
         columns[column] = values.astype(np.float32)
     for score, prompt in zip(columns[name], prompts):
         if not math.isfinite(score):
-            raise RewardError(f"reward {name!r} is {score} for prompt {prompt!r}")
+            raise RewardError(f"reward {name!r} is {score} for prompt {brief(repr(prompt), 80)}")
     return columns
 
 
@@ -1330,7 +1347,7 @@ def decode_pictures(encoded_pictures, limit):
         except UnidentifiedImageError as error:
             raise ValueError(f"picture {number} is no picture of {', '.join(FORMATS)}") from error
         except Exception as error:  # of whatever kind a decoder raises on what is no picture
-            reason = textwrap.shorten(f"{error}", 200) or type(error).__name__
+            reason = brief(error, 200) or type(error).__name__
             raise ValueError(f"picture {number} cannot be used: {reason}") from error
     return images
 
@@ -1372,11 +1389,12 @@ class Scorer:
         """The oldest part, and younger ones of its size as long as they fit into a batch with it."""
         with self.changed:
             self.changed.wait_for(lambda: self.waiting)
-            taken, left = [self.waiting.popleft()], collections.deque()
+            first, left = self.waiting.popleft(), collections.deque()
+            taken, count = [first], len(first.images)
             for part in self.waiting:
-                count = sum(len(other.images) for other in taken)
-                fits = part.images.shape[1:] == taken[0].images.shape[1:] and count + len(part.images) <= self.batch
+                fits = part.images.shape[1:] == first.images.shape[1:] and count + len(part.images) <= self.batch
                 (taken if fits else left).append(part)
+                count += len(part.images) * fits
             self.waiting = left
         return taken
 
@@ -1392,7 +1410,7 @@ class Scorer:
         """The scores of each part, or the error that it raises by itself: nobody fails for another's pictures."""
         try:
             return self.score(parts)
-        except Exception as error:
+        except BaseException as error:  # also sys.exit: this thread goes on
             return [error] if len(parts) == 1 else [self.outcomes([part])[0] for part in parts]
 
     def work(self):
@@ -1405,7 +1423,7 @@ class Scorer:
                 self.held_bytes -= sum(part.images.nbytes for part in taken)
                 self.scored += sum(len(part.images) for part in parts)
             for part, outcome in zip(parts, outcomes):
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, BaseException):
                     part.scores.set_exception(outcome)
                 else:
                     part.scores.set_result(outcome)
@@ -1429,7 +1447,7 @@ def make_app(name, reward, batch=16, max_request_mb=256, max_waiting=4096, token
         """As many images as prompts and metadata."""
 
         images: list[str] = Field(min_length=1, description=f"base64 of files, of any sizes: {', '.join(FORMATS)}")
-        prompts: list[str] = Field(min_length=1)
+        prompts: list[Annotated[str, Field(max_length=10_000)]] = Field(min_length=1)
         metadata: list[dict] = Field(min_length=1, description="what the prompt set holds beside each prompt, or {}")
 
     class ScoreResponse(BaseModel):
@@ -1460,7 +1478,7 @@ def make_app(name, reward, batch=16, max_request_mb=256, max_waiting=4096, token
     async def refuse(request, error):
         app.state.refused += 1
         line = f"{request.method} {request.url.path} from {request.client and request.client.host}"
-        log.warning("%s", textwrap.shorten(f"{line}: {error.status_code} {error.detail}", 300))
+        log.warning("%s", brief(f"{line}: {error.status_code} {error.detail}", 300))
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     async def read_body(request):
@@ -1497,7 +1515,7 @@ def make_app(name, reward, batch=16, max_request_mb=256, max_waiting=4096, token
             too_large = size > max_request
         except asyncio.TimeoutError:
             if not too_large:
-                raise HTTPException(408, f"the request did not come within {READ_SECONDS} s") from None
+                raise HTTPException(503, f"the request did not come within {READ_SECONDS} s; ask again") from None
         except ClientDisconnect:
             raise HTTPException(400, "the client left") from None
         if too_large:
@@ -1511,17 +1529,16 @@ def make_app(name, reward, batch=16, max_request_mb=256, max_waiting=4096, token
         except TooLarge as error:
             raise HTTPException(413, str(error)) from None
         except ValueError as error:
-            raise HTTPException(422, str(error)) from None
+            raise HTTPException(422, brief(error, 500)) from None
 
     refusals = {
         400: "The client left before its request was whole, or it is no HTTP",
         401: "The bearer token is missing or another",
-        408: f"The request did not come within {READ_SECONDS} s",
         413: f"More than {max_request_mb} MB, as sent or decoded, or more than {max_waiting} images",
         415: "The content type is not application/json",
         422: "Not the form described, no pictures, or prompts that this reward cannot score",
         500: "The reward failed",
-        503: "Too much waits already; ask again",
+        503: f"Too much waits already, or the request did not come within {READ_SECONDS} s; ask again",
     }
 
     @app.post(
@@ -1548,8 +1565,10 @@ def make_app(name, reward, batch=16, max_request_mb=256, max_waiting=4096, token
             raise HTTPException(503, f"{scorer.held} images wait already; ask again", {"Retry-After": "1"}) from None
         try:
             outcomes = [await asyncio.wrap_future(part.scores) for part in parts]
-        except Exception as error:
-            raise HTTPException(500, str(error)) from error
+        except asyncio.CancelledError:
+            raise HTTPException(503, "the server is being stopped") from None
+        except BaseException as error:
+            raise HTTPException(500, brief(error, 500)) from error
         count = sum(len(part.rows) for part in parts)
         columns = {}
         for part, outcome in zip(parts, outcomes):
@@ -1583,7 +1602,8 @@ def serve(name, host, port, options, max_request_mb, max_waiting):
     if not token and host not in ("127.0.0.1", "localhost", "::1"):
         print("warning: whoever reaches this port can use it; set REWARD_TOKEN here and where you train")
     sys.stdout.flush()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # what uvicorn raises again once it has closed
+    for stop in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it has closed; work in hand is dropped
+        signal.signal(stop, lambda *_: os._exit(0))
     Server(Config(app, log_level="warning", timeout_graceful_shutdown=5)).run(sockets=[listening])
 
 
@@ -1601,6 +1621,7 @@ def main(arguments):
     command.add_argument("--batch", type=int, default=16, help="images scored at once, for each of the threads")
     command.add_argument("--models", nargs="+", default=[], metavar="NAME PATH", help="where models are loaded from")
     command.add_argument("--trust-remote-code", action="store_true", help="run Python files that a model brings")
+    command.add_argument("--deadline", type=float, default=200.0, help="seconds for which a judge is asked again")
     command.add_argument("--max-unanswered", type=float, default=0.1, help="share of pictures a judge may not score")
     command.add_argument("--url", default="", help="where it asks in its turn: openai+http://..., pickle+http://...")
     command.add_argument("--max-request-mb", type=int, default=256, help="of a request, as sent and decoded")
@@ -1613,7 +1634,8 @@ def main(arguments):
             if getattr(given, flag) < 1:
                 raise ValueError(f"--{flag.replace('_', '-')} is {getattr(given, flag)}; it must be at least 1")
         options = Options(
-            threads=given.threads, device=given.device, batch=given.batch, max_unanswered=given.max_unanswered,
+            threads=given.threads, device=given.device, batch=given.batch, deadline=given.deadline,
+            max_unanswered=given.max_unanswered,
             trust_remote_code=given.trust_remote_code,
             models=dict(zip(given.models[::2], given.models[1::2])), urls={given.name: given.url} if given.url else {})
         serve(given.name, given.host, given.port, options, given.max_request_mb, given.max_waiting)

@@ -276,7 +276,7 @@ def test_an_engine_is_used_by_one_thread_at_a_time():
         inside.pop()
         return ["cat"] * len(images)
 
-    shared = rewards.text_reward(read)
+    shared = rewards.text_workers(lambda: read, 1, 1)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: shared(np.zeros((1, 8, 8, 3), np.uint8), ['"cat"'], [{}]), range(8)))
     assert seen == [1] * 8
