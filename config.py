@@ -321,21 +321,19 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
 def describe(config: Config, world_size: int, branches: int = 1) -> str:
     """The batch plan in words, for the start of a run."""
     p = batch_plan(config, world_size, branches)
+    about = "about " if config.shared_start_noise else ""                 # by where windows lie, and how ranks share groups
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
             f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
             f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of "
             f"{config.rollout_batch}, {p.train_batches} training batches of up to {config.train_batch}\n"
-            f"transformer calls per epoch: {p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
+            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
             f"{p.reference_calls:,} reference")
 
 
 def changed_fields(saved: dict, config: Config) -> list[str]:
-    """Fields that differ between a saved config and this one and that a continued run may not change.
-
-    A field that the saved config has not yet heard of had its default.
-    """
-    present, saved = to_dict(config), to_dict(Config()) | saved
-    return [name for name in present if name not in MAY_CHANGE and saved[name] != present[name]]
+    """Fields that differ between a saved config and this one and that a continued run may not change."""
+    present = to_dict(config)
+    return [name for name in present if name not in MAY_CHANGE and saved.get(name) != present[name]]
 
 
 def to_dict(config: Config) -> dict:

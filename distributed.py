@@ -20,7 +20,10 @@ from torch import Tensor
 
 
 def setup() -> torch.device:
-    """Join the process group that torchrun announced, or make one of a single process; this rank's device."""
+    """Join the process group that torchrun announced, or make one of a single process; this rank's device.
+
+    Raises ValueError where there are GPUs, but fewer than processes.
+    """
     if "RANK" in os.environ:
         if sys.platform == "linux":      # when torchrun is killed, its workers must not go on training, and writing, alone
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                           # 1: PR_SET_PDEATHSIG
@@ -28,6 +31,10 @@ def setup() -> torch.device:
     else:
         where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     if torch.cuda.is_available():
+        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > devices:
+            raise ValueError(f"{processes} processes but {devices} GPUs here: lower --nproc_per_node, or set "
+                             "CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(hours=1), **where)
@@ -69,6 +76,10 @@ def gather_objects(value) -> list:  # all ranks
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def wait_for_all() -> None:  # all ranks
+    gather_objects(None)
 
 
 def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all ranks

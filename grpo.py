@@ -59,6 +59,11 @@ def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, cli
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def _require_noise(std: Tensor) -> None:
+    if std.device.type == "cpu" and (std == 0).any():          # on an accelerator, a look at the value would stall the queue
+        raise ValueError("std is 0: a deterministic step has no KL and no ratio")
+
+
 def guard_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
     """GRPO-Guard's log rho: (B, C, H, W) each, std broadcasting -> (B,). Source: arXiv 2510.22319.
 
@@ -69,10 +74,9 @@ def guard_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor)
     something else at every step, and less for ratios above 1. This one is centred. The loss of a step is divided by its D
     besides, which evens out the steps' gradients. The second form has the value of the first and subtracts no log-probs, whose
     rounding in float32 is a tenth of the published clip range. It holds for rules whose log-prob is the Gaussian's.
-    Raises ValueError where std is 0 (on a CPU; elsewhere a look at the value would stall the queue).
+    Raises ValueError where std is 0 (on a CPU).
     """
-    if std.device.type == "cpu" and (std == 0).any():
-        raise ValueError("std is 0: a deterministic step has no ratio")
+    _require_noise(std)
     return ((sample - old_mean) * (mean - old_mean) / std).flatten(1).mean(1)
 
 
@@ -83,10 +87,9 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
 
     This is the exact KL of one step. The published settings were tuned with the per-time form: pass s = std / sqrt(D)
     as `std`. Source: arXiv 2505.05470, eq. 10.
-    Raises ValueError where std is 0 (on a CPU; elsewhere a look at the value would stall the queue).
+    Raises ValueError where std is 0 (on a CPU).
     """
-    if std.device.type == "cpu" and (std == 0).any():
-        raise ValueError("std is 0: a deterministic step has no KL")
+    _require_noise(std)
     return ((mean - ref_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 

@@ -161,7 +161,10 @@ def check_model(model: str) -> type[Family]:
         index = from_hub("--model", model, "model_index.json")
         if index is None:
             raise ValueError(f"--model {model!r} is no diffusers pipeline: on the hub it has no model_index.json")
-    kind = json.loads(index.read_text()).get("_class_name")
+    try:
+        kind = json.loads(index.read_text())["_class_name"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: {index} does not name its class") from error
     if kind not in FAMILIES:
         raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
     return FAMILIES[kind]
@@ -199,6 +202,8 @@ def find_adapter(lora_path: str) -> list[Path]:
     place = Path(lora_path)
     if not place.exists() and not is_hub_id(lora_path):
         raise ValueError(f"--lora-path {lora_path!r} does not exist: give an adapter's directory, a checkpoint or a hub id")
+    if place.name == PEFT_FILES[1]:
+        place = place.parent
     if place.suffix == ".safetensors" and place.is_file():
         return [place]
     place = place / "adapter" if (place / "adapter").is_dir() else place
@@ -222,26 +227,33 @@ def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         with safe_open(weights, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     except SafetensorError as error:
         raise ValueError(f"{weights} is no whole safetensors file ({error}): fetch it again") from error
     if not tensors:
         raise ValueError(f"--lora-path {lora_path!r} holds no tensors: {weights} is empty")
-    if settings:
-        config = LoraConfig.from_pretrained(settings[0].parent)
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"--lora-path {lora_path!r} is of peft type {config.peft_type.value}: only LORA is supported")
-        return config, tensors
-    other = [key for key in tensors if not key.startswith("transformer.") or ".lora_" not in key]
-    if other:
-        raise ValueError(f"--lora-path {lora_path!r} adapts more than the transformer, or in an older format: {other[0]}; "
-                         "load it in diffusers and save it again")
-    tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
-    config = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    if not config:                                                               # alpha is the rank, as diffusers takes it
-        rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
-        config = dict(r=rank, lora_alpha=rank, target_modules=sorted({key.partition(".lora_")[0] for key in tensors}))
-    return LoraConfig.from_peft_type(**config), {f"base_model.model.{key}": value for key, value in tensors.items()}
+    try:
+        if settings:
+            config = LoraConfig.from_pretrained(settings[0].parent)
+        else:
+            other = [key for key in tensors if not key.startswith("transformer.") or ".lora_" not in key]
+            if other:
+                raise ValueError(f"it adapts more than the transformer, or in an older format: {other[0]}; load it in diffusers "
+                                 "and save it again")
+            tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+            config = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
+            if not config:                                                       # alpha is the rank, as diffusers takes it
+                rank = next(len(value) for key, value in tensors.items() if ".lora_A." in key)
+                config = dict(r=rank, lora_alpha=rank, target_modules=sorted({key.partition(".lora_")[0] for key in tensors}))
+            config = LoraConfig.from_peft_type(**config)
+            tensors = {f"base_model.model.{key}": value for key, value in tensors.items()}
+        if not isinstance(config, LoraConfig) or not config.target_modules:
+            raise ValueError(f"its settings are of peft type {config.peft_type.value} and name the layers "
+                             f"{config.target_modules}: only LORA with its layers named is supported")
+    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
+        raise ValueError(f"--lora-path {lora_path!r} has settings that make no adapter "
+                         f"({type(error).__name__}: {error})") from error
+    return config, tensors
 
 
 def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> PeftModel:
@@ -258,12 +270,16 @@ def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> Pe
     layers = {name for name, _ in transformer.named_modules()}
     for key in tensors:
         require(key.removeprefix("base_model.model.").partition(".lora_")[0] in layers, key, "the model has no such layer")
-    network = get_peft_model(transformer, config)
+    try:
+        network = get_peft_model(transformer, config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {error}") from error
     own = get_peft_model_state_dict(network, save_embedding_layers=False)
     for key, value in own.items():
         require(key in tensors and tensors[key].shape == value.shape, key, f"the model needs {tuple(value.shape)}")
-    for key in tensors:
+    for key, value in tensors.items():
         require(key in own, key, "but its own settings do not name that layer")
+        require(bool(value.isfinite().all()), key, "and numbers that are not finite")
     set_peft_model_state_dict(network, tensors)
     return network
 
@@ -329,7 +345,7 @@ class Policy:
             self.pipe = random_pipeline(family, model.removeprefix("random:"), device, frozen, self.compute_dtype)
         else:
             self.pipe = family.pipeline.from_pretrained(
-                model, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
+                model, use_safetensors=True, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
         self.family = family(self.pipe)
         self._check(model, resolution)
         self.offload_text_encoders = offload_text_encoders

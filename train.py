@@ -41,6 +41,9 @@ from sampler import Trajectory, replay, rollout, timestep_schedule
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
 
 
+LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
+
+
 def learning_rate(config: Config, epoch: int) -> float:
     """Of an epoch, from 1 on. It does not depend on how many there will be, so that a run can be made longer."""
     half_life = config.learning_rate_half_life
@@ -74,17 +77,17 @@ def draw_windows(config: Config, epoch: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def within_memory(flag: str, plan: str) -> Iterator[None]:
-    """Running out of memory ends in one line: where, the batch plan, and `flag`, which to lower."""
+def within_memory(way_out: str, plan: str) -> Iterator[None]:
+    """Running out of memory ends in one line: where, the way out, and the batch plan."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
+        if isinstance(error, RewardError) or not (
+                isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)):
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
-        raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); lower {flag}; "
-                            "--gradient-checkpointing and --offload-text-encoders save memory too. "
-                            f"The plan was: {plan}") from error
+        raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -135,7 +138,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
                              start_step, keep_means=config.guard)
         if not trajectory.final.isfinite().all():
             raise TrainingError(f"epoch {epoch}: latents are not finite in a batch that starts with prompt {drawn[0].text!r}; "
-                                "lower --learning-rate, or use --dtype bfloat16 or float32")
+                                "lower --learning-rate, or in float16 use --dtype bfloat16")
         images = policy.decode(trajectory.final).numpy()
         pending.append(scorer.submit(rewards, images, [p.text for p in drawn], [p.metadata for p in drawn]))
         trajectories.append(trajectory)
@@ -184,9 +187,10 @@ def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.
     bar = progress(None, "train", plan.train_batches)
     for update in range(config.updates_per_epoch):
         in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
-        mine = [] if samples is None else [
-            j for j, i in enumerate(samples.indices)
-            if i % config.updates_per_epoch == update and (config.beta or advantages[i] != 0)]
+        mine = [] if samples is None else [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
+        if not config.beta:      # what has no advantage adds nothing; but it fills the last batch, so that all have one size
+            live, idle = ([j for j in mine if (advantages[samples.indices[j]] != 0) == wanted] for wanted in (True, False))
+            mine = live + idle[:-len(live) % config.train_batch]
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
             accumulate_gradients(policy, samples, batch, advantages, in_update * plan.trained_steps, scaler, statistics, config)
@@ -196,9 +200,12 @@ def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.
         if update == 0:                                                       # the policy that sampled: the ratio must be 1
             metrics["ratio_deviation_before"] = ratio_deviation
             if ratio_deviation > config.clip_range and is_main():
-                tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {ratio_deviation:.1e} from 1, more than "
-                           f"clip_range {config.clip_range:g}; usual causes: in half precision, other batches in training than in "
-                           "the rollout (sizes, or samples left out for their zero advantage); or dropout")
+                tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {ratio_deviation:.1e} from 1, more "
+                           f"than clip_range {config.clip_range:g}; usual causes: in half precision, batches of other sizes in "
+                           "training than in the rollout; or dropout")
+        if not np.isfinite(list(averages.values())).all():
+            raise TrainingError(f"the loss of epoch {epoch}, update {update} is not finite: the weights were left as they are; "
+                                "lower --learning-rate, or in float16 use --dtype bfloat16")
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, config.max_grad_norm).item()
         if not np.isfinite(grad_norm):
@@ -498,11 +505,15 @@ def main() -> None:
             deadline=config.reward_deadline, max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         torch.manual_seed(config.seed)
-        policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
-                        config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
-                        config.offload_text_encoders, config.gradient_checkpointing)
+        with within_memory("the model itself is too large: start fewer processes, or --offload-text-encoders",
+                           describe(config, distributed.world_size())):
+            policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
+                            config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
+                            config.offload_text_encoders, config.gradient_checkpointing)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
+    except TrainingError as error:
+        stop(error, everywhere=True)
     scorer = ThreadPoolExecutor(max_workers=1)
     try:
         run(config, directory, policy, rewards, train_prompts, test_prompts, scorer)
@@ -537,7 +548,7 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     training_rewards = rewards.subset(weights=dict(config.rewards))
     found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)
     done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
-    history = read_metrics(directory, done if found else -1) if is_main() else []
+    history = read_metrics(directory, done if found else -1) if is_main() and not config.eval_only else []
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
@@ -554,25 +565,27 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         """A checkpoint of the weights as they are after `epoch`, unless there is one."""
         if is_main() and epoch and not (directory / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").exists():
             save_checkpoint(directory, epoch, policy, optimizer, scaler, average)
+        distributed.wait_for_all()               # nobody goes on, or ends the run, while it is written
 
     def evaluate_after(epoch: int) -> dict[str, float]:
-        with within_memory("--rollout-batch", plan):
+        with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
             metrics, images = evaluate(policy, average, rewards, test_prompts, config, scorer)
         if is_main():
             save_images(directory, epoch, images)
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 
+    if config.eval_only:
+        metrics = {"epoch": done, **evaluate_after(done)}
+        if is_main() and not (directory / "metrics.jsonl").exists():
+            write_metrics(directory, metrics)
+        return
     if not found:
         record({"epoch": 0, **evaluate_after(0)})
-    elif config.eval_only:
-        evaluate_after(done)
-    if config.eval_only:
-        return
     for epoch in range(done + 1, config.epochs + 1):
         started = time.perf_counter()
         try:
-            with within_memory("--rollout-batch", plan):
+            with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
                 samples = together(sample_epoch, policy, training_rewards, train_prompts, sigmas, config, epoch, scorer)
         except RewardError:
             keep(epoch - 1)
@@ -582,8 +595,9 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                  # (N,)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch)
-        with within_memory("--train-batch", plan):
+        with within_memory(LESS_MEMORY.format("train-batch"), plan):
             metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
+        del samples                              # before the next epoch makes its own
         seconds = time.perf_counter() - started
         metrics = {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
                    "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,

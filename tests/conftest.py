@@ -1,7 +1,11 @@
+import os
 import time
 from pathlib import Path
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""       # the laws are those of the CPU; and some tests start more processes than there are GPUs
+
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from make_tiny_sd3 import make_pipeline

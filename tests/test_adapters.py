@@ -239,6 +239,39 @@ def test_what_holds_no_adapter_of_ours_is_refused(model, tmp_path):
     assert "no whole safetensors file" in refusal(adapted, model, tmp_path / "empty")
 
 
+@pytest.mark.parametrize("edit", [
+    lambda c: c.pop("target_modules"), lambda c: c.clear(), lambda c: c.update(peft_type="FOO"), lambda c: c.update(r="four"),
+    lambda c: c.update(r=0), lambda c: c.update(target_modules=["no.such.layer"]), lambda c: c.update(unknown_field=1, r=-1), None])
+def test_an_adapter_whose_settings_make_none_is_refused_in_one_line(model, tmp_path, edit):
+    written_by_peft(model, tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(settings.read_text())
+    if edit:
+        edit(config)
+    settings.write_text(json.dumps(config) if edit else "{not json")
+    with pytest.raises(ValueError) as error:
+        adapted(model, tmp_path)
+    assert str(error.value).startswith(f"--lora-path {str(tmp_path)!r}") and "\n" not in str(error.value)
+
+
+def test_an_adapter_that_holds_a_nan_is_refused_with_the_tensor(model, tmp_path):
+    written_by_peft(model, tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = sorted(tensors)[3]
+    tensors[key] = tensors[key] * float("nan")
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=f"{key} has shape .* not finite"):
+        adapted(model, weights)
+
+
+@pytest.mark.parametrize("content", ["[]", "{not json", "{}"])
+def test_a_pipeline_without_a_readable_index_is_refused_with_the_file(tmp_path, content):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match="model_index.json does not name its class"):
+        check_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("look, option", [(check_model, "--model"), (find_adapter, "--lora-path")])
 @pytest.mark.parametrize("error, hint", [
     (GatedRepoError("401\nlong", response=RESPONSE), "is gated: accept its licence"),

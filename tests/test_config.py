@@ -198,10 +198,3 @@ def test_a_published_preset_has_its_published_settings(preset):
 
 def test_every_preset_of_a_published_model_is_checked_against_the_published_settings():
     assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"}
-
-
-def test_a_run_begun_before_a_field_existed_goes_on():
-    saved = to_dict(Config())
-    del saved["guard"]
-    assert changed_fields(saved, Config()) == []
-    assert changed_fields(saved, dataclasses.replace(Config(), guard=True)) == ["guard"]
