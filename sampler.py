@@ -148,7 +148,8 @@ class Trajectory:
         """One trajectory of several that share schedule and rule."""
         return Trajectory(torch.cat([p.final for p in parts]), torch.cat([p.latents for p in parts], 1),
                           torch.cat([p.log_probs for p in parts], 1), torch.cat([p.means for p in parts], 1),
-                          torch.cat([p.first_step for p in parts]), parts[0].sigmas, torch.cat([p.noise_levels for p in parts], 1), parts[0].rule)
+                          torch.cat([p.first_step for p in parts]), parts[0].sigmas,
+                          torch.cat([p.noise_levels for p in parts], 1), parts[0].rule)
 
 
 @torch.no_grad()

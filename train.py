@@ -4,8 +4,8 @@
 
 What departs from the paper or from its authors' implementation:
 - Samples are split among an epoch's updates by their index, not by a random permutation; the images of a group are exchangeable.
-- Where beta is 0, samples with zero advantage are not replayed, since they add nothing, but they stay in the denominator.
-  The authors' code drops such samples and averages over the rest.
+- Where beta is 0, samples with zero advantage are replayed only to fill the last batch, since they add nothing, but they stay
+  in the denominator. The authors' code drops such samples and averages over the rest.
 - Latents are kept in float32 between steps. Rounded to half precision, a stored log-prob belongs to another sample.
 - Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on the micro-batches.
 """

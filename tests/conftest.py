@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""       # the laws are those of the CPU; and some tests start more processes than there are GPUs
+os.environ["CUDA_VISIBLE_DEVICES"] = ""       # laws are tested on the CPU, some by more processes than there are GPUs
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel

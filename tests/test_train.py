@@ -30,7 +30,8 @@ TIMES = {"seconds", "images_per_second"}               # the metrics that are no
 # Two groups of four, three of four steps trained, two updates; in float64, so that nothing hides behind rounding.
 SMALL = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=4, window_size=0,
              groups_per_epoch=2, group_size=4, updates_per_epoch=2, epochs=2, lora_rank=4, lora_alpha=8, rollout_batch=8, train_batch=8, eval_prompts=7,
-             eval_num_steps=2, eval_images=7, eval_every=100, save_every=1, dtype="float64", beta=0.1, guidance_scale=2)
+             eval_num_steps=2, eval_images=7, eval_every=100, save_every=1, dtype="float64", beta=0.1, guidance_scale=2,
+             learning_rate_half_life=0)
 
 
 def flags(**settings) -> list[str]:
@@ -225,19 +226,60 @@ def test_with_a_window_three_ranks_of_which_one_has_no_sample_do_what_one_does(t
 
 
 GUARD = dict(guard=True, clip_range=1e-4, beta=0, advantage_std="group")
-
-
-def test_a_guarded_run_is_the_same_on_three_ranks_and_in_other_batches(train_here, command):
-    one = train_here("guard-1", **GUARD)
-    assert all(m["ratio_deviation_before"] == 0 < m["ratio_deviation"] for m in metrics_of(one)[1:])
-    assert_same_run(one, completed(command("guard-3", 3, **GUARD, rollout_batch=2, train_batch=3)))
-
-
 SHARED = dict(shared_start_noise=True, window_size=1, window_range=(0, 4), groups_per_epoch=3)
+METRIC_REWARD = """
+from rewards import jpeg_incompressibility
+
+def score(images, prompts, metadata):
+    size = jpeg_incompressibility(images, prompts, metadata)
+    short = [len(prompt) < 15 for prompt in prompts]                     # some micro-batches have none of these
+    metrics = {"twice": 2 * size}
+    if any(short):
+        metrics["of_short"] = [s if is_short else float("nan") for s, is_short in zip(size, short)]
+    return size, metrics
+
+def other(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+"""
+ODD = dict(**GUARD, **SHARED, rewards=("with_metrics:score", 1), eval_rewards=("with_metrics:other",), rollout_batch=2)
 
 
-def test_with_shared_start_noise_three_ranks_that_split_groups_do_what_one_does(train_here, command):
-    assert_same_run(train_here("shared-1", **SHARED), completed(command("shared-3", 3, **SHARED, rollout_batch=2)))
+@pytest.fixture(scope="module")
+def odd_run(train_here, tmp_path_factory):
+    """GRPO-Guard, shared start noise, a reward with metrics, another for evaluation alone: the module's folder, and one rank's run."""
+    folder = tmp_path_factory.mktemp("module")
+    (folder / "with_metrics.py").write_text(METRIC_REWARD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        return folder, train_here("odd-1", **ODD)
+
+
+def test_with_guard_and_shared_noise_three_ranks_that_split_groups_do_what_one_does_and_log_the_same(odd_run, command):
+    folder, one = odd_run
+    three = completed(command("odd-3", 3, cwd=folder, **ODD, train_batch=3))
+    assert_same_run(one, three)
+    for a, b in zip(metrics_of(one), metrics_of(three), strict=True):
+        assert set(a) == set(b)
+        assert all(abs(a[key] - b[key]) <= 1e-6 * abs(a[key]) for key in a if key.startswith(("reward/", "eval/")))
+
+
+def test_on_policy_a_guarded_ratio_is_one(train_here):
+    assert all(m["ratio_deviation_before"] == 0 < m["ratio_deviation"] for m in metrics_of(train_here("guard", **GUARD))[1:])
+
+
+def test_metrics_of_rewards_and_rewards_for_evaluation_alone_are_logged_and_not_trained_on(odd_run, train_here):
+    _, one = odd_run
+    name = "with_metrics:score"
+    before, first, last = metrics_of(one)
+    for m, prefix in ((before, "eval"), (first, "reward"), (last, "reward"), (last, "eval")):
+        assert m[f"{prefix}/{name}/twice"] == pytest.approx(2 * m[f"{prefix}/{name}"], rel=1e-6)
+        assert m[f"{prefix}/total"] == m[f"{prefix}/{name}"]
+    texts = [p.text for p in train.load_prompts("words", "test")[:7]]
+    assert 0 < sum(len(text) < 15 for text in texts) < 7 and "eval/with_metrics:score/of_short" in before
+    assert "eval/with_metrics:other" in last and "reward/with_metrics:other" not in last
+    plain = train_here("odd-plain", **{**ODD, "rewards": ("jpeg_incompressibility", 1), "eval_rewards": ()})
+    assert torch.equal(weights_of(plain, 2), weights_of(one, 2))                           # neither changed the training
 
 
 def test_another_seed_is_another_run_with_the_same_evaluation_before_training(train_here, one_rank):
@@ -687,44 +729,6 @@ def test_a_failing_reward_ends_the_command_with_one_line_and_no_traceback(comman
     assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
 
 
-METRIC_REWARD = """
-from rewards import jpeg_incompressibility
-
-def score(images, prompts, metadata):
-    size = jpeg_incompressibility(images, prompts, metadata)
-    short = [len(prompt) < 15 for prompt in prompts]                     # some micro-batches have none of these
-    metrics = {"twice": 2 * size}
-    if any(short):
-        metrics["of_short"] = [s if is_short else float("nan") for s, is_short in zip(size, short)]
-    return size, metrics
-
-def other(images, prompts, metadata):
-    return images.mean((1, 2, 3))
-"""
-
-
-def test_metrics_of_rewards_and_rewards_for_evaluation_alone_are_logged_and_not_trained_on(
-        train_here, command, one_rank, tmp_path, monkeypatch):
-    (tmp_path / "with_metrics.py").write_text(METRIC_REWARD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    changes = dict(rewards=("with_metrics:score", 1), eval_rewards=("with_metrics:other",), rollout_batch=2)
-    one = train_here("metrics-1", **changes)
-    two = completed(command("metrics-2", 2, cwd=tmp_path, **changes))
-    name = "with_metrics:score"
-    before, first, last = metrics_of(one)
-    for m, prefix in ((before, "eval"), (first, "reward"), (last, "reward"), (last, "eval")):
-        assert m[f"{prefix}/{name}/twice"] == pytest.approx(2 * m[f"{prefix}/{name}"], rel=1e-6)
-        assert m[f"{prefix}/total"] == m[f"{prefix}/{name}"]
-    texts = [p.text for p in train.load_prompts("words", "test")[:7]]
-    assert 0 < sum(len(text) < 15 for text in texts) < 7 and "eval/with_metrics:score/of_short" in before
-    assert "eval/with_metrics:other" in last and "reward/with_metrics:other" not in last
-    assert_same_run(one_rank, one)                                                         # neither changed the training
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert set(a) == set(b)
-        assert all(abs(a[key] - b[key]) <= 1e-6 * abs(a[key]) for key in a if key.startswith(("reward/", "eval/")))
-
-
 def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(train_here, monkeypatch):
     monkeypatch.setattr(train, "accumulate_gradients", lambda *_: torch.empty(2**55, dtype=torch.uint8))
     with pytest.raises(Stopped) as stop:
@@ -771,8 +775,8 @@ def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch(trai
         return accumulate(policy, samples, batch, advantages, *rest)
 
     monkeypatch.setattr(train, "accumulate_gradients", counted)
-    train_here("some-equal", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0, rollout_batch=12,
-               train_batch=3, epochs=1)
+    train_here("some-equal", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0,
+               rollout_batch=12, train_batch=3, epochs=1)
     assert sizes == [(3, 3), (3, 1)]                                                      # 12 samples, of which 4 count
 
 
