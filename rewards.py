@@ -490,7 +490,7 @@ def deqa(options):
     """
     source = options.model("deqa")
     if not options.trust_remote_code:
-        raise ValueError(f"reward 'deqa' runs code that {source!r} holds: read it, then set trust_remote_code")
+        raise ValueError(f"reward 'deqa' runs code that {source!r} holds: read it, then set trust_remote_code (--trust-remote-code)")
     dtype = _import("torch", "float16" if options.device.startswith("cuda") else "float32", "torch")
     arguments = {"trust_remote_code": True, "attn_implementation": "eager", "torch_dtype": dtype}
     network = _pretrained("deqa", "AutoModelForCausalLM", options, **arguments).to(options.device).eval()
@@ -518,7 +518,7 @@ def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_s
     import httpx2
 
     away = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)
-    end, wait, failures = time.monotonic() + deadline, 0.25, 0
+    end, wait, failures, silent = time.monotonic() + deadline, 0.25, 0, True
     while True:
         try:
             # At most half of the deadline: a machine that vanished without a word is asked twice.
@@ -538,6 +538,9 @@ def post(url, *, json=None, content=None, headers=None, deadline=600.0, how_to_s
         if left <= 0:
             start = f"; start it with: {how_to_start}" if how_to_start else ""
             raise RewardError(f"{url} did not answer in {deadline:g} s; the last answer was {answer}{start}")
+        if silent and deadline - left > 3:
+            print(f"waiting up to {left:.0f} s more for {url}: {answer}", file=sys.stderr, flush=True)
+            silent = False
         time.sleep(min(wait * random.uniform(0.5, 1), left))  # ranks that failed together do not come back together
         wait = min(2 * wait, 15)
 
@@ -997,6 +1000,7 @@ def import_reward(name):
     Raises ValueError, in one line, where the module cannot be imported, or holds no such callable.
     """
     module_name, _, attribute = name.partition(":")
+    module_name = module_name.removesuffix(".py")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -1127,6 +1131,12 @@ def understood(url, count, read, content):
         raise RewardError(f"{url} answered something else than scores of {count} pictures ({reason})") from error
 
 
+@functools.cache  # once
+def warn_of_name(url, served, name):
+    warning = f"warning: {url} serves the reward {served!r}, which goes here by the name {name!r}"
+    print(warning, file=sys.stderr, flush=True)
+
+
 def ask_server(name, url, deadline, images, prompts, metadata):
     """Scores and metrics from `python rewards.py serve`, which is shown the environment's REWARD_TOKEN."""
     token, server = os.environ.get("REWARD_TOKEN"), urlsplit(url)
@@ -1135,12 +1145,15 @@ def ask_server(name, url, deadline, images, prompts, metadata):
         pictures = b'", "'.join(base64.b64encode(png(image)) for image in images)
     words = json.dumps(list(prompts)).encode(), json.dumps(list(metadata)).encode()
     answer = post(
-        f"{url.rstrip('/')}/score",
+        f"{url.rstrip('/').removesuffix('/score')}/score",
         content=b'{"images": ["%b"], "prompts": %b, "metadata": %b}' % (pictures, *words),
         headers={"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}".encode()} if token else {}),
         deadline=deadline,
         how_to_start=f"python rewards.py serve {name} --host {server.hostname} --port {server.port or 'PORT'}",
     )
+
+    if (served := answer.headers.get("X-Reward", name)) != name:
+        warn_of_name(url, served, name)
 
     def read(content):
         answer = json.loads(content)
@@ -1576,7 +1589,8 @@ def make_app(name, reward, batch=16, max_request_mb=256, max_waiting=4096, token
                 for row, value in zip(part.rows, values.tolist()):
                     columns.setdefault(column, [None] * count)[row] = value if math.isfinite(value) else None
         scores = columns.pop(name)
-        return JSONResponse({"scores": scores, "metrics": {c.removeprefix(f"{name}/"): v for c, v in columns.items()}})
+        metrics = {column.removeprefix(f"{name}/"): values for column, values in columns.items()}
+        return JSONResponse({"scores": scores, "metrics": metrics}, headers={"X-Reward": name})
 
     @app.get("/health", response_model=Health)
     async def health():

@@ -630,7 +630,7 @@ def report(directory: Path, history: list[dict]) -> None:
     if picture := save_comparison(directory, first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
     if found := checkpoints(directory):
-        say(f"weights for use: {found[-1]}")
+        say(f"weights for use: {next(path for path in found[-1].iterdir() if path.is_dir())}")       # adapter or transformer
     say(f"metrics: {directory / 'metrics.jsonl'}")
 
 

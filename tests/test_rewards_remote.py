@@ -213,6 +213,13 @@ def test_metrics_of_a_served_reward_arrive_with_their_gaps(identity):
     np.testing.assert_array_equal(there["own:identity/metadata"], [5, np.nan, -0.5])
 
 
+def test_a_server_of_another_reward_is_told_of_once(jpeg, capfd):
+    reward = remote("aesthetic", jpeg)
+    for _ in range(2):
+        reward(noise(2), ["", ""], [{}] * 2)
+    assert capfd.readouterr().err.count("serves the reward 'jpeg_incompressibility', which goes here by the name 'aesthetic'") == 1
+
+
 def test_pictures_of_several_sizes_in_one_request_keep_their_places(jpeg):
     pictures = [noise(1, *size, seed=i)[0] for i, size in enumerate([(8, 9), (40, 30), (8, 9), (30, 40), (40, 30)])]
     expected = [rewards.jpeg_incompressibility([picture], [""], [{}])[0] for picture in pictures]
