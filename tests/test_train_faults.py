@@ -1,0 +1,194 @@
+"""What goes wrong at the start of a run or in the middle ends in one line, and what was saved goes on."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+from test_train import CHEAP, Stopped, command, errors_in, metrics_of, start, train_here  # noqa: F401 (fixtures, some)
+
+import distributed
+import train
+from config import parse_config
+
+
+# ------------------------------------------------------------------------------------------------ small and odd settings
+
+@pytest.mark.parametrize("changes", [dict(epochs=0), dict(epochs=1, eval_images=0), dict(epochs=1, eval_images=100)])
+def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_ends_well(train_here, changes, capsys):
+    directory = train_here("-".join(f"{k}-{v}" for k, v in changes.items()), **{**CHEAP, **changes})
+    assert "before training" in capsys.readouterr().out
+    assert len(metrics_of(directory)) == 1 + changes["epochs"]
+
+
+# ------------------------------------------------------------------------------------------------------------ one writer
+
+def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path):
+    _, config = parse_config(["--run-name", "held", "--output-dir", str(tmp_path)])
+    directory, _ = train.open_run(config, "tiny_ocr")                                      # this process is the first
+    try:
+        code, out, err, _ = command("held", 0, output_dir=tmp_path)
+    finally:
+        train.open_run.lock.close()
+    (line,) = errors_in(err)
+    assert code != 0 and str(directory) in line and f"process {os.getpid()}:" in line and "--run-name" in line
+    assert "Traceback" not in err and not (directory / "metrics.jsonl").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- bad input
+
+@pytest.fixture
+def no_model(tmp_path) -> str:
+    """The index of a pipeline without its parts: whatever loads it fails."""
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    return str(tmp_path / "index")
+
+
+@pytest.mark.parametrize("arguments, names", [
+    ("--group-sise 4", ["--group-sise", "--group-size"]),
+    ("tiny_orc", ["tiny_orc", "tiny_ocr"]),
+    ("--epochs many", ["many", "--epochs"]),
+    ("--group-size 1", ["--group-size is 1", "at least 2"]),
+    ("--model nothing/at/all", ["nothing/at/all"]),
+    ("--rewards rapidorc 1", ["rapidorc", "rapidocr"]),
+    ("--rewards rapidocr_line nan", ["rapidocr_line", "nan"]),
+    ("--rewards rapidocr_line inf", ["rapidocr_line", "inf"]),
+    ("--rewards rapidocr_line 0", ["rapidocr_line", "0"]),
+    ("--rewards no_such_file:score 1", ["no_such_file"]),
+    ("--prompts unquoted", ["rapidocr_line", "a cat on a mat"]),
+    ("--prompts empty", ["train.txt", "no prompts"]),
+    ("--prompts nowhere", ["nowhere"]),
+])
+def test_bad_input_is_named_in_one_line_before_the_model_loads(arguments, names, no_model, tmp_path, monkeypatch, capsys):
+    for folder, text in {"unquoted": 'the word "cat"\na cat on a mat\n', "empty": "\n"}.items():
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / folder / f"{split}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(train, "Policy", lambda *_, **__: pytest.fail("the model loads"))
+    monkeypatch.setattr(train, "build_rewards", lambda *_, **__: pytest.fail("the rewards load"))
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    words = arguments.split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--model" in words else ["--model", no_model])])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code not in (0, None)
+    out, err = capsys.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and all(name in line for name in names), line
+    assert out == "" and not (tmp_path / "runs").exists()
+
+
+def test_an_unknown_flag_on_two_ranks_is_one_line_of_the_main_rank_even_if_that_is_the_slower(command, no_model, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(4 * (os.environ.get('RANK') == '0'))\n")
+    code, out, err, directory = command("flag", 2, "--group-sise", "4", model=no_model, path=tmp_path)
+    assert code != 0 and len(errors_in(err)) == 1, err
+    assert "--group-sise" in errors_in(err)[0] and "--group-size" in errors_in(err)[0]
+    assert out == "" and not directory.exists()
+
+
+def test_a_continued_run_whose_seed_differs_is_refused_on_two_ranks_with_both_values(command, train_here):
+    directory = train_here("seed-held", **CHEAP, epochs=1)
+    before = (directory / "metrics.jsonl").read_text()
+    code, _, err, _ = command("seed-held", 2, output_dir=directory.parent, **CHEAP, epochs=1, seed=3)
+    assert code != 0 and len(errors_in(err)) == 1, err
+    line = errors_in(err)[0]
+    assert "--seed is 3" in line and "with 1:" in line and "--run-name" in line
+    assert (directory / "metrics.jsonl").read_text() == before
+    assert json.loads((directory / "config.json").read_text())["seed"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------- rewards that fail
+
+FAILING_REWARD = """
+from rewards import jpeg_incompressibility
+calls = 0
+
+def score(images, prompts, metadata):
+    global calls
+    calls += 1
+    good = jpeg_incompressibility(images, prompts, metadata)
+    return good if calls < 4 else {outcome}      # the probe, the evaluation and the first epoch go well
+"""
+
+
+@pytest.mark.parametrize("name, outcome, says", [
+    ("raises", "1 / 0", "ZeroDivisionError"), ("nan", "good * float('nan')", "nan"), ("shape", "good[:3]", "(3,)")])
+def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_saved_goes_on(
+        train_here, name, outcome, says, tmp_path, monkeypatch):
+    module, changes = f"failing_{name}", dict(rewards=(f"failing_{name}:score", 1), **CHEAP)
+    (tmp_path / f"{module}.py").write_text(FAILING_REWARD.format(outcome=outcome))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(Stopped) as stop:
+        train_here(module, **changes)
+    assert f"{module}:score" in str(stop.value) and says in str(stop.value) and "the word " in str(stop.value)
+    assert "\n" not in str(stop.value)
+
+    monkeypatch.setattr(sys.modules[module], "calls", -100)                                # the reward has been mended
+    directory = train_here(module, **changes)
+    assert [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all_with_one_line_after_a_checkpoint(command, tmp_path):
+    (tmp_path / "failing.py").write_text("import os\n" + FAILING_REWARD.format(
+        outcome="good * float('nan') if os.environ['RANK'] == '1' else good"))
+    code, _, err, directory = command("failing", 2, cwd=tmp_path, rewards=("failing:score", 1), dtype="float32",
+                                      updates_per_epoch=1, save_every=100)
+    (line,) = errors_in(err.replace("\r", "\n"))
+    assert code != 0 and "failing:score" in line and "nan" in line and 'the word "' in line
+    assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
+
+
+def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(train_here, monkeypatch):
+    monkeypatch.setattr(train, "accumulate_gradients", lambda *_: torch.empty(2**55, dtype=torch.uint8))
+    with pytest.raises(Stopped) as stop:
+        train_here("too-large", **CHEAP, epochs=1)
+    message = str(stop.value)
+    assert "out of memory on rank 0" in message and "lower --train-batch" in message and "training batches of up to 8" in message
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError("std::bad_alloc")])
+def test_a_model_that_does_not_fit_ends_in_one_line_too(train_here, monkeypatch, error):
+    monkeypatch.setattr(train, "Policy", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(Stopped) as stop:
+        train_here("too-large-a-model", **CHEAP)
+    assert "out of memory on rank 0" in str(stop.value) and "--offload-text-encoders" in str(stop.value)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_leaves_the_weights(train_here):
+    changes = dict(CHEAP, dtype="float16", learning_rate=3.0, updates_per_epoch=2, epochs=3)
+    with pytest.raises(Stopped) as stop:
+        train_here("blown-up", **changes)
+    assert "not finite" in str(stop.value) and "epoch " in str(stop.value) and "--learning-rate" in str(stop.value)
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes but 1 GPUs here: lower --nproc_per_node"):
+        distributed.setup()
+
+
+def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch(train_here, tmp_path, monkeypatch):
+    (tmp_path / "some_equal.py").write_text(
+        "from rewards import jpeg_incompressibility\n"
+        "def score(images, prompts, metadata):\n"
+        "    return jpeg_incompressibility(images, prompts, metadata) * (np.array(prompts) == max(prompts))\n".replace(
+            "from", "import numpy as np\nfrom", 1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    sizes, accumulate = [], train.accumulate_gradients
+
+    def counted(policy, samples, batch, advantages, *rest):
+        sizes.append((len(batch), sum(bool(advantages[samples.indices[j]]) for j in batch)))
+        return accumulate(policy, samples, batch, advantages, *rest)
+
+    monkeypatch.setattr(train, "accumulate_gradients", counted)
+    train_here("some-equal", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0,
+               rollout_batch=12, train_batch=3, epochs=1)
+    assert sizes == [(3, 3), (3, 1)]                                                      # 12 samples, of which 4 count
