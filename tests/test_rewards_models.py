@@ -339,7 +339,7 @@ def test_qwenvl_that_writes_no_score_stops_with_what_it_wrote(tmp_path, monkeypa
     reward = build_rewards({"qwenvl": 1}, models={"qwenvl": qwen_checkpoint(tmp_path, speaks=False)})
     with pytest.raises(RewardError) as error:
         reward(pictures(60, 90), PROMPTS, [{}] * 6)
-    one_line(error, "'qwenvl'", "6 of a batch of 6", "the last answer begins")
+    one_line(error, "'qwenvl'", "6 of the last 6", "the last answer is")
 
 
 # ---------------------------------------------------------------- ImageReward
