@@ -117,7 +117,7 @@ class Config:
     train_batch: int = 32
     """Images replayed at once, per rank."""
     gradient_checkpointing: bool = False
-    """Compute a block's activations again in the backward pass instead of keeping them: less memory, a third more time."""
+    """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
     offload_text_encoders: bool = False
     """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1

@@ -73,7 +73,7 @@ def guard_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor)
     The plain log-ratio lies below 0 on average, by the term added here, and spreads by 1 / std, so that the clip range means
     something else at every step, and less for ratios above 1. This one is centred. The loss of a step is divided by its D
     besides, which evens out the steps' gradients. The second form has the value of the first and subtracts no log-probs, whose
-    rounding in float32 is a tenth of the published clip range. It holds for rules whose log-prob is the Gaussian's.
+    rounding in float32 takes over a tenth of the published clip range. It holds for rules whose log-prob is the Gaussian's.
     Raises ValueError where std is 0 (on a CPU).
     """
     _require_noise(std)

@@ -665,6 +665,13 @@ def test_a_peer_that_answers_with_os_system_stops_the_client_with_one_line_and_r
     assert mark.exists()  # which it would have
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_data_and_numpy_scalars_come_through_a_pickle_of_any_protocol(protocol):
+    plain = {"scores": [1, 2.5, True, None], "tags": {"a", "b"}, "both": (b"bytes", "text", frozenset({3}))}
+    data = pickle.dumps({**plain, "numpy": [np.float32(0.5), np.int64(-7), np.bool_(True)]}, protocol)
+    assert read_plain_pickle(data) == {**plain, "numpy": [0.5, -7, True]}
+
+
 @pytest.mark.parametrize("data", [
     b"", b"nonsense", pickle.dumps([1, 2])[:-3], pickle.dumps(np.zeros(3)), pickle.dumps(np.float64(1)).replace(b"f8", b"O8"),
     pickle.dumps(np.datetime64("2020")), b"N" + b"\x85" * 300_000 + b"}\x94h\x00N0.",
@@ -685,12 +692,30 @@ def test_a_pickle_that_is_damaged_or_holds_more_than_plain_data_is_an_error(data
     ({"jpeg_compressibility": "http://"}, ["'http://'"]),
     ({"jpeg_compressibility": ""}, ["''"]),
     ({"jpeg_compressibility": "pickle+http://host:1"}, ["pickle+", "geneval", "deqa"]),
+    ({"jpeg_compressibility": "openai+http://host:1/v1"}, ["openai+", "qwenvl", "unifiedreward"]),
+    ({"jpeg_compressibility": "http://host:port"}, ["'http://host:port'"]),
+    ({"jpeg_compressibility": "http://host:99999"}, ["'http://host:99999'"]),
+    ({"jpeg_compressibility": "http://host?x"}, ["'http://host?x'"]),
 ])  # fmt: skip
 def test_a_url_that_cannot_be_asked_is_one_line(urls, contents):
     for check in (rewards.check_reward_weights, lambda weights, urls: build_rewards(weights, urls=urls)):
         with pytest.raises(ValueError) as error:
             check({"jpeg_compressibility": 1.0}, urls)
         assert one_line(error, *contents)
+
+
+def test_what_goes_wrong_in_building_a_reward_is_one_line_whatever_it_raises(monkeypatch):
+    def no_such_device(options):
+        assert False, "compiled without that device"
+
+    monkeypatch.setitem(rewards.REGISTRY, "clipscore", no_such_device)
+    with pytest.raises(ValueError) as error:
+        build_rewards({"clipscore": 1.0})
+    assert one_line(error, "'clipscore' cannot be built", "AssertionError", "compiled without that device")
+
+
+def test_the_address_of_the_request_itself_will_do(jpeg):
+    assert remote("jpeg_incompressibility", f"{jpeg}/score")(noise(1), [""], [{}])["total"] > 0
 
 
 def test_a_name_that_only_the_server_knows_needs_a_url():
