@@ -11,9 +11,7 @@ What departs from the paper or from its authors' implementation:
 """
 
 import contextlib
-import fcntl
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -30,7 +28,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from config import Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
+from checkpoint import checkpoints, load_state, open_run, read_metrics, save_checkpoint, write_metrics
+from config import Config, batch_plan, describe, parse_config, validate
 from distributed import is_main
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from policy import Policy, WeightAverage, check_model, find_adapter
@@ -88,6 +87,41 @@ def within_memory(way_out: str, plan: str) -> Iterator[None]:
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
         raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
+
+
+# -------------------------------------------------------------------------------------------------- what an update changes
+
+class Learner:
+    """The policy's trained weights and all that goes with them from update to update."""
+
+    def __init__(self, policy: Policy, config: Config):
+        self.policy = policy
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                                           weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
+        self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
+        self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
+
+    def state(self, epoch: int) -> dict:
+        """Everything from which training goes on after `epoch`: tensors and plain data."""
+        return {"epoch": epoch, "trained": [p.detach() for p in self.policy.parameters], "average": self.average.average,
+                "average_steps": self.average.steps, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> int:
+        """Put everything back; the number of epochs done."""
+        for p, value in zip(self.policy.parameters, state["trained"], strict=True):
+            p.copy_(value)
+        self.average.average = [value.to(self.policy.device) for value in state["average"]]
+        self.average.steps = state["average_steps"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        return state["epoch"]
+
+    def save_weights(self, directory: Path) -> None:
+        """The averaged weights, for use."""
+        with self.average.applied():
+            self.policy.save(directory)
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -179,10 +213,12 @@ def raise_failed(pending: list[Future]) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- training
 
-def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, average: WeightAverage,
-                samples: Samples | None, advantages: Tensor, config: Config, epoch: int) -> dict[str, float]:
+def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, config: Config, epoch: int) -> dict[str, float]:
     """All updates of an epoch on its samples; `advantages` (N,) is global. Metrics are over all ranks."""  # all ranks
+    policy, optimizer, scaler = learner.policy, learner.optimizer, learner.scaler
     plan = batch_plan(config, distributed.world_size())
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, epoch)
     metrics, grad_norms, overflows = {}, [], 0
     bar = progress(None, "train", plan.train_batches)
     for update in range(config.updates_per_epoch):
@@ -218,7 +254,7 @@ def train_epoch(policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.
         optimizer.zero_grad(set_to_none=True)
         if np.isfinite(grad_norm):
             grad_norms.append(grad_norm)
-            average.step()
+            learner.average.step()
         for name, value in averages.items():
             metrics[name] = metrics.get(name, 0.0) + value * in_update / plan.samples
         metrics["ratio_deviation"] = max(metrics.get("ratio_deviation", 0.0), ratio_deviation)
@@ -284,18 +320,19 @@ class Statistics:
 
 # -------------------------------------------------------------------------------------------------------- evaluation
 
-def evaluate_share(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: list[Prompt], config: Config,
+def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config,
                    scorer: ThreadPoolExecutor) -> tuple[dict[str, np.ndarray], Tensor]:
     """Scores and first images of this rank's share of the held-out prompts, by averaged weights and the ODE.
 
     Every prompt has noise of its own, which does not depend on the run's seed, so that runs can be compared.
     """
+    policy = learner.policy
     mine = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
     policy.cache_text([prompts[i].text for i in mine], config.guidance_scale)
     sigmas = timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps),
                                dtype=policy.compute_dtype)
     kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
-    with average.applied():
+    with learner.average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
             drawn = [prompts[i] for i in batch]
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
@@ -307,10 +344,10 @@ def evaluate_share(policy: Policy, average: WeightAverage, rewards: Rewards, pro
     return join_scores([future.result() for future in pending]), kept
 
 
-def evaluate(policy: Policy, average: WeightAverage, rewards: Rewards, prompts: list[Prompt], config: Config,
+def evaluate(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config,
              scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray]:  # all ranks
     """Mean scores of the held-out prompts, each of which counts once, and the first `eval_images` images."""
-    scores, kept = together(evaluate_share, policy, average, rewards, prompts, config, scorer)
+    scores, kept = together(evaluate_share, learner, rewards, prompts, config, scorer)
     rows = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
     images = distributed.gather_rows(kept, list(rows)[:len(kept)], min(config.eval_images, len(prompts)))
     return means("eval", gather_scores(scores, rows, len(prompts))), images.numpy()
@@ -343,104 +380,7 @@ def together(task: Callable, *arguments):  # all ranks
     return result
 
 
-# ----------------------------------------------------------------------------------------------------- run directory
-
-def open_run(config: Config, preset: str) -> tuple[Path | None, str]:
-    """Main rank: make or continue the run's directory, as its one writer. (directory, error); no directory means an error."""
-    name = config.run_name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(config.output_dir) / name
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / "lock", "a+")
-    for attempt in range(20):                    # a writer that was just killed takes a moment to be gone
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            time.sleep(0.1)
-    else:
-        lock.seek(0)
-        return None, (f"{directory} is being written by process {lock.read().strip()}: wait for it, stop it, "
-                      "or choose another --run-name")
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    open_run.lock = lock                         # held until this process ends, however it ends
-
-    saved = directory / "config.json"
-    if saved.exists() and (directory / "metrics.jsonl").exists():       # else it failed before it began
-        changed = changed_fields(old := json.loads(saved.read_text()), config)
-        if changed:
-            field = changed[0]
-            return None, (f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {name!r} was started with "
-                          f"{old.get(field)!r}: give that, or choose another --run-name")
-        if config.eval_only:                     # looks at a run without changing it
-            return directory, ""
-    write_whole(saved, json.dumps(to_dict(config), indent=1))
-    return directory, ""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file has its old content or its new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in (directory / "checkpoints").glob("epoch_*") if (p / "state.pt").exists())
-
-
-def save_checkpoint(directory: Path, epoch: int, policy: Policy, optimizer: torch.optim.Optimizer,
-                    scaler: torch.amp.GradScaler, average: WeightAverage) -> None:
-    """Main rank: averaged weights for use, and the state from which training goes on; whole or not at all."""
-    final = directory / "checkpoints" / f"epoch_{epoch:05d}"
-    partial = final.with_name("partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with average.applied():
-        policy.save(partial)
-    torch.save({"epoch": epoch, "trained": [p.detach() for p in policy.parameters], "average": average.average,
-                "average_steps": average.steps, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
-               partial / "state.pt")
-    for path in (p for p in partial.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    for older in checkpoints(directory)[:-2]:    # adapters are all kept; states and whole transformers of the newest two
-        (older / "state.pt").unlink()
-        shutil.rmtree(older / "transformer", ignore_errors=True)
-
-
-@torch.no_grad()
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    average: WeightAverage) -> int:
-    """Put everything back; the number of epochs done."""
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)        # AdamW keeps its step counts there
-    for p, value in zip(policy.parameters, state["trained"], strict=True):
-        p.copy_(value)
-    average.average, average.steps = [a.to(policy.device) for a in state["average"]], state["average_steps"]
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["epoch"]
-
-
-def write_metrics(directory: Path, metrics: dict) -> None:
-    """Append an epoch's line."""
-    with open(directory / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics, allow_nan=False) + "\n")
-
-
-def read_metrics(directory: Path, epochs: int) -> list[dict]:
-    """The lines of the first `epochs` epochs; those of epochs that a resumed run does again are dropped from the file."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]                   # a killed writer may leave half a line
-    metrics = [m for m in map(json.loads, whole) if m["epoch"] <= epochs]
-    write_whole(path, "".join(json.dumps(m) + "\n" for m in metrics))
-    return metrics
-
+# ------------------------------------------------------------------------------------------------------------ images
 
 def save_images(directory: Path, epoch: int, images: np.ndarray) -> None:
     folder = directory / "images" / f"epoch_{epoch:05d}"
@@ -492,24 +432,35 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
 
 
+def make_rewards(config: Config, device: torch.device) -> Rewards:
+    """Those of training and of evaluation."""
+    return build_rewards(
+        dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads, device=str(device),
+        batch=config.reward_batch, models=dict(config.reward_models), urls=dict(config.reward_urls),
+        deadline=config.reward_deadline, max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
+
+
+def make_policy(config: Config, device: torch.device) -> Policy:
+    """On every rank with the same weights, an adapter's random start among them."""  # all ranks
+    torch.manual_seed(config.seed)
+    with within_memory("the model itself is too large: start fewer processes, or --offload-text-encoders",
+                       describe(config, distributed.world_size())):
+        policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
+                        config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
+                        config.offload_text_encoders, config.gradient_checkpointing)
+    distributed.broadcast_parameters(policy.parameters)
+    return policy
+
+
 def main() -> None:
     try:
         preset, config, train_prompts, test_prompts = prepare(sys.argv[1:])
         device = distributed.setup()
-        directory, error = distributed.broadcast_object(open_run(config, preset) if is_main() else None)
-        if error:
-            raise ConfigError(error)
-        rewards = build_rewards(
-            dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads, device=str(device),
-            batch=config.reward_batch, models=dict(config.reward_models), urls=dict(config.reward_urls),
-            deadline=config.reward_deadline, max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
+        directory, lock = open_run(config, preset) if is_main() else (None, None)      # held until this function ends
+        directory = distributed.broadcast_object(directory)
+        rewards = make_rewards(config, device)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
-        torch.manual_seed(config.seed)
-        with within_memory("the model itself is too large: start fewer processes, or --offload-text-encoders",
-                           describe(config, distributed.world_size())):
-            policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
-                            config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
-                            config.offload_text_encoders, config.gradient_checkpointing)
+        policy = make_policy(config, device)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
     except TrainingError as error:
@@ -533,21 +484,31 @@ def stop(error: Exception, everywhere: bool) -> None:
     os._exit(2)                                  # without waiting for other ranks, or for a reward that still runs
 
 
+def run_epoch(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config, epoch: int,
+              scorer: ThreadPoolExecutor) -> dict[str, float]:
+    """Sample, reward, advantage, update; the epoch's metrics."""  # all ranks
+    started, policy = time.perf_counter(), learner.policy
+    plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
+    sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
+    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
+    with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
+        samples = together(sample_epoch, policy, rewards, prompts, sigmas, config, epoch, scorer)
+    scores = gather_scores(samples.scores if samples else {}, samples.indices if samples else [], len(group_ids))
+    advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                      # (N,)
+    with within_memory(LESS_MEMORY.format("train-batch"), plan):
+        metrics = train_epoch(learner, samples, advantages, config, epoch)
+    seconds = time.perf_counter() - started
+    return {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
+            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
+            "learning_rate": learning_rate(config, epoch), "seconds": seconds, "images_per_second": len(group_ids) / seconds}
+
+
 def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train_prompts: list[Prompt],
         test_prompts: list[Prompt], scorer: ThreadPoolExecutor) -> None:
     """Flow-GRPO, from the last checkpoint or the start to the last epoch."""  # all ranks
-    distributed.broadcast_parameters(policy.parameters)
-    optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                  weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
-    scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
-    average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-    sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
-    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
-
-    training_rewards = rewards.subset(weights=dict(config.rewards))
+    learner = Learner(policy, config)
     found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)
-    done = load_checkpoint(found[-1], policy, optimizer, scaler, average) if found else 0
+    done = learner.restore(load_state(found[-1])) if found else 0
     history = read_metrics(directory, done if found else -1) if is_main() and not config.eval_only else []
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
@@ -564,12 +525,12 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     def keep(epoch: int) -> None:
         """A checkpoint of the weights as they are after `epoch`, unless there is one."""
         if is_main() and epoch and not (directory / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").exists():
-            save_checkpoint(directory, epoch, policy, optimizer, scaler, average)
+            save_checkpoint(directory, epoch, learner.save_weights, learner.state(epoch))
         distributed.wait_for_all()               # nobody goes on, or ends the run, while it is written
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
-            metrics, images = evaluate(policy, average, rewards, test_prompts, config, scorer)
+            metrics, images = evaluate(learner, rewards, test_prompts, config, scorer)
         if is_main():
             save_images(directory, epoch, images)
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -580,32 +541,18 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         if is_main() and not (directory / "metrics.jsonl").exists():
             write_metrics(directory, metrics)
         return
+    training_rewards = rewards.subset(weights=dict(config.rewards))
     if not found:
         record({"epoch": 0, **evaluate_after(0)})
     for epoch in range(done + 1, config.epochs + 1):
-        started = time.perf_counter()
         try:
-            with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
-                samples = together(sample_epoch, policy, training_rewards, train_prompts, sigmas, config, epoch, scorer)
+            metrics = run_epoch(learner, training_rewards, train_prompts, config, epoch, scorer)
         except RewardError:
             keep(epoch - 1)
             raise
-        rows = samples.indices if samples else []
-        scores = gather_scores(samples.scores if samples else {}, rows, len(group_ids))                  # name -> (N,)
-        advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                  # (N,)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, epoch)
-        with within_memory(LESS_MEMORY.format("train-batch"), plan):
-            metrics = train_epoch(policy, optimizer, scaler, average, samples, advantages, config, epoch)
-        del samples                              # before the next epoch makes its own
-        seconds = time.perf_counter() - started
-        metrics = {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
-                   "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
-                   "learning_rate": learning_rate(config, epoch),
-                   "seconds": seconds, "images_per_second": len(group_ids) / seconds}
         say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
             f"approx_kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
-            f"gradient {metrics['grad_norm']:.3f}, {seconds:.1f} s")
+            f"gradient {metrics['grad_norm']:.3f}, {metrics['seconds']:.1f} s")
         try:
             if epoch % config.eval_every == 0 or epoch == config.epochs:
                 metrics |= evaluate_after(epoch)

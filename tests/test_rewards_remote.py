@@ -792,7 +792,6 @@ def test_training_with_the_reward_in_another_process_gives_the_same_weights_to_t
             --rollout-batch 3 --train-batch 4""".split()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--output-dir", str(tmp_path), "--run-name", name, *flags])
         train.main()
-        train.open_run.lock.close()
         state = torch.load(tmp_path / name / "checkpoints" / "epoch_00002" / "state.pt", weights_only=True)
         metrics = [json.loads(row) for row in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         return state["trained"], [[m.get(key) for key in ("eval/total", "reward/rapidocr_line")] for m in metrics]

@@ -69,8 +69,6 @@ def train_here(model, tmp_path_factory):
             finally:
                 if torch.distributed.is_initialized():
                     distributed.shutdown()
-                if hasattr(train.open_run, "lock"):
-                    train.open_run.lock.close()
         return runs / name
 
     return run

@@ -26,11 +26,11 @@ def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_en
 
 def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path):
     _, config = parse_config(["--run-name", "held", "--output-dir", str(tmp_path)])
-    directory, _ = train.open_run(config, "tiny_ocr")                                      # this process is the first
+    directory, lock = train.open_run(config, "tiny_ocr")                                    # this process is the first
     try:
         code, out, err, _ = command("held", 0, output_dir=tmp_path)
     finally:
-        train.open_run.lock.close()
+        lock.close()
     (line,) = errors_in(err)
     assert code != 0 and str(directory) in line and f"process {os.getpid()}:" in line and "--run-name" in line
     assert "Traceback" not in err and not (directory / "metrics.jsonl").exists()
