@@ -54,14 +54,22 @@ class Stopped(Exception):
 @pytest.fixture(scope="module")
 def train_here(model, tmp_path_factory):
     """`train_here(name, **changes)`: train.py's main in this process, as one rank; the run's directory."""
-    runs = tmp_path_factory.mktemp("runs")
+    runs, open_run = tmp_path_factory.mktemp("runs"), train.open_run
 
     def run(name: str, **changes) -> Path:
+        locks = []
+
         def stopped(error, everywhere):
             raise Stopped(str(error)) from error
 
+        def opened(*arguments):
+            directory, lock = open_run(*arguments)
+            locks.append(lock)
+            return directory, lock
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "stop", stopped)
+            patch.setattr(train, "open_run", opened)
             patch.setattr(sys, "argv", ["train.py", *flags(**{
                 "model": model, "output_dir": runs, "run_name": name, **SMALL, **changes})])
             try:
@@ -69,6 +77,8 @@ def train_here(model, tmp_path_factory):
             finally:
                 if torch.distributed.is_initialized():
                     distributed.shutdown()
+                for lock in locks:               # the end of the process releases it, but this one goes on
+                    lock.close()
         return runs / name
 
     return run
