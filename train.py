@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from checkpoint import checkpoints, load_state, open_run, read_metrics, save_che
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import is_main
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
-from policy import Policy, WeightAverage, check_model, find_adapter
+from policy import Policy, Text, WeightAverage, check_model, find_adapter, to_device
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, replay, rollout, timestep_schedule
@@ -97,7 +97,7 @@ class Learner:
     def __init__(self, policy: Policy, config: Config):
         self.policy = policy
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                           weight_decay=config.weight_decay)
+                                           weight_decay=config.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
         self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
@@ -163,24 +163,20 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
             inside = (steps[:, None] >= first_step) & (steps[:, None] < first_step + config.window_size)  # (T, B)
             noise_levels = noise_levels * inside
         noise = draw_noise(config.seed, TRAIN_NOISE, epoch, batch, config.num_steps + 1, policy.latent_shape)
-        noise = noise.to(policy.device, policy.compute_dtype)
+        noise = to_device(noise.to(policy.compute_dtype), policy.device)
         start, start_step = noise[0], 0
         if starts:
             start, start_step = torch.stack([starts[i // config.group_size] for i in batch]), int(first_step[0])
         velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
         trajectory = rollout(velocity, start, sigmas, noise_levels, noise[1:], config.rule, first_step, plan.trained_steps,
                              start_step, keep_means=config.guard)
-        if not trajectory.final.isfinite().all():
-            raise TrainingError(f"epoch {epoch}: latents are not finite in a batch that starts with prompt {drawn[0].text!r}; "
-                                "lower --learning-rate, or in float16 use --dtype bfloat16")
-        images = policy.decode(trajectory.final).numpy()
-        pending.append(scorer.submit(rewards, images, [p.text for p in drawn], [p.metadata for p in drawn]))
+        pending.append(scorer.submit(score, rewards, trajectory.final, policy.decode(trajectory.final), drawn))
         trajectories.append(trajectory)
         raise_failed(pending)
     if not mine:
         return None
     return Samples(mine, [chosen[i // config.group_size] for i in mine], Trajectory.concatenate(trajectories),
-                   join_scores([future.result() for future in pending]))
+                   collect(pending))
 
 
 def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windows: Tensor, sigmas: Tensor, config: Config,
@@ -204,6 +200,19 @@ def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
 
 
+def score(rewards: Rewards, latents: Tensor, images: Tensor, prompts: list[Prompt]) -> dict[str, np.ndarray]:
+    """In a thread of its own, which waits for the device while the next micro-batch is on its way to it."""
+    if not latents.isfinite().all():
+        raise TrainingError(f"latents are not finite in a batch that starts with prompt {prompts[0].text!r}; "
+                            "lower --learning-rate, or in float16 use --dtype bfloat16")
+    return rewards(images.cpu().numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+
+
+def collect(pending: list[Future]) -> dict[str, np.ndarray]:
+    """The scores of all micro-batches, as one; waits for those that are still under way."""
+    return join_scores([future.result() for future in pending])
+
+
 def raise_failed(pending: list[Future]) -> None:
     """A reward that failed stops the run now, not after all sampling is done."""
     for future in pending:
@@ -215,21 +224,20 @@ def raise_failed(pending: list[Future]) -> None:
 
 def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, config: Config, epoch: int) -> dict[str, float]:
     """All updates of an epoch on its samples; `advantages` (N,) is global. Metrics are over all ranks."""  # all ranks
-    policy, optimizer, scaler = learner.policy, learner.optimizer, learner.scaler
-    plan = batch_plan(config, distributed.world_size())
-    for group in optimizer.param_groups:
+    policy, plan = learner.policy, batch_plan(config, distributed.world_size())
+    for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
     metrics, grad_norms, overflows = {}, [], 0
     bar = progress(None, "train", plan.train_batches)
     for update in range(config.updates_per_epoch):
         in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
         mine = [] if samples is None else [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
-        if not config.beta:      # what has no advantage adds nothing; but it fills the last batch, so that all have one size
+        if not config.beta:      # what has no advantage adds nothing, but in half precision a batch of another size changes bits
             live, idle = ([j for j in mine if (advantages[samples.indices[j]] != 0) == wanted] for wanted in (True, False))
-            mine = live + idle[:-len(live) % config.train_batch]
+            mine = live + (idle[:-len(live) % config.train_batch] if policy.dtype.itemsize == 2 else [])
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
-            accumulate_gradients(policy, samples, batch, advantages, in_update * plan.trained_steps, scaler, statistics, config)
+            accumulate_gradients(learner, samples, batch, advantages, in_update * plan.trained_steps, statistics, config)
             bar.update()
         distributed.sum_gradients(policy.parameters)
         averages, ratio_deviation = statistics.over_all_ranks(in_update * plan.trained_steps)
@@ -242,19 +250,14 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
         if not np.isfinite(list(averages.values())).all():
             raise TrainingError(f"the loss of epoch {epoch}, update {update} is not finite: the weights were left as they are; "
                                 "lower --learning-rate, or in float16 use --dtype bfloat16")
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, config.max_grad_norm).item()
-        if not np.isfinite(grad_norm):
-            if not scaler.is_enabled():
-                raise TrainingError(f"the gradient norm of epoch {epoch}, update {update} is {grad_norm}: the weights were left "
-                                    "as they are; lower --learning-rate or --noise-level, or use --dtype float32")
-            overflows += 1                                                    # float16: the scaler skips this step
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = update_weights(learner, config.max_grad_norm)
         if np.isfinite(grad_norm):
             grad_norms.append(grad_norm)
-            learner.average.step()
+        elif learner.scaler.is_enabled():
+            overflows += 1                                                    # float16: the scaler skipped this step
+        else:
+            raise TrainingError(f"the gradient norm of epoch {epoch}, update {update} is {grad_norm}: the weights were left "
+                                "as they are; lower --learning-rate or --noise-level, or use --dtype float32")
         for name, value in averages.items():
             metrics[name] = metrics.get(name, 0.0) + value * in_update / plan.samples
         metrics["ratio_deviation"] = max(metrics.get("ratio_deviation", 0.0), ratio_deviation)
@@ -262,19 +265,32 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
     return {**metrics, "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0, "overflows": overflows}
 
 
-def accumulate_gradients(policy: Policy, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
-                         scaler: torch.amp.GradScaler, statistics: "Statistics", config: Config) -> None:
+def update_weights(learner: Learner, max_grad_norm: float) -> float:
+    """One optimizer step on the accumulated gradients; their norm. Where it is not finite, the weights stay as they are."""
+    learner.scaler.unscale_(learner.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters, max_grad_norm).item()
+    if np.isfinite(grad_norm) or learner.scaler.is_enabled():                 # the scaler skips the step by itself
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if np.isfinite(grad_norm):
+        learner.average.step()
+    return grad_norm
+
+
+def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
+                         statistics: "Statistics", config: Config) -> None:
     """Add one micro-batch's part to the gradient of the mean over `terms` (sample, step) pairs, all ranks."""
-    trajectory = samples.trajectory.select(batch)
+    policy, trajectory = learner.policy, samples.trajectory.select(batch)
     text = policy.encode([samples.prompts[j].text for j in batch])
     velocity = policy.velocity(text, config.guidance_scale)
-    reference = policy.reference_velocity(text, config.guidance_scale) if config.beta else None
+    reference_means = replay_reference(policy, trajectory, text, config) if config.beta else None
     A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
     for k in range(len(trajectory.log_probs)):
         log_prob, mean, std = replay(velocity, trajectory, k)                                            # (B,), (B, C, H, W)
         old_log_prob = trajectory.log_probs[k]
         step = trajectory.first_step + k
-        delta = (trajectory.sigmas[step] - trajectory.sigmas[step + 1]).to(log_prob)                     # (B,)
+        delta = trajectory.sigmas[step] - trajectory.sigmas[step + 1]                                    # (B,)
         if config.guard:
             log_prob = guard_log_ratio(trajectory.latents[k + 1], mean, trajectory.means[k], std)
             old_log_prob = torch.zeros_like(log_prob)
@@ -282,15 +298,25 @@ def accumulate_gradients(policy: Policy, samples: Samples, batch: list[int], adv
         if config.guard:
             policy_loss = policy_loss / delta
         loss, kl = policy_loss, torch.zeros_like(policy_loss)
-        if reference is not None:
-            with torch.no_grad():
-                _, ref_mean, _ = replay(reference, trajectory, k)
+        if reference_means is not None:
             if config.kl == "per_time":                                                                  # s = std / sqrt(D)
                 std = std / delta.sqrt().view_as(std)
-            kl = gaussian_kl(mean, ref_mean, std)                                                        # (B,)
+            kl = gaussian_kl(mean, reference_means[k], std)                                              # (B,)
             loss = policy_loss + config.beta * kl
-        scaler.scale(loss.sum() / terms).backward()
+        learner.scaler.scale(loss.sum() / terms).backward()
         statistics.add(policy_loss=policy_loss, kl=kl, **ratio_statistics(log_prob, old_log_prob, config.clip_range))
+
+
+@torch.no_grad()
+def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config: Config) -> Tensor:
+    """Means (S, B, C, H, W) of the trained steps under the reference; as many steps in one call as make up a rollout's batch."""
+    S, B = trajectory.log_probs.shape
+    means = []
+    for steps in batches(range(S), max(1, config.rollout_batch // B)):
+        repeated = tuple(part.repeat(len(steps), *[1] * (part.ndim - 1)) for part in text)
+        velocity = policy.reference_velocity(repeated, config.guidance_scale)
+        means.append(replay(velocity, trajectory, steps[0], len(steps))[1])
+    return torch.cat(means).view(S, B, *policy.latent_shape)
 
 
 class Statistics:
@@ -331,17 +357,18 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
     policy.cache_text([prompts[i].text for i in mine], config.guidance_scale)
     sigmas = timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps),
                                dtype=policy.compute_dtype)
-    kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
+    kept, pending = [torch.zeros(0, *config.resolution, 3, dtype=torch.uint8, device=policy.device)], []
     with learner.average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
             drawn = [prompts[i] for i in batch]
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
             velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
-            images = policy.decode(rollout(velocity, noise[0], sigmas, 0.0, None).final)
-            pending.append(scorer.submit(rewards, images.numpy(), [p.text for p in drawn], [p.metadata for p in drawn]))
+            latents = rollout(velocity, noise[0], sigmas, 0.0, None).final
+            images = policy.decode(latents)
+            pending.append(scorer.submit(score, rewards, latents, images, drawn))
             raise_failed(pending)
-            kept = torch.cat([kept, images[:max(0, config.eval_images - batch[0])]])
-    return join_scores([future.result() for future in pending]), kept
+            kept.append(images[:max(0, config.eval_images - batch[0])])
+    return collect(pending), torch.cat(kept).cpu()
 
 
 def evaluate(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config,
@@ -409,12 +436,12 @@ def save_comparison(directory: Path, before: int, after: int, columns: int = 8) 
 
 # --------------------------------------------------------------------------------------------------------- the loop
 
-def batches(items: list, size: int) -> list[list]:
+def batches(items: Sequence, size: int) -> list[Sequence]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def progress(items: list | None, what: str, total: int | None = None) -> tqdm:
-    return tqdm(items, desc=what, total=total, leave=False, disable=not is_main())
+    return tqdm(items, desc=what, total=total, leave=False, disable=None if is_main() else True)     # None: only on a terminal
 
 
 def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
