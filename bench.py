@@ -117,6 +117,7 @@ class Setting:
         self.name, self.device, self.epoch = " ".join(arguments) or "tiny_ocr", device, 0
         self.rewards = train.make_rewards(self.config, device).subset(dict(self.config.rewards))
         self.policy = train.make_policy(self.config, device)
+        self.config = train.choose_batches(self.policy, self.prompts, self.config)
         self.learner = train.Learner(self.policy, self.config)
         self.images = self.config.groups_per_epoch * self.config.group_size
         self.seconds: list[float] = []                                   # of each timed epoch

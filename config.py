@@ -113,11 +113,13 @@ class Config:
 
     # ----------------------------------------------------------------------------------------------------- machine
     rollout_batch: int = 32
-    """Images sampled at once, per rank."""
+    """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the fastest."""
     train_batch: int = 32
-    """Images replayed at once, per rank."""
+    """Images replayed at once, per rank; 0 likewise."""
     gradient_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """torch.compile the transformer's blocks: minutes at the start, then fewer and larger kernels."""
     offload_text_encoders: bool = False
     """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1
@@ -155,8 +157,8 @@ class Config:
 
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
-MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "offload_text_encoders", "reward_threads",
-              "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered", "trust_remote_code",
+MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "compile", "offload_text_encoders",
+              "reward_threads", "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered", "trust_remote_code",
               "eval_rewards", "eval_every", "eval_prompts", "eval_num_steps", "eval_images", "eval_only", "save_every",
               "output_dir", "run_name"}
 
@@ -166,15 +168,14 @@ PUBLISHED = Config(
     max_sequence_length=128, num_steps=10, guidance_scale=4.5, rule="flow_sde", noise_level=0.7, window_size=0,
     groups_per_epoch=48, group_size=24, updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, kl="per_time",
     learning_rate=3e-4, learning_rate_half_life=0, ema_decay=0.9, ema_every=8, lora_rank=32, lora_alpha=64,
-    lora_targets=ATTENTION, dtype="float16", rollout_batch=8, train_batch=8, reward_threads=4, eval_every=30, eval_prompts=0,
+    lora_targets=ATTENTION, dtype="float16", rollout_batch=0, train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0,
     eval_num_steps=40, save_every=30)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
 PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))             # the README says where these come from
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5), clip_range=1e-5, beta=0.0)
 FLUX = dict(
     model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0, dtype="bfloat16",
-    lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28, rollout_batch=4, train_batch=4,
-    gradient_checkpointing=True)
+    lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28, gradient_checkpointing=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 replace = dataclasses.replace
 
@@ -241,12 +242,11 @@ def validate(config: Config) -> None:
         value = getattr(config, field.name)
         if isinstance(value, float):
             require(math.isfinite(value), field.name, "it must be a finite number")
-    for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "rollout_batch", "train_batch", "reward_threads",
-                  "reward_batch", "eval_every", "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha",
-                  "max_sequence_length"):
+    for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "reward_threads", "reward_batch", "eval_every",
+                  "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha", "max_sequence_length"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
-    for field in ("epochs", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay", "learning_rate_half_life",
-                  "seed"):
+    for field in ("epochs", "rollout_batch", "train_batch", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay",
+                  "learning_rate_half_life", "seed"):
         require(getattr(config, field) >= 0, field, "it must be at least 0")
     for field in ("clip_range", "learning_rate", "max_grad_norm", "noise_level", "reward_deadline"):
         require(getattr(config, field) > 0, field, "it must be positive")
@@ -311,8 +311,8 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=sum(-(-n // config.rollout_batch) for n in per_update),
-        train_batches=sum(-(-n // config.train_batch) for n in per_update),
+        rollout_batches=sum(-(-n // (config.rollout_batch or samples)) for n in per_update),      # 0: not chosen yet
+        train_batches=sum(-(-n // (config.train_batch or samples)) for n in per_update),
         rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
@@ -325,7 +325,8 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
             f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
             f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of "
-            f"{config.rollout_batch}, {p.train_batches} training batches of up to {config.train_batch}\n"
+            f"{config.rollout_batch or 'any number'}, {p.train_batches} training batches of up to "
+            f"{config.train_batch or 'any number'}\n"
             f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
             f"{p.reference_calls:,} reference")
 

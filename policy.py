@@ -331,7 +331,7 @@ class Policy:
                  max_sequence_length: int = 128, lora_rank: int = 32, lora_alpha: int = 64,
                  lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
                  with_reference: bool = True, lora_path: str = "", offload_text_encoders: bool = False,
-                 gradient_checkpointing: bool = False):
+                 gradient_checkpointing: bool = False, compile: bool = False):
         """An adapter at `lora_path` brings rank, alpha and targets of its own.
 
         Raises ValueError for a resolution that the model's patches do not tile, or that exceeds its positions, for a sigma
@@ -377,6 +377,10 @@ class Policy:
             self.network.double()
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if compile:                                          # block by block: all of a kind share one compilation
+            torch._dynamo.config.recompile_limit = 64        # with and without gradients, with and without the adapter, batch sizes
+            for block in [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]:
+                block.compile()
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0

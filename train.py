@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -474,9 +474,67 @@ def make_policy(config: Config, device: torch.device) -> Policy:
                        describe(config, distributed.world_size())):
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
-                        config.offload_text_encoders, config.gradient_checkpointing)
+                        config.offload_text_encoders, config.gradient_checkpointing, config.compile)
     distributed.broadcast_parameters(policy.parameters)
     return policy
+
+
+def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:
+    """Batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest, as measured now.
+
+    In half precision the rollout's is the training's, so that both run the same kernels and ratios start at 1.
+    """  # all ranks
+    plan = batch_plan(config, distributed.world_size())
+    largest = -(-plan.samples_per_rank // config.updates_per_epoch)
+    sizes = sorted({largest, *(2**n for n in range(largest.bit_length()) if 2**n < largest)})
+
+    def trial(size: int, training: bool) -> float:
+        """Seconds of an image. Raises OutOfMemoryError, also where less than a fifth of a GPU is left for all else."""
+        velocity = policy.velocity(policy.encode([prompts[i % len(prompts)].text for i in range(size)]), config.guidance_scale)
+        latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
+        sigma = latents.new_full((size,), 0.5)
+        started = time.perf_counter()
+        with torch.set_grad_enabled(training):
+            v = velocity(latents, sigma)
+            if training:
+                v.sum().backward()
+        v.cpu()                                  # when it is done
+        seconds = (time.perf_counter() - started) / size
+        for p in policy.parameters:
+            p.grad = None
+        if policy.device.type == "cuda":
+            total = torch.cuda.get_device_properties(policy.device).total_memory
+            if torch.cuda.max_memory_allocated(policy.device) > 0.8 * total:
+                raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
+        return seconds
+
+    def choose(training: bool) -> int:
+        chosen = largest_that_fits if policy.device.type == "cuda" else fastest
+        return chosen(sizes, lambda size: trial(size, training))
+
+    train_batch = config.train_batch or choose(training=True)
+    rollout_batch = config.rollout_batch or (train_batch if policy.dtype.itemsize == 2 else choose(training=False))
+    chosen = distributed.gather_objects((rollout_batch, train_batch))
+    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
+
+
+def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
+    """The last of the rising `sizes` before one for which `trial` runs out of memory; the first one must fit."""
+    fitting = sizes[0]
+    trial(fitting)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for size in sizes[1:]:
+            trial(size)
+            fitting = size
+    torch.cuda.empty_cache()
+    return fitting
+
+
+def fastest(sizes: list[int], trial: Callable[[int], float], most: int = 64) -> int:
+    """Of the `sizes` up to `most`, that with the fewest seconds of an image, by the better of two trials."""
+    sizes = [size for size in sizes if size <= most] or sizes[:1]
+    trial(sizes[0])                              # warm
+    return min(sizes[-4:], key=lambda size: min(trial(size), trial(size)))
 
 
 def main() -> None:
@@ -488,6 +546,7 @@ def main() -> None:
         rewards = make_rewards(config, device)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         policy = make_policy(config, device)
+        config = choose_batches(policy, train_prompts, config)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
     except TrainingError as error:

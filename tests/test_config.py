@@ -81,7 +81,7 @@ def test_presets_are_valid_and_described(preset):
     ({"groups_per_epoch": 0}, "groups-per-epoch is 0"),
     ({"updates_per_epoch": 13, "groups_per_epoch": 3, "group_size": 4}, "updates-per-epoch is 13: an epoch has only 12"),
     ({"num_steps": 0}, "num-steps is 0"),
-    ({"train_batch": 0}, "train-batch is 0"),
+    ({"train_batch": -1}, "train-batch is -1"),
     ({"rollout_batch": -1}, "rollout-batch is -1"),
     ({"epochs": -1}, "epochs is -1"),
     ({"seed": -1}, "seed is -1"),

@@ -470,3 +470,34 @@ def test_the_gradient_of_replay_through_the_velocity_agrees_with_finite_differen
         assert torch.autograd.gradcheck(log_probs_and_means, weight, eps=1e-6, atol=1e-6, rtol=1e-5)
         gradient, = torch.autograd.grad(log_probs_and_means(weight)[0].sum(), weight)
         assert gradient.abs().min() > 1e-4                                               # nothing agrees by being 0
+
+
+# ---------------------------------------------------------------------------------------------------------------- waiting
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_neither_sampling_nor_replay_looks_at_a_value_on_the_device(rule):
+    """On the meta device there are no values, and looking at one raises."""
+    def empty(*shape):
+        return torch.empty(*shape, device="meta")
+
+    def velocity(latents, sigma):
+        return latents * sigma.view(-1, 1, 1, 1)
+
+    t = rollout(velocity, empty(4, *SHAPE), timestep_schedule(6), 0.7, empty(6, 4, *SHAPE), rule, torch.tensor([0, 1, 2, 1]), 2,
+                keep_means=True)
+    log_probs, means, std = replay(velocity, t, 0, count=2)
+    assert all(value.device.type == "meta" for value in (t.final, t.sigmas, t.first_step, log_probs, means, std))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_several_steps_replayed_in_one_call_are_those_replayed_one_by_one(rule):
+    def velocity(latents, sigma):
+        return latents.sin() * sigma.view(-1, 1, 1, 1)
+
+    first = [0, 2, 1]
+    t = rollout(velocity, normal(3, *SHAPE), timestep_schedule(6, dtype=F64), windowed_levels(first, 3, 6, 0.7),
+                normal(6, 3, *SHAPE, seed=1), rule, torch.tensor(first), 3)
+    together = replay(velocity, t, 1, count=2)
+    for one, two, both in zip(replay(velocity, t, 1), replay(velocity, t, 2), together):
+        assert torch.equal(torch.cat([one, two]), both)

@@ -631,3 +631,25 @@ def test_the_bundled_model_draws_with_diffusers_alone_and_takes_a_trained_adapte
     assert not np.array_equal(draw(), base)
     with pipe.transformer.disable_adapter():
         assert np.array_equal(draw(), base)
+
+
+# ------------------------------------------------------------------------------------------------------------ batch sizes
+
+def test_of_batch_sizes_the_largest_that_fits_or_the_fastest_is_chosen():
+    def trial(size):
+        if size > 12:
+            raise torch.OutOfMemoryError("out of memory")
+        return {1: 9.0, 2: 5.0, 4: 3.0, 8: 4.0, 12: 4.5}[size]
+
+    assert train.largest_that_fits([1, 2, 4, 8, 12, 16, 32], trial) == 12
+    assert train.fastest([1, 2, 4, 8, 12], trial) == 4
+    assert train.fastest([1, 2, 4, 8, 12, 16], trial, most=12) == 4
+    with pytest.raises(torch.OutOfMemoryError):
+        train.largest_that_fits([16, 32], trial)
+
+
+def test_batches_that_are_not_given_are_chosen_and_change_no_more_than_rounding(train_here, one_rank, capsys):
+    directory = train_here("chosen", rollout_batch=0, train_batch=0)
+    assert "any number" not in capsys.readouterr().out
+    chosen, given = weights_of(directory, 2), weights_of(one_rank, 2)
+    assert (chosen - given).abs().max() < 1e-8 * given.abs().max()
