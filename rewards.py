@@ -183,7 +183,8 @@ def quoted_text(prompt):
     """
     quoted = re.search(r'"([^"]*)"', prompt)
     if quoted is None or not quoted[1].strip():
-        raise ValueError(f'prompt {prompt!r} has no text between double quotes, as in: a sign that says "hello"')
+        shown = brief(repr(prompt), 200)
+        raise ValueError(f'prompt {shown} has no text between double quotes, as in: a sign that says "hello"')
     return quoted[1]
 
 
@@ -738,7 +739,7 @@ def geneval_check(prompt, metadata):
     """Raises ValueError, in one line with the prompt and the value, unless `metadata` is what GenEval can judge."""
 
     def needs(what, value, way_out=""):
-        return ValueError(f"prompt {prompt!r}: GenEval's metadata needs {what}, not {value!r}{way_out}")
+        return ValueError(f"prompt {brief(repr(prompt), 200)}: GenEval's metadata needs {what}, not {brief(repr(value), 200)}{way_out}")
 
     tag, include, exclude = metadata.get("tag"), metadata.get("include"), metadata.get("exclude", [])
     way_out = '; give prompts as GenEval objects in a .jsonl file, or the built-in set "geneval"'
@@ -1035,7 +1036,7 @@ def check_reward_weights(weights, urls={}):
             hint = f", did you mean {close[0]!r}?" if close else ";"
             known = ", ".join(REGISTRY)
             raise ValueError(f"unknown reward {name!r}{hint} known: {known}, or your own as my_file:my_function")
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        if not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
             raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be a finite number")
     check_reward_urls(weights, urls)
     if not any(weights.values()):
@@ -1078,7 +1079,7 @@ def check_reward_urls(weights, urls):
     """Raises ValueError, in one line, for a URL that no reward is asked at."""
     for name, url in urls.items():
         if name not in weights:
-            raise ValueError(f"reward {name!r} has a URL, {url}, but no weight; those with one: {', '.join(weights)}")
+            raise ValueError(f"reward {name!r} has a URL, {url!r}, but no weight; those with one: {', '.join(weights)}")
         try:
             good = urlsplit(url).hostname and urlsplit(url).port != 0  # which raises for what is no port
         except ValueError:

@@ -216,7 +216,7 @@ def one_point_p_value(noise_level, T, wrong_std=1.0):
 
 
 # The claim above is not made for cps. These are exact instead, at any number of steps.
-@pytest.mark.parametrize("T", [3, 10, 20])
+@pytest.mark.parametrize("T", [3, 10])
 def test_a_cps_rollout_to_one_known_data_point_has_its_marginals_at_every_step(T):
     for noise_level in (0.2, 0.8, 1.0):
         assert one_point_p_value(noise_level, T) > FALSE_ALARM

@@ -40,16 +40,12 @@ BASE = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_step
             guidance_scale=1, eval_prompts=1, eval_num_steps=1, eval_images=1, eval_every=100, save_every=100, dtype="float64")
 SETTINGS = {
     "base": {},
-    "guidance, 5 updates": dict(guidance_scale=2, updates_per_epoch=5),
-    "window": dict(window_size=2, window_range=(0, 3)),
+    "window, guidance": dict(window_size=2, window_range=(0, 3), guidance_scale=2, updates_per_epoch=4),
     "window, shared start noise": dict(window_size=1, window_range=(0, 3), shared_start_noise=True, beta=0),
     "Guard": dict(guard=True, clip_range=1e-4, beta=0, advantage_std="group"),
-    "cps": dict(rule="cps", noise_level=0.8, clip_range=1e-5, beta=0),
     "one group equal": dict(rewards=("world_sizes:equal_in_first_group", 1), beta=0),
-    "one group equal, KL": dict(rewards=("world_sizes:equal_in_first_group", 1)),
     "a rank's every group equal": dict(rewards=("world_sizes:equal_but_in_last_group", 1), beta=0),
-    "a rank's every group equal, KL": dict(rewards=("world_sizes:equal_but_in_last_group", 1)),
-    "every group equal after epoch 1, KL": dict(rewards=("world_sizes:equal_after_first_epoch", 1)),
+    "all equal after epoch 1, KL": dict(rewards=("world_sizes:equal_after_first_epoch", 1)),
     "fewer samples than ranks": dict(groups_per_epoch=1, group_size=2, updates_per_epoch=1),
     "float32": dict(dtype="float32"),
     "float32, Guard": dict(dtype="float32", guard=True, clip_range=1e-4, beta=0, advantage_std="group"),
