@@ -55,10 +55,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 
-def brief(text, width):
-    """One line of at most `width` characters: of a longer text, its beginning and its end."""
-    line = " ".join(str(text).split())
+def cut(line, width):
+    """At most `width` characters: of a longer line, its beginning and its end."""
     return line if len(line) <= width else f"{line[: width // 2]} ... {line[5 - width // 2 :]}"
+
+
+def brief(text, width):
+    """One line of at most `width` characters."""
+    return cut(" ".join(str(text).split()), width)
 
 
 class RewardError(RuntimeError):
@@ -183,7 +187,7 @@ def quoted_text(prompt):
     """
     quoted = re.search(r'"([^"]*)"', prompt)
     if quoted is None or not quoted[1].strip():
-        shown = brief(repr(prompt), 200)
+        shown = cut(repr(prompt), 200)
         raise ValueError(f'prompt {shown} has no text between double quotes, as in: a sign that says "hello"')
     return quoted[1]
 
@@ -739,7 +743,8 @@ def geneval_check(prompt, metadata):
     """Raises ValueError, in one line with the prompt and the value, unless `metadata` is what GenEval can judge."""
 
     def needs(what, value, way_out=""):
-        return ValueError(f"prompt {brief(repr(prompt), 200)}: GenEval's metadata needs {what}, not {brief(repr(value), 200)}{way_out}")
+        shown, found = cut(repr(prompt), 200), cut(repr(value), 200)
+        return ValueError(f"prompt {shown}: GenEval's metadata needs {what}, not {found}{way_out}")
 
     tag, include, exclude = metadata.get("tag"), metadata.get("include"), metadata.get("exclude", [])
     way_out = '; give prompts as GenEval objects in a .jsonl file, or the built-in set "geneval"'
