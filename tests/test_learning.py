@@ -68,8 +68,8 @@ def rewards(images, prompts, metadata):
 
 
 BASE = replace(Config(), num_steps=4, window_size=0, timestep_fraction=0.75, noise_level=0.7, groups_per_epoch=6, group_size=10,
-               updates_per_epoch=2, epochs=40, clip_range=0.05, learning_rate=0.12, learning_rate_half_life=8.0, weight_decay=0.0,
-               rollout_batch=40, train_batch=25)
+               updates_per_epoch=2, epochs=40, clip_range=0.05, learning_rate=0.12, learning_rate_half_life=8.0,
+               weight_decay=0.0, rollout_batch=40, train_batch=25)
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,8 @@ def trained(config):
 
 
 @pytest.mark.parametrize("changes", [
-    *(dict(rule=rule) for rule in RULES), dict(guard=True), dict(window_size=2, window_range=(0, 3), advantage_std="group")], ids=str)
+    *(dict(rule=rule) for rule in RULES), dict(guard=True),
+    dict(window_size=2, window_range=(0, 3), advantage_std="group")], ids=str)
 def test_training_reaches_the_known_optimum(changes):
     assert (START - TARGETS).abs().max() > 1
     assert (trained(replace(BASE, **changes)) - TARGETS).abs().max() < 0.1
@@ -113,8 +114,8 @@ def test_with_a_large_beta_the_policy_stays_at_the_reference():
     dict(rule="flow_sde", beta=0.3, kl="exact"), dict(rule="dance_sde", beta=0.3, kl="per_time"), dict(rule="cps", clip_range=2e-4),
     dict(guard=True), dict(window_size=2, window_range=(0, 4), beta=0.3)], ids=str)
 def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss_on_and_off_policy(changes, monkeypatch):
-    config = replace(BASE, **dict(max_grad_norm=1e9, clip_range=0.005, learning_rate=0.3, learning_rate_half_life=0.0, train_batch=7)
-                     | changes)
+    config = replace(BASE, **dict(max_grad_norm=1e9, clip_range=0.005, learning_rate=0.3, learning_rate_half_life=0.0,
+                                  train_batch=7) | changes)
     learner = train.Learner(GaussianPolicy(reference=TARGETS / 2), config)
     learner.optimizer = torch.optim.SGD(learner.policy.parameters)                # whose step is the gradient
     visited, sampled, train_epoch = [START], [], train.train_epoch

@@ -4,9 +4,10 @@
 
 Every run is train.py's own main, three epochs in as many torchrun processes as it says, on a small random
 StableDiffusion3Pipeline. Each is compared to the same settings on one rank with everything in one batch: the rewards and
-advantages of every sample in every epoch, and the trained weights at the end, and what training changed of them. Samples lie on the ranks as they do in training,
-in contiguous parts that split groups, and also "scattered" over them, so that nothing can depend on who holds what. It prints
-the largest relative differences, and ends with 1 where one in float64 is above 1e-8. In float32 they are reported alone.
+advantages of every sample in every epoch, the trained weights at the end, and what training changed of them. Samples lie on the
+ranks as they do in training, in contiguous parts that split groups, and also "scattered" over them, so that nothing can depend on
+who holds what. It prints the relative differences, and ends with 1 where one in float64 is above 1e-8; those in float32 are
+for information.
 """
 
 import contextlib
@@ -36,8 +37,9 @@ RANKS, MICRO_BATCHES, PLACES = (1, 2, 3, 4), (1, 5, 16), ("contiguous", "scatter
 GROUPS, SIZE, EPOCHS = 3, 5, 3             # 15 samples: three ranks hold whole groups, two and four split them, unevenly
 
 BASE = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=3, window_size=0, groups_per_epoch=GROUPS,
-            group_size=SIZE, updates_per_epoch=2, epochs=EPOCHS, lora_rank=4, lora_alpha=8, lora_targets=("attn.to_q", "attn.to_v"), learning_rate_half_life=0, beta=0.1,
-            guidance_scale=1, eval_prompts=1, eval_num_steps=1, eval_images=1, eval_every=100, save_every=100, dtype="float64")
+            group_size=SIZE, updates_per_epoch=2, epochs=EPOCHS, lora_rank=4, lora_alpha=8, lora_targets=("attn.to_q", "attn.to_v"),
+            learning_rate_half_life=0, beta=0.1, guidance_scale=1, eval_prompts=1, eval_num_steps=1, eval_images=1, eval_every=100,
+            save_every=100, dtype="float64")
 SETTINGS = {
     "base": {},
     "window, guidance": dict(window_size=2, window_range=(0, 3), guidance_scale=2, updates_per_epoch=4),
@@ -142,7 +144,7 @@ def main(names: list[str]) -> int:
             if result.returncode:
                 print(result.stdout[-3000:], result.stderr[-6000:])
                 return 1
-            print(f"{'settings on ' + str(ranks) + (' rank' if ranks == 1 else ' ranks'):<34}{'micro-batch':>12}  {'samples':<12}"
+            print(f"{f'settings, {ranks} rank' + 's' * (ranks > 1):<34}{'micro-batch':>12}  {'samples':<12}"
                   + "".join(f"{key:>14}" for key in (*COMPARED, "seconds")))
             for name in names:
                 reference = torch.load(folder / f"{name}, 1 x 16, contiguous.pt")
@@ -164,5 +166,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--here"]:
         run_here(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
     else:
-        unknown = set(sys.argv[1:]) - set(SETTINGS)
-        sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(SETTINGS)}" if unknown else main(sys.argv[1:] or list(SETTINGS)))
+        names = sys.argv[1:] or list(SETTINGS)
+        unknown = set(names) - set(SETTINGS)
+        sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(SETTINGS)}" if unknown else main(names))
