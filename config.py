@@ -18,6 +18,10 @@ import tyro
 class ConfigError(ValueError):
     """A setting that cannot be: one line with the field, the value and the way out."""
 
+    def __init__(self, message: str):
+        line = " ".join(message.split())                   # a value may be of any length and hold line ends
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-395:]}")
+
 
 # The attention projections of both streams, as published for SD3.5-M.
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -242,14 +246,17 @@ def validate(config: Config) -> None:
         value = getattr(config, field.name)
         if isinstance(value, float):
             require(math.isfinite(value), field.name, "it must be a finite number")
+        if isinstance(value, int):
+            require(value < 2**63, field.name, "it must be less than 2^63")
     for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "reward_threads", "reward_batch", "eval_every",
                   "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha", "max_sequence_length"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
     for field in ("epochs", "rollout_batch", "train_batch", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay",
                   "learning_rate_half_life", "seed"):
         require(getattr(config, field) >= 0, field, "it must be at least 0")
-    for field in ("clip_range", "learning_rate", "max_grad_norm", "noise_level", "reward_deadline"):
+    for field in ("clip_range", "learning_rate", "max_grad_norm", "reward_deadline"):
         require(getattr(config, field) > 0, field, "it must be positive")
+    require(config.noise_level >= 1e-6, "noise_level", "it must be at least 1e-6, or a step's variance vanishes in float32")
     require(config.group_size >= 2, "group_size", "advantages compare the images of a prompt, so it takes at least 2")
     require(config.updates_per_epoch <= config.groups_per_epoch * config.group_size, "updates_per_epoch",
             f"an epoch has only {config.groups_per_epoch * config.group_size} images to share among its updates")
@@ -258,7 +265,7 @@ def validate(config: Config) -> None:
     require(config.reward_deadline <= 1800, "reward_deadline", "other ranks wait an hour at most; give up to 1800 seconds")
     require(0 <= config.max_unanswered <= 1, "max_unanswered", "it is a share and must lie in [0, 1]")
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
-    require(all(size > 0 for size in config.resolution), "resolution", "height and width must be positive")
+    require(all(0 < size <= 8192 for size in config.resolution), "resolution", "height and width must lie in 1 to 8192")
     require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it must lie in (0, 1]")
     names = [name for name, _ in config.rewards]
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once, with one weight")
@@ -304,15 +311,19 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     samples = config.groups_per_epoch * config.group_size
     trained = config.window_size or math.floor(config.timestep_fraction * config.num_steps + 1e-9)
     per_rank = -(-samples // world_size)
-    per_update = [len(range(u, per_rank, config.updates_per_epoch)) for u in range(config.updates_per_epoch)]
+    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
+
+    def batches(size: int) -> int:
+        return more * -(-(in_update + 1) // size) + (config.updates_per_epoch - more) * -(-in_update // size)
+
     steps = samples * config.num_steps
     if config.shared_start_noise and config.window_size:                  # on average over where the windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=sum(-(-n // (config.rollout_batch or samples)) for n in per_update),      # 0: not chosen yet
-        train_batches=sum(-(-n // (config.train_batch or samples)) for n in per_update),
+        rollout_batches=batches(config.rollout_batch or samples),             # 0: not chosen yet
+        train_batches=batches(config.train_batch or samples),
         rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
