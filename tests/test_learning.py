@@ -27,7 +27,7 @@ START = torch.tensor([[0.4, -0.3], [0.2, 0.1]], dtype=F64)
 class GaussianPolicy:
     """What train.py asks of a policy, for latents (B, 2, 1, 1) that are their own images."""
 
-    device, compute_dtype, latent_shape = torch.device("cpu"), F64, (2, 1, 1)
+    device, dtype, compute_dtype, latent_shape = torch.device("cpu"), F64, F64, (2, 1, 1)
 
     def __init__(self, reference=START):
         self.m, self.reference = torch.nn.Parameter(START.clone()), reference
@@ -43,13 +43,13 @@ class GaussianPolicy:
         pass
 
     def encode(self, prompts):
-        return torch.tensor([prompt == "right" for prompt in prompts]).long()              # rows of m
+        return torch.tensor([prompt == "right" for prompt in prompts]).long(),              # rows of m
 
-    def velocity(self, rows, guidance_scale):
-        return lambda x, sigma: gaussian_velocity(self.m[rows], x, sigma)
+    def velocity(self, text, guidance_scale):
+        return lambda x, sigma: gaussian_velocity(self.m[text[0]], x, sigma)
 
-    def reference_velocity(self, rows, guidance_scale):
-        return lambda x, sigma: gaussian_velocity(self.reference[rows], x, sigma)
+    def reference_velocity(self, text, guidance_scale):
+        return lambda x, sigma: gaussian_velocity(self.reference[text[0]], x, sigma)
 
     def decode(self, latents):
         return latents
