@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -105,7 +106,7 @@ class Display:
         import wandb
         identity = self.directory / "wandb_id"
         if not identity.exists():
-            identity.write_text(wandb.util.generate_id())
+            identity.write_text(secrets.token_hex(8))
         self.wandb_run = wandb.init(project="nano-flow-grpo", name=self.directory.name, id=identity.read_text(), resume="allow",
                                     dir=str(self.directory), config=json.loads((self.directory / "config.json").read_text()))
 
@@ -161,7 +162,8 @@ def write_page(runs: list[Path], output: Path) -> None:
 
     Raises ValueError where a directory holds no run, OSError.
     """
-    names = [run.name if len({other.name for other in runs}) == len(runs) else str(run) for run in map(Path.absolute, runs)]
+    names = [run.absolute().name for run in runs]
+    names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}
     parts = {"title": html.escape(" and ".join(names)), "chart_style": (UPLOT / "uPlot.min.css").read_text(),
              "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(),
@@ -216,8 +218,8 @@ def epoch_of(folder: Path) -> int:
 
 
 def plain(value: float | None) -> float | None:
-    """As json has it, in six digits; None for what is no number."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+    """As json has it, in eight digits; None for what is no number."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")
 
 
 def main() -> None:
