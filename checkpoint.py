@@ -52,7 +52,7 @@ def open_run(config: Config, preset: str) -> tuple[Path, IO]:
         if config.eval_only:                     # looks at a run without changing it
             return directory, lock
     settings, published = to_dict(config), to_dict(PRESETS[preset])
-    differs = {name: value for name, value in published.items() if settings[name] != value}             # from what, for readers
+    differs = {name: value for name, value in published.items() if settings[name] != value}       # the preset's own values
     write_whole(saved, json.dumps({**settings, "preset": preset, "differs_from_preset": differs}, indent=1))
     return directory, lock
 

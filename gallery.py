@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -45,7 +46,7 @@ class Display:
     """
 
     def __init__(self, directory: Path, first_epoch: int | None, wandb: bool = False):
-        self.directory, self.failed, self.writer, self.wandb_run = directory, set(), None, None
+        self.directory, self.failed, self.events, self.wandb_run = directory, set(), None, None
         if first_epoch is None:
             return
         self.attempt("removing old pictures", self._drop_pictures, first_epoch)
@@ -72,8 +73,8 @@ class Display:
 
     def curves(self, metrics: dict[str, float]) -> None:
         """An epoch's numbers, under the names of metrics.jsonl."""
-        if self.writer:
-            self.attempt("TensorBoard", self._to_tensorboard, metrics)
+        if self.events:
+            self.attempt("TensorBoard", self.events.add, metrics)
         if self.wandb_run:
             self.attempt("W&B", self.wandb_run.log, metrics, metrics["epoch"])
 
@@ -81,8 +82,8 @@ class Display:
         return self.attempt("drawing before above after", save_comparison, self.directory, before, after)
 
     def close(self) -> None:
-        if self.writer:
-            self.attempt("TensorBoard", self.writer.close)
+        if self.events:
+            self.attempt("TensorBoard", self.events.file.close)
         if self.wandb_run:
             self.attempt("W&B", self.wandb_run.finish)
 
@@ -92,14 +93,7 @@ class Display:
                 shutil.rmtree(folder)
 
     def _start_tensorboard(self, first_epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_epoch)
-
-    def _to_tensorboard(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if name != "epoch":
-                self.writer.add_scalar(name, value, metrics["epoch"])
-        self.writer.flush()                      # what is in metrics.jsonl is here too, if this process is killed
+        self.events = EventFile(self.directory / "tensorboard", first_epoch)
 
     def _start_wandb(self) -> None:
         """Under an id that the run keeps. W&B itself drops what a continued run brings a second time."""
@@ -111,6 +105,32 @@ class Display:
                                     dir=str(self.directory), config=json.loads((self.directory / "config.json").read_text()))
 
 
+class EventFile:
+    """TensorBoard's scalars of a run. Written on the spot, without the thread of torch's SummaryWriter: what fails, fails here.
+
+    Points of `first_epoch` and later ones in earlier files of the directory no longer count. Raises ImportError, OSError.
+    """
+
+    def __init__(self, directory: Path, first_epoch: int):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        self.Event, self.Summary = Event, Summary
+        directory.mkdir(exist_ok=True)
+        self.file = open(directory / f"events.out.tfevents.{time.time_ns()}", "wb")           # read in the order of their names
+        self.records = RecordWriter(self.file)
+        self._write(file_version="brain.Event:2")
+        self._write(step=first_epoch, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, metrics: dict[str, float]) -> None:
+        values = [self.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "epoch"]
+        self._write(step=metrics["epoch"], summary=self.Summary(value=values))
+
+    def _write(self, **event) -> None:
+        self.records.write(self.Event(wall_time=time.time(), **event).SerializeToString())
+        self.file.flush()                        # what is in metrics.jsonl is here too, if this process is killed
+
+
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequence[str], scores: dict[str, list[float]]) -> None:
@@ -119,9 +139,8 @@ def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequen
     images: uint8 (B, H, W, 3); prompts: B; scores: reward or metric -> B numbers, NaN where it says nothing.
     Raises ValueError where these do not agree in number, OSError.
     """
-    if any(len(values) != len(images) for values in (prompts, *scores.values())):
-        raise ValueError(f"{len(images)} images with {len(prompts)} prompts and scores of "
-                         f"{ {name: len(values) for name, values in scores.items()} }")
+    if counts := {len(values) for values in (prompts, *scores.values())} - {len(images)}:
+        raise ValueError(f"{len(images)} images, but prompts or scores of {counts}")
     final = directory / "images" / f"epoch_{epoch:05d}"
     partial = final.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -165,8 +184,8 @@ def write_page(runs: list[Path], output: Path) -> None:
     names = [run.absolute().name for run in runs]
     names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}
-    parts = {"title": html.escape(" and ".join(names)), "chart_style": (UPLOT / "uPlot.min.css").read_text(),
-             "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(),
+    parts = {"title": html.escape(" and ".join(names)), "chart_style": (UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
+             "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
              "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")}  # no prompt ends the script
     template = (ASSETS / "gallery.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)                  # what is put in is not searched
@@ -178,7 +197,7 @@ def write_page(runs: list[Path], output: Path) -> None:
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
     """All that the page shows of a run, in columns: one entry an epoch, one an image. Paths are relative to the page."""
     metrics = read_metrics(directory / "metrics.jsonl")
-    evaluations = [read_evaluation(folder, page_folder) for folder in evaluation_folders(directory)]
+    evaluations = [e for folder in evaluation_folders(directory) if (e := read_evaluation(folder, page_folder))["count"]]
     if not metrics and not evaluations:
         raise ValueError(f"{directory} holds no run: neither metrics.jsonl nor images/epoch_*/")
     stride = -(-len(metrics) // POINTS)
@@ -187,7 +206,7 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
     config = directory / "config.json"
     return {"name": name, "stride": stride, "epochs": [m["epoch"] for m in shown],
             "metrics": {key: [plain(m.get(key)) for m in shown] for key in names},
-            "evaluations": [e for e in evaluations if e["count"]],
+            "evaluations": evaluations,
             "config": json.loads(config.read_text()) if config.exists() else {}}
 
 

@@ -558,7 +558,8 @@ def report(directory: Path, history: list[dict], display: Display) -> None:
         return say(f"no evaluation in {directory / 'metrics.jsonl'}")
     first, last = evaluated[0], evaluated[-1]
     say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
-    say(f"images and curves: {directory / 'index.html'}")
+    if (directory / "index.html").exists():
+        say(f"images and curves: {directory / 'index.html'}")
     if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
     if found := checkpoints(directory):

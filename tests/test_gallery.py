@@ -18,6 +18,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import CHEAP, ROOT, images_of, metrics_of, train_here  # noqa: F401  (a fixture)
 
+import train
 from gallery import POINTS, Display, save_images, write_page
 
 HOSTILE = ["</script><script>document.title = 'run'</script>", "<img src=x onerror=\"document.title = 'run'\">", "<!--", "{{data}}",
@@ -168,7 +169,7 @@ def test_an_evaluation_is_kept_whole_in_place_of_the_earlier_one_or_not_at_all(t
     kept = json.loads((tmp_path / "images" / "epoch_00007" / "images.json").read_text())
     assert kept == {"size": [64, 24], "prompts": ["a", "b", "c"], "scores": {"total": [0.1, None, 0.3]}}
     assert np.array_equal(images_of(tmp_path, 7), images)
-    with pytest.raises(ValueError, match="2 images with 3 prompts"):
+    with pytest.raises(ValueError, match="2 images, but prompts or scores of"):
         save_images(tmp_path, 7, images[:2], ["a", "b", "c"], {})
     assert np.array_equal(images_of(tmp_path, 7), images)
     save_images(tmp_path, 7, images[:1], ["a"], {})
@@ -220,7 +221,7 @@ def test_an_evaluation_alone_has_a_page_and_what_cannot_be_shown_is_said_once_an
     (run / "index.html.partial").symlink_to("/dev/full")                                    # a disk without space
     shutil.rmtree(run / "images")
     (run / "images").write_text("a file where a directory should be")
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)                       # a package that is missing
+    monkeypatch.setitem(sys.modules, "tensorboard.summary.writer.record_writer", None)      # a package that is missing
     capsys.readouterr()
     train_here("broken", **CHEAP, epochs=1, eval_every=1)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
@@ -235,13 +236,27 @@ def test_a_run_that_is_killed_and_goes_on_has_each_epoch_once_in_tensorboard(tmp
     killed = Display(tmp_path, 0)
     for epoch in range(5):
         killed.curves({"epoch": epoch, "grad_norm": float(epoch)})                          # and it never closes
-    time.sleep(1.1)                                                                         # files are told apart by the second
     again = Display(tmp_path, 3)
     for epoch in range(3, 6):
         again.curves({"epoch": epoch, "grad_norm": 10.0 + epoch})
     assert points_of(tmp_path) == {"grad_norm": {0: 0, 1: 1, 2: 2, 3: 13, 4: 14, 5: 15}}
     again.close()
     killed.close()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_tensorboard_nothing_once_there_is_space(tmp_path, capsys):
+    display = Display(tmp_path, 0)
+    space = os.dup(display.events.file.fileno())
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), display.events.file.fileno())
+    for epoch in 0, 1:
+        display.curves({"epoch": epoch, "grad_norm": 1.0})
+    os.dup2(space, display.events.file.fileno())
+    display.curves({"epoch": 2, "grad_norm": 1.0})
+    assert capsys.readouterr().err == "warning: TensorBoard: OSError: [Errno 28] No space left on device; training goes on without\n"
+    assert points_of(tmp_path) == {"grad_norm": {0: 1, 1: 1, 2: 1}}
+    display.close()
+    os.close(space)
 
 
 def test_a_default_run_spends_less_than_two_percent_on_being_looked_at(tmp_path):
@@ -262,6 +277,12 @@ def test_a_default_run_spends_less_than_two_percent_on_being_looked_at(tmp_path)
     display.close()
     assert time.perf_counter() - started < 0.02 * 320 and not display.failed
     assert (tmp_path / "before_after.png").exists()
+
+
+def test_wandb_without_its_package_ends_before_a_model_loads(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train.prepare(["--wandb"])
 
 
 def records_of(path: Path) -> Iterator[bytes]:

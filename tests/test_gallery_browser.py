@@ -182,7 +182,7 @@ def test_the_pointer_on_a_curve_moves_the_slider_and_the_slider_the_line_on_ever
     page.mouse.move(box["x"] + box["width"] * 62 / 99, box["y"] + 50)
     assert lines() == [62, 62] and readings(page) == ["0.60", "0.69", "0.016"]
     assert page.locator("#slider").input_value() == "6" and epochs_shown(page) == folder(60)
-    assert page.locator(".chart h4 small").all_text_contents() == ["epoch 62"] * 2
+    assert page.locator(".chart .name small").all_text_contents() == ["epoch 62"] * 2
     page.mouse.move(5, 5)
     assert lines() == [60, 60]                                                   # back to what is shown
     plots.nth(1).scroll_into_view_if_needed()
@@ -212,7 +212,7 @@ def test_several_runs_lie_over_each_other_and_are_chosen_by_a_picker(show, tmp_p
     settled(page)
     first = page.locator(".pictures li").nth(0)
     assert first.locator("figcaption span:first-child").all_text_contents() == ["base", "long, epoch 10", "other, epoch 15"]
-    charts = page.locator(".chart h4").all_text_contents()
+    charts = page.locator(".chart .name").all_text_contents()
     assert charts == ["Score", "reward/total", "grad_norm"]
     assert page.locator(".chart").nth(0).locator("li").all_text_contents() == ["long0.100", "other0.500"]
     assert "seed" in page.locator("#settings table").nth(0).text_content()
