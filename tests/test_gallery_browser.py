@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from test_gallery import HOSTILE, make_run, page_of
+from test_gallery import HOSTILE, make_run, page_of, runs_on
 from test_train import CHEAP, metrics_of, train_here  # noqa: F401  (a fixture)
 
 from gallery import save_images, write_page
@@ -64,6 +64,7 @@ def settled(page) -> None:
     page.evaluate("""async () => {
         await new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)));
         await Promise.all([...document.querySelectorAll(".pictures img[src]")].map(image => image.decode()));
+        await new Promise(done => requestAnimationFrame(done));
     }""")
 
 
@@ -143,6 +144,11 @@ def test_the_slider_moves_every_picture_wherever_the_reader_is(show, long_run):
     assert epochs_shown(page) == folder(70)
     bases = page.evaluate("[...document.querySelectorAll('.pictures li figure:first-child img[src]')].map(i => i.src.split('/').at(-2))")
     assert set(bases) == folder(0)
+    for figure in page.locator(".pictures li").nth(45).locator("figure").all():   # the words belong to the picture
+        epoch = int(figure.locator("img").get_attribute("src").split("/")[-2].split("_")[1])
+        (score,) = (e["scores"]["total"][45] for e in runs_on(long_run)[0]["evaluations"] if e["epoch"] == epoch)
+        said = figure.locator("figcaption span").all_text_contents()
+        assert said[0] == (f"epoch {epoch}" if epoch else "base") and float(said[1].split()[-1]) == pytest.approx(score, abs=0.006)
     page.locator(".pictures li").nth(0).scroll_into_view_if_needed()
     page.wait_for_timeout(100)
     assert epochs_shown(page) == folder(70)
