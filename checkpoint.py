@@ -16,7 +16,7 @@ from typing import IO
 
 import torch
 
-from config import Config, changed_fields, to_dict
+from config import PRESETS, Config, changed_fields, to_dict
 
 
 def open_run(config: Config, preset: str) -> tuple[Path, IO]:
@@ -51,7 +51,9 @@ def open_run(config: Config, preset: str) -> tuple[Path, IO]:
                              f"{old.get(field)!r}: give that, or choose another --run-name")
         if config.eval_only:                     # looks at a run without changing it
             return directory, lock
-    write_whole(saved, json.dumps(to_dict(config), indent=1))
+    settings, published = to_dict(config), to_dict(PRESETS[preset])
+    differs = {name: value for name, value in published.items() if settings[name] != value}       # the preset's own values
+    write_whole(saved, json.dumps({**settings, "preset": preset, "differs_from_preset": differs}, indent=1))
     return directory, lock
 
 

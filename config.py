@@ -156,6 +156,8 @@ class Config:
     """Epochs between checkpoints; there is one at the end besides."""
     output_dir: str = "runs"
     """Where runs are kept."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too; TensorBoard has them in the run's directory anyway."""
     run_name: str = ""
     """Directory of the run under output_dir; naming one that exists continues it. Empty: preset and time of day."""
 
@@ -164,7 +166,7 @@ class Config:
 MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "compile", "offload_text_encoders",
               "reward_threads", "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered", "trust_remote_code",
               "eval_rewards", "eval_every", "eval_prompts", "eval_num_steps", "eval_images", "eval_only", "save_every",
-              "output_dir", "run_name"}
+              "output_dir", "wandb", "run_name"}
 
 # What the published runs have in common (the paper and its authors' configurations).
 PUBLISHED = Config(

@@ -11,9 +11,9 @@ What departs from the paper or from its authors' implementation:
 """
 
 import contextlib
+import importlib.util
 import itertools
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ import distributed
 from checkpoint import checkpoints, load_state, open_run, read_metrics, save_checkpoint, write_metrics
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import is_main
+from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from policy import Policy, Text, WeightAverage, check_model, find_adapter, to_device
 from prompts import Prompt, epoch_prompt_indices, load_prompts
@@ -372,12 +372,13 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
 
 
 def evaluate(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config,
-             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray]:  # all ranks
-    """Mean scores of the held-out prompts, each of which counts once, and the first `eval_images` images."""
+             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray, dict[str, list[float]]]:  # all ranks
+    """Mean scores of the held-out prompts, each of which counts once; the first `eval_images` images, and their scores."""
     scores, kept = together(evaluate_share, learner, rewards, prompts, config, scorer)
     rows = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
     images = distributed.gather_rows(kept, list(rows)[:len(kept)], min(config.eval_images, len(prompts)))
-    return means("eval", gather_scores(scores, rows, len(prompts))), images.numpy()
+    scores = gather_scores(scores, rows, len(prompts))
+    return means("eval", scores), images.numpy(), {name: values[:len(images)].tolist() for name, values in scores.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ across the ranks
@@ -407,33 +408,6 @@ def together(task: Callable, *arguments):  # all ranks
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ images
-
-def save_images(directory: Path, epoch: int, images: np.ndarray) -> None:
-    folder = directory / "images" / f"epoch_{epoch:05d}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:03d}.png")
-
-
-def save_comparison(directory: Path, before: int, after: int, columns: int = 8) -> Path | None:
-    """Images of two epochs in blocks of two, the earlier one above; None where either epoch kept no images."""
-    pairs = [[np.asarray(Image.open(path)) for path in sorted((directory / "images" / f"epoch_{e:05d}").glob("*.png"))]
-             for e in (before, after)]
-    if not all(pairs):
-        return None
-    height, width, _ = pairs[0][0].shape
-    rows, scale = -(-len(pairs[0]) // columns), max(1, 64 // height)
-    sheet = np.full((rows * (2 * height + 4), columns * (width + 4), 3), 255, np.uint8)
-    for i, pair in enumerate(zip(*pairs)):
-        x, y = i % columns * (width + 4), i // columns * (2 * height + 4)
-        sheet[y:y + 2 * height, x:x + width] = np.concatenate(pair)
-    path = directory / "before_after.png"
-    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(path)
-    return path
-
-
 # --------------------------------------------------------------------------------------------------------- the loop
 
 def batches(items: Sequence, size: int) -> list[Sequence]:
@@ -456,6 +430,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     check_model(config.model)
     if config.lora_path:
         find_adapter(config.lora_path)
+    if config.wandb and not importlib.util.find_spec("wandb"):
+        raise ImportError("--wandb needs the package wandb: pip install wandb")
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
 
 
@@ -603,10 +579,15 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
     if found:
         say(f"continuing after epoch {done}, from {found[-1]}")
 
+    display = Display(directory, None if config.eval_only else done + bool(found), config.wandb) if is_main() else None
+
     def record(metrics: dict) -> None:
         if is_main():
             write_metrics(directory, metrics)
             history.append(metrics)
+            display.curves(metrics)
+            if "eval/total" in metrics:
+                display.page()
 
     def keep(epoch: int) -> None:
         """A checkpoint of the weights as they are after `epoch`, unless there is one."""
@@ -616,16 +597,18 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
-            metrics, images = evaluate(learner, rewards, test_prompts, config, scorer)
+            metrics, images, scores = evaluate(learner, rewards, test_prompts, config, scorer)
         if is_main():
-            save_images(directory, epoch, images)
+            display.pictures(epoch, images, [p.text for p in test_prompts[:len(images)]], scores)
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 
     if config.eval_only:
         metrics = {"epoch": done, **evaluate_after(done)}
-        if is_main() and not (directory / "metrics.jsonl").exists():
-            write_metrics(directory, metrics)
+        if is_main():
+            if not (directory / "metrics.jsonl").exists():
+                write_metrics(directory, metrics)
+            display.page()
         return
     training_rewards = rewards.subset(weights=dict(config.rewards))
     if not found:
@@ -650,17 +633,20 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         if epoch % config.save_every == 0 or epoch == config.epochs:
             keep(epoch)
     if is_main():
-        report(directory, history)
+        display.close()
+        report(directory, history, display)
 
 
-def report(directory: Path, history: list[dict]) -> None:
+def report(directory: Path, history: list[dict], display: Display) -> None:
     """The score before and after, and where things are."""
     evaluated = [m for m in history if "eval/total" in m]
     if not evaluated:
         return say(f"no evaluation in {directory / 'metrics.jsonl'}")
     first, last = evaluated[0], evaluated[-1]
     say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
-    if picture := save_comparison(directory, first["epoch"], last["epoch"]):
+    if (directory / "index.html").exists():
+        say(f"images and curves: {directory / 'index.html'}")
+    if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
     if found := checkpoints(directory):
         say(f"weights for use: {next(path for path in found[-1].iterdir() if path.is_dir())}")       # adapter or transformer
