@@ -9,6 +9,7 @@ diffusers' pipeline makes with `generator=torch.Generator().manual_seed(seed)` a
 
 import base64
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -29,12 +30,12 @@ from PIL import Image
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from policy import PEFT_FILES, Policy, check_model, find_adapter, is_out_of_memory
-from rewards import RewardError, build_rewards, check_reward_prompts
+from rewards import RewardError, Rewards, build_rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule
 
 GRADIO = "gradio==6.31.0"
 KEPT = 32                                  # pictures that are not drawn again when they are asked for again
-MOST_STEPS, MOST_GUIDANCE, MOST_STRENGTH, MOST_PIXELS = 60, 15.0, 2.0, 2048
+MOST_STEPS, MOST_GUIDANCE, MOST_STRENGTH, MOST_PIXELS = 100, 15.0, 2.0, 2048
 REWARD_DEADLINE = 20.0                     # seconds for a served reward: somebody waits at the page
 
 
@@ -108,13 +109,17 @@ def locate(adapter: str) -> tuple[str, str]:
     if (place / "transformer").is_dir() or place.name == "transformer":
         raise ValueError(f"{adapter!r} is a whole transformer (--full-finetune), no adapter on a shared base: save it as a "
                          "pipeline of its own, `pipe.transformer = ...; pipe.save_pretrained(...)`, and give that as --model")
-    find_adapter(str(place))
-    run, epoch = run_of(str(place)), re.search(r"epoch_(\d+)", str(place))
-    return (f"{run.name}, epoch {int(epoch[1])}" if run and epoch else adapter), str(place)
+    path = str(place) if place.exists() else adapter                       # a hub id, or a mistake
+    find_adapter(path)
+    run, epoch = run_of(path), re.search(r"epoch_(\d+)", str(place.absolute()))
+    return (f"{run.name}, epoch {int(epoch[1])}" if run and epoch else adapter), path
 
 
 def settings_for(options: Options) -> tuple[Config, tuple[str, ...]]:
-    """Sampling settings and adapters: of the first adapter's run, or of the preset that is closest to the model."""
+    """Sampling settings and adapters: of the first adapter's run, or of the preset that is closest to the model.
+
+    Raises ValueError in one line for what is not there. Loads nothing.
+    """
     adapters = options.adapters
     if not adapters and (run := newest_run(options.output_dir, options.model)):
         adapters = (str(run),)
@@ -128,7 +133,11 @@ def settings_for(options: Options) -> tuple[Config, tuple[str, ...]]:
         config = presets[0] if presets else PRESETS["flux_pickscore" if family == "FLUX" else "sd35m_ocr"]
         config = dataclasses.replace(config, model=model, rewards=config.rewards if model == Config.model else ())
     given = {name: getattr(options, name) for name in ("model", "rewards", "resolution", "max_sequence_length")}
-    return dataclasses.replace(config, **{name: value for name, value in given.items() if value}), adapters
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value})
+    check_model(config.model)
+    for adapter in adapters:
+        locate(adapter)
+    return config, adapters
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures
@@ -162,13 +171,14 @@ class Picture:
     name: str                          # of the adapter; "" for the base
     image: np.ndarray                  # uint8 (H, W, 3)
     scores: dict[str, float]           # of each reward, and "total"
+    unscored: str = ""                 # why there are none, if there should be
 
 
 class Studio:
     """One model, its adapters by name, the rewards, and the last pictures that they made. For one thread at a time."""
 
-    def __init__(self, policy: Policy, rewards=None):
-        """`rewards`: a `rewards.Rewards`, or None to score nothing."""
+    def __init__(self, policy: Policy, rewards: Rewards | None):
+        """Without rewards, nothing is scored."""
         self.policy, self.rewards = policy, rewards
         self.adapters: dict[str, str] = {}                               # name -> where it was loaded from
         self.kept: dict[tuple[str, Request], Picture] = {}
@@ -206,26 +216,29 @@ class Studio:
                              "--dtype bfloat16 or float32")
         return policy.decode(latents)[0].numpy()
 
-    def unscored(self, prompt: str) -> str:
-        """Why the rewards cannot score this prompt; "" if they can, or if there are none."""
+    def score(self, image: np.ndarray, prompt: str) -> tuple[dict[str, float], str]:
+        """Of each reward, and "total"; else nothing, and why."""
+        if not self.rewards:
+            return {}, ""
         try:
-            check_reward_prompts(self.rewards.weights if self.rewards else {}, [prompt], [{}])
-        except ValueError as error:
-            return str(error)
-        return ""
+            check_reward_prompts(self.rewards.weights, [prompt], [{}])
+            return {name: float(value[0]) for name, value in self.rewards(image[None], [prompt], [{}]).items()}, ""
+        except (ValueError, RewardError) as error:
+            return {}, str(error)
 
     def picture(self, name: str, request: Request, on_step: Callable[[], None] = lambda: None) -> Picture:
-        """`draw`, scored where the rewards can score the prompt, and kept. Raises RewardError besides."""
-        if not name or not request.strength:
+        """`draw`, scored where that can be, and then kept."""
+        if not name:
             request = dataclasses.replace(request, strength=0.0)
-        if (name, request) not in self.kept:
-            image, scores = self.draw(name, request, on_step), {}
-            if self.rewards and not self.unscored(request.prompt):
-                scores = {key: float(value[0]) for key, value in self.rewards(image[None], [request.prompt], [{}]).items()}
-            self.kept[name, request] = Picture(name, image, scores)
+        if (name, request) in self.kept:
+            return self.kept[name, request]
+        image = self.draw(name, request, on_step)
+        picture = Picture(name, image, *self.score(image, request.prompt))
+        if not picture.unscored:
+            self.kept[name, request] = picture
             if len(self.kept) > KEPT:
                 self.kept.pop(next(iter(self.kept)))
-        return self.kept[name, request]
+        return picture
 
 
 def expected(error: Exception) -> bool:
@@ -260,6 +273,7 @@ h1 { font-size: 1.5rem; font-weight: 700; margin: 8px 0 2px; }
 .drawn { opacity: 0.75; margin: 0 2px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .note, .problem { margin: 0; padding: 10px 14px; border-radius: 8px; border: 1px solid var(--border-color-primary);
   border-left-width: 5px; overflow-wrap: anywhere; white-space: pre-wrap; }
+.drawn + .problem { margin-top: 8px; }
 .problem { border-left-color: #d33; }
 .problem::before { content: "Error: "; font-weight: 600; }
 """
@@ -288,7 +302,7 @@ def cards(pictures: list[Picture], request: Request, coming: list[str] = []) -> 
     small = ' class="small"' if max(height, width) < 256 else ""           # few pixels, shown as they are
 
     def score(name: str, value: float) -> str:
-        gain = value - pictures[0].scores[name]
+        gain = value - pictures[0].scores.get(name, value)
         against_base = f" ({gain:+.3f})" if gain else ""
         return f'<span class="score"><span>{escape(name)}</span><span>{value:.3f}{against_base}</span></span>'
 
@@ -307,10 +321,7 @@ def cards(pictures: list[Picture], request: Request, coming: list[str] = []) -> 
 def build_page(studio: Studio, config: Config, notes: list[str]):
     """The gradio page, and how it is served. Text reaches it escaped, or in components that show text as text."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ImportError(f"the demo needs gradio ({error}): pip install {GRADIO}") from error
+    import gradio as gr
 
     guided = studio.policy.branches(2.0) == 2                              # by classifier-free guidance, in two branches
 
@@ -318,9 +329,7 @@ def build_page(studio: Studio, config: Config, notes: list[str]):
         done, request = [], None
         try:
             request = Request(prompt, seed, steps, guidance, (height, width), negative if guidance != 1 else "", strength)
-            names = ["", *(name for name in names if name in studio.adapters)]
-            unscored = studio.unscored(prompt)
-            status = said("problem", f"no scores: {unscored}") if unscored else caption(request)
+            names = ["", *(name for name in studio.adapters if name in names)]
             for i, name in enumerate(names):
                 step = itertools.count(1)
 
@@ -329,6 +338,8 @@ def build_page(studio: Studio, config: Config, notes: list[str]):
                     progress((i * steps + n) / (len(names) * steps), f"{name or 'base'}, step {n} of {steps}")
 
                 done.append(studio.picture(name, request, on_step))
+                problems = dict.fromkeys(f"no score: {picture.unscored}" for picture in done if picture.unscored)
+                status = caption(request) + "".join(said("problem", problem) for problem in problems)
                 yield status, cards(done, request, names[i + 1:])
         except Exception as error:
             if not expected(error):
@@ -390,12 +401,8 @@ def build_page(studio: Studio, config: Config, notes: list[str]):
 
 # -------------------------------------------------------------------------------------------------------------------- main
 
-def make_studio(options: Options) -> tuple[Studio, Config, list[str]]:
-    """Everything that is loaded, its settings, and what the page should say. Raises ValueError, ImportError or OSError."""
-    config, adapters = settings_for(options)
-    check_model(config.model)
-    for adapter in adapters:
-        locate(adapter)
+def make_studio(options: Options, config: Config, adapters: tuple[str, ...]) -> tuple[Studio, list[str]]:
+    """Everything that is loaded, and what the page should say of it. Raises ValueError, ImportError or OSError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype if options.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     notes, rewards = [], None
@@ -413,9 +420,9 @@ def make_studio(options: Options) -> tuple[Studio, Config, list[str]]:
         studio.add(adapter)
     if not adapters:
         arguments = "" if config.model == Config.model else f" PRESET --model {config.model}"
-        notes.append(f"There is no run of {config.model} under {options.output_dir}/ yet, so this is the base alone. To make "
-                     f"one: torchrun --nproc_per_node=1 train.py{arguments}, then start the demo again. Or add an adapter below.")
-    return studio, config, notes
+        notes.append(f"No run under {options.output_dir}/ has an adapter for {config.model} yet, so this is the base alone. To "
+                     f"make one: torchrun --nproc_per_node=1 train.py{arguments}, then start the demo again. Or add one below.")
+    return studio, notes
 
 
 def main(arguments: list[str]) -> int:
@@ -423,13 +430,18 @@ def main(arguments: list[str]) -> int:
         options, unknown = parse_options(Options(), arguments, "demo.py")
         refuse_unknown(unknown, Options)
         socket.create_server((options.host, options.port)).close()         # taken, it is an error now, before a model loads
-        studio, config, notes = make_studio(options)
+        config, adapters = settings_for(options)
+        if importlib.util.find_spec("gradio") is None:
+            raise ImportError(f"the demo needs gradio: pip install {GRADIO}")
+        studio, notes = make_studio(options, config, adapters)
         page, served = build_page(studio, config, notes)
         if options.share or options.host not in ("127.0.0.1", "localhost", "::1"):
             print("warning: whoever reaches this page can use it, and have it look for adapters on this machine's disk")
-        print(f"{config.model} on {studio.policy.device}, with {', '.join(studio.adapters) or 'no adapter'}: "
-              f"http://{options.host}:{options.port}", flush=True)
-        page.launch(server_name=options.host, server_port=options.port, share=options.share, **served)
+        _, address, link = page.launch(server_name=options.host, server_port=options.port, share=options.share,
+                                       prevent_thread_lock=True, **served)
+        print(f"{config.model} on {studio.policy.device}, with {', '.join(studio.adapters) or 'no adapter'}: {link or address}",
+              flush=True)
+        page.block_thread()
     except Exception as error:
         if not expected(error):
             raise

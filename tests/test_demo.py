@@ -1,6 +1,7 @@
 """The demo's pictures: the base and its adapters, as diffusers draws them; what is found, and what is refused in one line."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from test_families import CPU, TOKENS, change, make_policy
 
 import demo
 from config import Config, to_dict
-from demo import Options, Picture, Request, Studio, cards, in_words, locate, newest_run, newest_weights, settings_for
+from demo import Options, Picture, Request, Studio, cards, in_words, locate, make_studio, newest_run, newest_weights, settings_for
 from policy import Policy
 from rewards import build_rewards
 
@@ -70,7 +71,7 @@ def test_the_base_and_each_adapter_are_drawn_as_diffusers_and_peft_draw_them_fro
     written_by_peft(each_model, tmp_path / "second", LoraConfig(r=2, lora_alpha=5, target_modules=["attn.to_v", "proj_out"]))
     names = [studio.add(str(tmp_path / name)) for name in ("first", "second")]
     pipe = fresh_pipeline(each_model)
-    for name, strength in ((names[1], 1.0), (names[0], 1.0), (names[1], 0.4)):
+    for name, strength in ((names[0], 1.0), (names[1], 0.4)):
         image = studio.draw(name, replace(request, strength=strength))
         pipe.transformer = PeftModel.from_pretrained(fresh_pipeline(each_model).transformer, name)
         for layer in pipe.transformer.modules():
@@ -125,17 +126,18 @@ def test_each_picture_is_scored_where_its_prompt_can_be_and_drawn_anyway_and_kep
     assert scored.picture(adapters[0], REQUEST, steps.clear) is pictures[1]
     assert scored.picture(adapters[0], replace(REQUEST, strength=0.0)).image is not pictures[0].image and steps
     without = replace(REQUEST, prompt="a lamp")
-    assert "double quotes" in scored.unscored(without.prompt) and not scored.unscored(REQUEST.prompt)
-    assert scored.picture("", without).scores == {}
-    assert np.array_equal(scored.picture("", without).image, studio.draw("", without))
+    picture = scored.picture("", without)
+    assert picture.scores == {} and "double quotes" in picture.unscored and not pictures[0].unscored
+    assert np.array_equal(picture.image, studio.draw("", without))
 
 
 def test_half_precision_draws_the_base_to_the_bit_too(model, adapters):
-    studio = Studio(Policy(model, CPU, "bfloat16", (16, 32), TOKENS, lora_rank=0))
-    expected = studio.draw("", REQUEST)
+    studio = Studio(Policy(model, CPU, "bfloat16", (16, 32), TOKENS, lora_rank=0), None)
+    request = replace(REQUEST, num_steps=1)
+    expected = studio.draw("", request)
     studio.add(adapters[0])
-    assert np.array_equal(studio.draw(adapters[0], replace(REQUEST, strength=0)), expected)
-    assert not np.array_equal(studio.draw(adapters[0], REQUEST), expected)
+    assert np.array_equal(studio.draw(adapters[0], replace(request, strength=0)), expected)
+    assert not np.array_equal(studio.draw(adapters[0], request), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
@@ -163,28 +165,25 @@ def test_a_bad_adapter_is_refused_in_one_line_and_those_before_and_after_it_work
         bad[name].mkdir(parents=True)
     base = studio.draw("", REQUEST)
 
-    def refuse_all():
-        assert "does not fit" in refusal(studio.add, str(bad["other"]))
-        assert "does not fit" in refusal(studio.add, str(bad["layer"]))
-        assert "no whole safetensors file" in refusal(studio.add, str(bad["torn"]))
-        assert "holds no adapter" in refusal(studio.add, str(bad["empty"]))
-        assert "--full-finetune" in refusal(studio.add, str(tmp_path / "whole"))
-        assert "no checkpoint yet" in refusal(studio.add, str(tmp_path / "run"))
-        assert "does not exist" in refusal(studio.add, "no/such/place")
-        assert "no adapter given" in refusal(studio.add, " ")
-        assert np.array_equal(studio.draw("", REQUEST), base)
-
-    refuse_all()
+    assert "does not fit" in refusal(studio.add, str(bad["other"]))
+    assert "does not fit" in refusal(studio.add, str(bad["layer"]))
+    assert "no whole safetensors file" in refusal(studio.add, str(bad["torn"]))
+    assert "holds no adapter" in refusal(studio.add, str(bad["empty"]))
+    assert "--full-finetune" in refusal(studio.add, str(tmp_path / "whole"))
+    assert "no checkpoint yet" in refusal(studio.add, str(tmp_path / "run"))
+    assert "does not exist" in refusal(studio.add, "no/such/place")
+    assert "no adapter given" in refusal(studio.add, " ")
+    assert np.array_equal(studio.draw("", REQUEST), base)
     first, second = adapters
     expected = studio.draw(studio.add(first), REQUEST)
-    refuse_all()
+    assert "does not fit" in refusal(studio.add, str(bad["layer"])) and "does not fit" in refusal(studio.add, str(bad["other"]))
     assert "here already" in refusal(studio.add, first)
     assert list(studio.adapters) == [first] and np.array_equal(studio.draw(first, REQUEST), expected)
     assert not np.array_equal(studio.draw(studio.add(second), REQUEST), expected)
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"seed": -1}, "seed is -1"), ({"seed": None}, "seed is None"), ({"seed": 2**32}, "seed"), ({"num_steps": 0}, "num steps is 0"),
+    ({"seed": -1}, "seed is -1"), ({"seed": None}, "seed is None"), ({"seed": 2**32}, "seed"), ({"num_steps": 0}, "is 0"),
     ({"num_steps": 2.5}, "whole number"), ({"guidance_scale": 0.5}, "guidance scale is 0.5"), ({"strength": float("nan")}, "nan"),
     ({"strength": 2.1}, "strength is 2.1"), ({"resolution": (16, None)}, "None"), ({"resolution": (16, 4096)}, "4096")])
 def test_a_request_that_cannot_be_is_refused_in_one_line(change, said):
@@ -209,13 +208,23 @@ def test_running_out_of_memory_is_said_in_one_line_and_the_next_picture_is_drawn
 
 @pytest.mark.parametrize("arguments, said", [
     (["--adapters", "no/such/place"], "'no/such/place' does not exist"), (["--adaptor", "x"], "did you mean '--adapters'?"),
-    (["--model", "no/such/place/at/all"], "is no diffusers pipeline"), (["--port", "many"], "many"), (["--port", "70000"], "port"),
-    (["--rewards", "rapidocr_lin", "1"], "did you mean 'rapidocr_line'?"), (["--resolution", "20", "64"], "multiples of 8")])
+    (["--model", "no/such/place/at/all"], "is no diffusers pipeline"), (["--port", "many"], "many"),
+    (["--port", "70000"], "port"), (["--adapters", "tests"], "holds no adapter")])
 def test_a_bad_command_line_ends_in_one_line(arguments, said, capsys, tmp_path):
     port = [] if "--port" in arguments else ["--port", "0"]
     assert demo.main([*arguments, *port, "--output-dir", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+
+
+def test_what_cannot_be_loaded_is_refused_in_one_line(model):
+    config = Config(model=model, resolution=(16, 32))
+    load = functools.partial(make_studio, adapters=())
+    assert "multiples of 8" in refusal(load, Options(), replace(config, resolution=(20, 64)))
+    unknown = replace(config, rewards=(("rapidocr_lin", 1.0),))
+    assert "did you mean 'rapidocr_line'?" in refusal(load, Options(rewards=unknown.rewards), unknown)
+    studio, notes = load(Options(), unknown)                                              # of a run, not to be had here
+    assert studio.rewards is None and "did you mean 'rapidocr_line'?" in notes[0] and "has an adapter" in notes[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ runs on disk
@@ -245,12 +254,12 @@ def test_the_newest_run_is_the_one_whose_weights_were_written_last_and_of_it_the
     assert locate(str(second / "checkpoints/epoch_00010"))[0] == "second, epoch 10"
 
 
-def test_settings_are_those_of_the_first_adapters_run_unless_told_otherwise(adapters, tmp_path):
-    run = make_run(tmp_path / "run", adapters[1], (3,), model="here", rewards=(("jpeg_compressibility", 2.0),), eval_num_steps=5,
+def test_settings_are_those_of_the_first_adapters_run_unless_told_otherwise(model, adapters, tmp_path):
+    run = make_run(tmp_path / "run", adapters[1], (3,), model=model, rewards=(("jpeg_compressibility", 2.0),), eval_num_steps=5,
                    guidance_scale=3.0, resolution=(16, 32), max_sequence_length=9)
     for options in (Options(adapters=(f"{run}/checkpoints/epoch_00003/adapter",)), Options(output_dir=str(tmp_path))):
         config, chosen = settings_for(options)
-        assert len(chosen) == 1 and (config.model, config.eval_num_steps, config.guidance_scale) == ("here", 5, 3.0)
+        assert len(chosen) == 1 and (config.model, config.eval_num_steps, config.guidance_scale) == (model, 5, 3.0)
         assert tuple(config.resolution) == (16, 32) and dict(config.rewards) == {"jpeg_compressibility": 2.0}
         assert config.max_sequence_length == 9
     config, _ = settings_for(replace(options, resolution=(8, 8), rewards=(("rapidocr", 1.0),)))

@@ -1,4 +1,4 @@
-"""The demo as people meet it: the real server, driven in headless Chromium. Skipped where gradio, playwright or Chromium are missing.
+"""The demo as people meet it: the real server, driven in headless Chromium. Skipped where gradio, playwright or it are missing.
 
 Its screenshots are written to $DEMO_SCREENSHOTS, if that is set.
 """
@@ -70,7 +70,7 @@ def server(runs):
             return client.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_until(answers, 120)
+        wait_until(answers, 300)
         yield f"http://127.0.0.1:{port}/", said
     finally:
         process.kill()
@@ -185,7 +185,8 @@ def test_prompts_and_names_that_hold_markup_are_shown_and_not_run_and_the_page_f
     assert EVIL in visit.problem("added")
     visit.fill("path", str(runs.parent / EVIL_NAME))
     visit.page.click("#add")
-    visit.page.wait_for_function("name => document.querySelector('#added').innerText.includes(name)", arg=EVIL_NAME, timeout=60_000)
+    visit.page.wait_for_function("name => document.querySelector('#added').innerText.includes(name)", arg=EVIL_NAME,
+                                 timeout=60_000)
     assert EVIL_NAME in visit.page.locator("#adapters").inner_text()
     visit.draw(EVIL + " again", 3)
     assert EVIL_NAME in visit.captions()[2]
