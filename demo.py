@@ -62,7 +62,7 @@ class Options:
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all."""
     port: int = 7860
-    """Port to listen on."""
+    """Port to listen on; 0 for any that is free."""
     share: bool = False
     """Open a public link through gradio's servers."""
 
@@ -243,7 +243,7 @@ class Studio:
 
 def expected(error: Exception) -> bool:
     """Whether it tells the user something; other errors are the programmer's, and get their traceback."""
-    return isinstance(error, ValueError | OSError | OverflowError | ImportError | RewardError) or is_out_of_memory(error)
+    return isinstance(error, ValueError | OSError | ImportError | RewardError) or is_out_of_memory(error)
 
 
 def in_words(error: Exception) -> str:
@@ -425,19 +425,28 @@ def make_studio(options: Options, config: Config, adapters: tuple[str, ...]) -> 
     return studio, notes
 
 
+def free_port(host: str, port: int) -> int:
+    """The port, or for 0 any that is free. Raises ValueError in one line."""
+    try:
+        with socket.create_server((host, port)) as server:
+            return server.getsockname()[1]
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on --host {host} --port {port} ({error}); --port 0 takes any that is free") from error
+
+
 def main(arguments: list[str]) -> int:
     try:
         options, unknown = parse_options(Options(), arguments, "demo.py")
         refuse_unknown(unknown, Options)
-        socket.create_server((options.host, options.port)).close()         # taken, it is an error now, before a model loads
+        port = free_port(options.host, options.port)                       # taken, it is an error now, before a model loads
         config, adapters = settings_for(options)
         if importlib.util.find_spec("gradio") is None:
             raise ImportError(f"the demo needs gradio: pip install {GRADIO}")
         studio, notes = make_studio(options, config, adapters)
         page, served = build_page(studio, config, notes)
-        if options.share or options.host not in ("127.0.0.1", "localhost", "::1"):
+        if options.share or options.host not in ("127.0.0.1", "localhost"):
             print("warning: whoever reaches this page can use it, and have it look for adapters on this machine's disk")
-        _, address, link = page.launch(server_name=options.host, server_port=options.port, share=options.share,
+        _, address, link = page.launch(server_name=options.host, server_port=port, share=options.share,
                                        prevent_thread_lock=True, **served)
         print(f"{config.model} on {studio.policy.device}, with {', '.join(studio.adapters) or 'no adapter'}: {link or address}",
               flush=True)

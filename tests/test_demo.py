@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -215,6 +216,14 @@ def test_a_bad_command_line_ends_in_one_line(arguments, said, capsys, tmp_path):
     assert demo.main([*arguments, *port, "--output-dir", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert not out and err.startswith("error: ") and err.count("\n") == 1 and said in err, err
+
+
+def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert demo.main(["--port", str(port)]) == 2
+        assert demo.free_port("127.0.0.1", 0) != port
+    assert f"cannot listen on --host 127.0.0.1 --port {port}" in capsys.readouterr().err
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_line(model):
