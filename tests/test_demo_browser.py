@@ -102,15 +102,18 @@ class Visit:
         self.page.locator(f"#{field} textarea, #{field} input[type=text], #{field} input[type=number]").first.fill(value)
 
     def draw(self, prompt: str, pictures: int) -> list[np.ndarray]:
-        """The pictures for a prompt that was not drawn before, uint8 (H, W, 3)."""
+        """The pictures for a prompt that does not stand there yet."""
         self.fill("prompt", prompt)
         self.page.click("#draw")
-        self.page.wait_for_function(
-            "([prompt, n]) => document.querySelector('#status').innerText.includes(prompt)"
-            " && document.querySelectorAll('#pictures img').length == n && !document.querySelector('#pictures figure div')",
-            arg=[prompt, pictures], timeout=60_000)
-        urls = self.page.eval_on_selector_all("#pictures img", "images => images.map(image => image.src)")
-        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls]
+        return self.drawn("status", prompt, pictures)
+
+    def drawn(self, place: str, words: str, pictures: int) -> list[np.ndarray]:
+        """The pictures uint8 (H, W, 3), once `words` stand in `place` and nothing is still to come."""
+        urls = self.page.wait_for_function("""([place, words, pictures]) => {
+            const images = [...document.querySelectorAll('#pictures img')].map(image => image.src)
+            return document.querySelector('#' + place).innerText.includes(words) && images.length == pictures
+                && !document.querySelector('#pictures figure div') && images }""", arg=[place, words, pictures], timeout=60_000)
+        return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls.json_value()]
 
     def problem(self, place: str) -> str:
         return self.page.wait_for_selector(f"#{place} .problem", timeout=60_000).inner_text()
@@ -146,9 +149,7 @@ def test_a_prompt_gives_base_and_tuned_pictures_of_one_seed_scored_and_the_slide
         slider = visit.page.locator("#strength input[type=range]")
         slider.fill(value)
         slider.dispatch_event("pointerup")
-        visit.page.wait_for_function(f"document.querySelector('#pictures').innerText.includes('strength {value}') "
-                                     "&& !document.querySelector('#pictures figure div')", timeout=60_000)
-        return visit.draw(PROMPT, 2)[1]
+        return visit.drawn("pictures", f"strength {value}\n", 2)[1]
 
     assert np.array_equal(at_strength("0"), base)
     assert np.array_equal(at_strength("0.5"), studio.draw("first, epoch 5", Request(PROMPT, 1, 3, 2.0, (16, 32), strength=0.5)))
