@@ -211,11 +211,22 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
     preset, arguments = ("tiny_ocr", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}{_closest(preset, PRESETS)}: one of {', '.join(PRESETS)}")
+    config, unknown = parse_options(PRESETS[preset], arguments, "train.py [PRESET]", quiet)
+    if unknown and unknown[0] in PRESETS:
+        raise ConfigError(f"the preset {unknown[0]!r} must come first: train.py {unknown[0]} [--field value ...]")
+    refuse_unknown(unknown, Config)
+    return preset, config
+
+
+def parse_options(default, arguments: list[str], prog: str, quiet: bool = False) -> tuple:
+    """A dataclass like `default` with what the command line changes, and the arguments that it does not know.
+
+    Raises ConfigError for a value that does not parse.
+    """
     boxes, help_text = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(boxes), contextlib.redirect_stdout(help_text):
-            config, unknown = tyro.cli(Config, default=PRESETS[preset], args=arguments, prog="train.py [PRESET]",
-                                       return_unknown_args=True)
+            return tyro.cli(type(default), default=default, args=arguments, prog=prog, return_unknown_args=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             if not quiet:
@@ -225,12 +236,13 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+|-{3,}", " ", boxes.getvalue() + help_text.getvalue())
         message = " ".join(text.partition("Argument helptext:")[0].partition("For full helptext")[0].split())
         raise ConfigError(f"{message} (given: {' '.join(arguments)}; --help lists all options)") from None
-    if unknown and unknown[0] in PRESETS:
-        raise ConfigError(f"the preset {unknown[0]!r} must come first: train.py {unknown[0]} [--field value ...]")
-    if unknown:
-        fields = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)]
-        raise ConfigError(f"unknown option {unknown[0]!r}{_closest(unknown[0], fields)}: --help lists them all")
-    return preset, config
+
+
+def refuse_unknown(arguments: list[str], kind: type) -> None:
+    """Raises ConfigError if there are any, with the field of the dataclass `kind` that is closest to the first."""
+    if arguments:
+        fields = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]
+        raise ConfigError(f"unknown option {arguments[0]!r}{_closest(arguments[0], fields)}: --help lists them all")
 
 
 def _closest(word: str, known) -> str:

@@ -27,6 +27,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
@@ -191,6 +192,11 @@ def from_hub(option: str, repository: str, name: str) -> Path | None:
                          f"({type(error).__name__}); give a directory, or go on line") from error
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 PEFT_FILES, DIFFUSERS_FILE = ("adapter_config.json", "adapter_model.safetensors"), "pytorch_lora_weights.safetensors"
 
 
@@ -256,8 +262,18 @@ def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     return config, tensors
 
 
-def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> PeftModel:
-    """`transformer` with the adapter, to train. Raises ValueError, with the first tensor that does not fit, if one does not."""
+def load_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str = "default") -> PeftModel:
+    """A transformer, which may have adapters already, with this one too, to train. Raises ValueError as `fit_adapter` does."""
+    network, tensors = fit_adapter(network, lora_path, model, name)
+    set_peft_model_state_dict(network, tensors, adapter_name=name)
+    return network
+
+
+def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The transformer with the adapter's layers, and the tensors that belong into them.
+
+    Raises ValueError, with the first tensor that does not fit, if one does not; the transformer is then of no further use.
+    """
     config, tensors = read_adapter(lora_path)
     trained_on, config.base_model_name_or_path, config.inference_mode = config.base_model_name_or_path, None, False
 
@@ -267,21 +283,23 @@ def load_adapter(transformer: torch.nn.Module, lora_path: str, model: str) -> Pe
             raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {needed}; "
                              f"give the model that it was trained on ({trained_on or 'it does not say which'})")
 
-    layers = {name for name, _ in transformer.named_modules()}
+    layers = {layer for layer, _ in (network.get_base_model() if isinstance(network, PeftModel) else network).named_modules()}
     for key in tensors:
         require(key.removeprefix("base_model.model.").partition(".lora_")[0] in layers, key, "the model has no such layer")
     try:
-        network = get_peft_model(transformer, config)
+        if isinstance(network, PeftModel):
+            network.add_adapter(name, config)
+        else:
+            network = get_peft_model(network, config, adapter_name=name)
     except (ValueError, TypeError) as error:
         raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {error}") from error
-    own = get_peft_model_state_dict(network, save_embedding_layers=False)
+    own = get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
     for key, value in own.items():
         require(key in tensors and tensors[key].shape == value.shape, key, f"the model needs {tuple(value.shape)}")
     for key, value in tensors.items():
         require(key in own, key, "but its own settings do not name that layer")
         require(bool(value.isfinite().all()), key, "and numbers that are not finite")
-    set_peft_model_state_dict(network, tensors)
-    return network
+    return network, tensors
 
 
 # ------------------------------------------------------------------------------------------------------ random weights
@@ -332,7 +350,7 @@ class Policy:
                  lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
                  with_reference: bool = True, lora_path: str = "", offload_text_encoders: bool = False,
                  gradient_checkpointing: bool = False, compile: bool = False):
-        """An adapter at `lora_path` brings rank, alpha and targets of its own.
+        """An adapter at `lora_path` brings rank, alpha and targets of its own; with `lora_rank` 0 and none there is none.
 
         Raises ValueError for a resolution that the model's patches do not tile, or that exceeds its positions, for a sigma
         schedule that is not supported, and for an adapter that does not fit.
@@ -340,7 +358,7 @@ class Policy:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
-        self.device, self.dtype = device, DTYPES[dtype]
+        self.model, self.device, self.dtype = model, device, DTYPES[dtype]
         self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32      # of latents and trained weights
         self.max_sequence_length = max_sequence_length
         frozen = torch.float32 if full_finetune and dtype != "float64" else self.dtype
@@ -352,7 +370,8 @@ class Policy:
             self.pipe = family.pipeline.from_pretrained(
                 model, use_safetensors=True, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
         self.family = family(self.pipe)
-        self._check(model, resolution)
+        self._check_schedule()
+        self.set_resolution(resolution)
         self.offload_text_encoders = offload_text_encoders
         for name, part in self.pipe.components.items():
             if isinstance(part, torch.nn.Module):
@@ -366,11 +385,13 @@ class Policy:
             self.network = transformer
         elif lora_path:
             self.network = load_adapter(transformer, lora_path, model)
-        else:
+        elif lora_rank:
             targets = lora_targets if isinstance(lora_targets, str) else list(lora_targets)
             self.network = get_peft_model(transformer, LoraConfig(
                 r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets))
-        if not full_finetune:
+        else:
+            self.network = transformer
+        if isinstance(self.network, PeftModel):
             self.network.peft_config["default"].base_model_name_or_path = model
         self.network.eval()                                  # an adapter's dropout would replay another policy than sampled
         if dtype == "float64":
@@ -385,16 +406,19 @@ class Policy:
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0
 
-    def _check(self, model: str, resolution: tuple[int, int]) -> None:
+    def _check_schedule(self) -> None:
         for option in ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
             if self.pipe.scheduler.config.get(option):
-                raise ValueError(f"--model {model!r}: its scheduler's {option} is not supported; give one that does without")
+                raise ValueError(f"--model {self.model!r}: its scheduler's {option} is not supported; give one that does without")
+
+    def set_resolution(self, resolution: tuple[int, int]) -> None:
+        """Height and width of the images to come, in pixels. Raises ValueError for what the model's patches do not tile."""
         channels, patch, most = self.family.tiling()
         scale = self.pipe.vae_scale_factor
         unit = scale * patch
-        if any(size % unit or size > (most or math.inf) * unit for size in resolution):
+        if any(size < unit or size % unit or size > (most or math.inf) * unit for size in resolution):
             limit = f" up to {most * unit}" if most else ""
-            raise ValueError(f"--resolution is {resolution}: {model} takes multiples of {unit}{limit}")
+            raise ValueError(f"--resolution is {resolution}: {self.model} takes multiples of {unit}{limit}")
         self.latent_shape = (channels, *(size // scale for size in resolution))          # C, H, W
         self.tokens = math.prod(size // unit for size in resolution)                     # patches of an image
 
@@ -405,6 +429,28 @@ class Policy:
     def branches(self, guidance_scale: float) -> int:
         """Transformer calls of a velocity."""
         return self.family.branches(guidance_scale)
+
+    # --------------------------------------------------------------------------------------------------- adapters
+
+    def add_adapter(self, name: str, lora_path: str) -> None:
+        """Another adapter on the same weights. One that does not fit is a ValueError, and leaves the policy as it was."""
+        transformer = self.pipe.transformer
+        with torch.device("meta"):                           # tried without weights: what is refused leaves layers behind
+            skeleton = type(transformer).from_config(transformer.config)
+        fit_adapter(skeleton, lora_path, self.model, name)
+        self.network = load_adapter(self.network, lora_path, self.model, name).eval()
+
+    def use_adapter(self, name: str, strength: float = 1.0) -> None:
+        """From now on the network is the model with this adapter: 1 is as it was trained, 0 the model itself, to the bit."""
+        if not isinstance(self.network, PeftModel):
+            return
+        if not strength:
+            return self.network.base_model.disable_adapter_layers()
+        self.network.base_model.enable_adapter_layers()
+        self.network.set_adapter(name, inference_mode=True)
+        for layer in self.network.modules():
+            if isinstance(layer, LoraLayer):
+                layer.set_scale(name, strength)
 
     # ------------------------------------------------------------------------------------------------------- text
 
@@ -457,15 +503,16 @@ class Policy:
 
     # --------------------------------------------------------------------------------------------------- velocity
 
-    def velocity(self, text: Text, guidance_scale: float = 1.0, network=None):
+    def velocity(self, text: Text, guidance_scale: float = 1.0, network=None, negative_prompt: str = ""):
         """The policy as `velocity(latents (B, C, H, W), sigma (B,)) -> (B, C, H, W)`, in the latents' dtype, with gradients.
 
         text: what `encode` made of the B prompts. With classifier-free guidance, the guided velocity is the policy: gradients
-        go through both branches, which share one call of the network.
+        go through both branches, which share one call of the network; it guides away from `negative_prompt`.
         """
         network = network or self.network
         if self.branches(guidance_scale) == 2:
-            text = tuple(torch.cat([empty.expand_as(part), part]) for empty, part in zip(self.encode([""]), text))   # (2B, ...)
+            text = tuple(torch.cat([negative.expand_as(part), part])                    # (2B, ...)
+                         for negative, part in zip(self.encode([negative_prompt]), text))
 
         def guided(latents: Tensor, sigma: Tensor) -> Tensor:
             copies = len(text[0]) // len(latents)
@@ -486,10 +533,19 @@ class Policy:
 
         @torch.no_grad()
         def of_reference(latents: Tensor, sigma: Tensor) -> Tensor:
-            with contextlib.nullcontext() if self.reference is not None else self.network.disable_adapter():
+            with contextlib.nullcontext() if self.reference is not None else self._without_adapter():
                 return guided(latents, sigma)
 
         return of_reference
+
+    @contextlib.contextmanager
+    def _without_adapter(self):
+        """As peft's own `disable_adapter`, without its survey of all layers, which takes longer than a small network's call."""
+        self.network.base_model.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.network.base_model.enable_adapter_layers()
 
     # ----------------------------------------------------------------------------------------------------- images
 

@@ -32,7 +32,7 @@ from config import Config, batch_plan, describe, parse_config, validate
 from distributed import is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
-from policy import Policy, Text, WeightAverage, check_model, find_adapter, to_device
+from policy import Policy, Text, WeightAverage, check_model, find_adapter, is_out_of_memory, to_device
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, replay, rollout, timestep_schedule
@@ -81,9 +81,7 @@ def within_memory(way_out: str, plan: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
-        if isinstance(error, RewardError) or not (
-                isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)):
+        if isinstance(error, RewardError) or not is_out_of_memory(error):
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
         raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
