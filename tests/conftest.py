@@ -18,8 +18,7 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.name != "test_train.py")      # the longest file first: the others go beside it
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory) -> str:
+def make_model(directory: Path) -> str:
     """A directory in the hub's format: a small StableDiffusion3Pipeline, all nine parts, with random weights."""
     torch.manual_seed(0)
     pipe = make_pipeline()
@@ -28,9 +27,13 @@ def model(tmp_path_factory) -> str:
         for name, parameter in pipe.transformer.named_parameters():
             if "embedder" in name and parameter.ndim == 2:      # so that prompt and time matter as much as in a trained model
                 parameter *= 3
-    directory = tmp_path_factory.mktemp("model")
     pipe.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

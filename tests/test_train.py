@@ -196,8 +196,15 @@ def test_the_ratio_before_the_first_update_is_exactly_one_where_the_batches_coin
         assert m["ratio_deviation"] > 1e-6                                             # the second update's ratios have moved
 
 
-def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_composition(train_here):
-    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=2, rule="dance_sde")
+def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_composition_and_beyond_the_clip_range_it_warns(
+        train_here, capsys):
+    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=2, rule="dance_sde", clip_range=1e-9)
+    out, err = capsys.readouterr()
+    measured = [f"{m['ratio_deviation_before']:.1e}" for m in metrics_of(directory)[1:]]
+    assert out.count("before the first update, max |ratio - 1| is ") == 1 and f"| is {measured[0]}; clip_range is 1e-09" in out
+    for epoch, deviation in enumerate(measured, 1):
+        assert f"before the first update of epoch {epoch} a ratio is {deviation} from 1" in err
+    assert all(cause in err for cause in ("batches of other sizes", "another dtype", "dropout"))
     for m in metrics_of(directory)[1:]:
         assert m["ratio_deviation_before"] < 1e-5 < m["ratio_deviation"]
 

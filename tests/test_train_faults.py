@@ -1,12 +1,19 @@
 """What goes wrong at the start of a run or in the middle ends in one line, and what was saved goes on."""
 
+import itertools
 import json
 import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import CHEAP, Stopped, command, errors_in, metrics_of, start, train_here  # noqa: F401 (fixtures, some)
+from conftest import wait_until
+from kill_and_resume import equal as equal_states
+from safetensors import safe_open
+from test_train import CHEAP, Stopped, command, errors_in, metrics_of, start, train_here, without_times  # noqa: F401 (fixtures, some)
 
 import distributed
 import train
@@ -192,3 +199,131 @@ def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch(trai
     train_here("some-equal", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0,
                rollout_batch=12, train_batch=3, epochs=1)
     assert sizes == [(3, 3), (3, 1)]                                                      # 12 samples, of which 4 count
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+@pytest.fixture
+def left(monkeypatch):
+    """The exit codes with which runs in this process left, in place of the end of the process."""
+    codes = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise Stopped(f"exit {code}")
+
+    monkeypatch.setattr(train, "leave", leave)
+    return codes
+
+
+def at_call(monkeypatch, name: str, number: int, deed) -> None:
+    """The `number`-th call of train.py's function meets with the deed, which gets what the function returns and may replace it."""
+    original, calls = getattr(train, name), itertools.count(1)
+    monkeypatch.setattr(train, name, lambda *args, **options: (
+        deed(original(*args, **options)) if next(calls) == number else original(*args, **options)))
+
+
+def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(
+        train_here, left, monkeypatch, capsys):
+    changes = dict(CHEAP, updates_per_epoch=2, epochs=3, eval_every=2, save_every=2, rollout_batch=2, train_batch=2)
+    unbroken = train_here("unbroken", **changes)
+
+    def signalled(value):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(distributed.stop_asked, 5)
+        return value
+
+    def slow_reward(value):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)
+        return value
+
+    phases = [("rollout", 2, signalled, "before the first epoch was whole"),                   # the evaluation before training
+              ("accumulate_gradients", 2, signalled, "before the first epoch was whole"),       # after an update, that is undone
+              ("scored", 3, slow_reward, "epoch 1 is saved"),                                   # of epoch 2
+              ("accumulate_gradients", 2, signalled, "epoch 1 is saved"),                       # likewise
+              ("evaluate_share", 1, signalled, "epoch 2 is saved")]                             # which is then made up for
+    for name, number, deed, says in phases:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            at_call(patch, name, number, deed)
+            train_here("signalled", **changes)
+        out = capsys.readouterr().out
+        assert "stopped by a signal" in out and says in out and "to go on: " in out, (name, out)
+        assert [p.name for p in train.checkpoints(unbroken.with_name("signalled"))] == [
+            f"epoch_0000{n}" for n in range(1, 1 + (int(says[6]) if says[6].isdigit() else 0))]
+    assert left == [0] * len(phases)
+    directory = train_here("signalled", **changes)
+    assert without_times(metrics_of(directory)) == without_times(metrics_of(unbroken))
+    states = [train.load_state(train.checkpoints(d)[-1]) for d in (directory, unbroken)]
+    assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal_states(*states)
+
+
+# --------------------------------------------------------------------------------------------------- what is not finite
+
+@pytest.mark.parametrize("quantity", ["loss", "gradient", "latents", "reward"])
+def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_stops_by_name_with_tensors_and_sound_weights(
+        train_here, monkeypatch, tmp_path, capsys, quantity):
+    def nan(value):
+        return value * float("nan")
+
+    if quantity == "loss":                                                 # of one sample, wherever its batch is replayed
+        replay = train.replay
+
+        def bad_replay(velocity, trajectory, k):
+            log_prob, mean, std = replay(velocity, trajectory, k)
+            return torch.where(trajectory.final.flatten(1)[:, 0] == bad[0], nan(log_prob), log_prob), mean, std
+
+        bad, concatenate = [], train.Trajectory.concatenate
+
+        def noted(parts):
+            whole = concatenate(parts)
+            bad[:] = [whole.final[2].flatten()[0]]
+            return whole
+
+        monkeypatch.setattr(train, "replay", bad_replay)
+        monkeypatch.setattr(train.Trajectory, "concatenate", staticmethod(noted))
+    elif quantity == "gradient":
+        loss = train.clipped_loss
+        monkeypatch.setattr(train, "clipped_loss", lambda *args: (result := loss(*args), result.register_hook(nan))[0])
+    elif quantity == "latents":
+        rollout = train.rollout
+
+        def bad_rollout(*args, **options):
+            trajectory = rollout(*args, **options)
+            if options:                                                    # as sampling calls it, and evaluation does not
+                trajectory.final[1, 0, 0, 0] = float("inf")
+            return trajectory
+
+        monkeypatch.setattr(train, "rollout", bad_rollout)
+    else:
+        (tmp_path / "sometimes_nan.py").write_text(
+            "calls = 0\ndef score(images, prompts, metadata):\n    global calls\n    calls += 1\n"
+            "    return images.mean((1, 2, 3)) * (float('nan') if calls > 2 else 1)\n")      # the probe and the evaluation go well
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+    changes = dict(CHEAP, beta=0, epochs=3, skip_nonfinite=2, **(
+        {"rewards": ("sometimes_nan:score", 1)} if quantity == "reward" else {}))
+    with pytest.raises(Stopped) as stop:
+        train_here(f"bad-{quantity}", **changes)
+    says, err = str(stop.value), capsys.readouterr().err
+    assert quantity in says and "epoch 3" in says and "rank 0" in says and 'the word "' in says and "\n" not in says
+    assert "skipped, 1 of 2 updates" in err and "skipped, 2 of 2 updates" in err
+    (evidence,) = [word.strip(";") for word in says.split() if word.strip(";").endswith(".safetensors")]
+    with safe_open(evidence, "pt") as file:
+        prompts, names = json.loads(file.metadata()["prompts"]), set(file.keys())
+        if quantity == "loss":
+            again = file.get_tensor("log_probs_again")
+            assert again[:, 2].isnan().all() and again.isnan().sum() == len(again)
+    assert len(prompts) == 4 and ({"images"} if quantity == "reward" else {"samples", "latents", "log_probs"}) <= names
+    directory = Path(evidence).parent.parent
+    assert [m.get("skipped_updates") for m in metrics_of(directory)] == [None, 1, 1]
+    state = train.load_state(train.checkpoints(directory)[-1])
+    assert state["epoch"] == 2 and state["skipped"] == 2 and not state["optimizer"]["state"]
+    assert all(p.isfinite().all() for p in state["trained"])
+
+
+def test_a_number_that_is_finite_when_computed_again_is_blamed_on_the_machine(train_here, monkeypatch):
+    at_call(monkeypatch, "clipped_loss", 1, lambda loss: loss * float("inf"))
+    with pytest.raises(Stopped) as stop:
+        train_here("flipped-bit", **CHEAP)
+    assert "suspect memory" in str(stop.value) and "the loss of epoch 1, update 0" in str(stop.value)
