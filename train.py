@@ -64,6 +64,9 @@ class NonFinite(TrainingError):
 class Interrupted(Exception):
     """A signal asked the run to stop; on all ranks alike."""
 
+    def __init__(self, what: str = "stopped by a signal"):
+        super().__init__(what)
+
 
 # ------------------------------------------------------------------------------------------------------- randomness
 
@@ -610,9 +613,9 @@ def main() -> None:
     try:
         preset, config, train_prompts, test_prompts = prepare(sys.argv[1:])
         device = distributed.setup(config.collective_timeout)
-        words = distributed.command_line() + ("" if config.run_name else " --run-name {}")
         # torchrun --max-restarts starts us again without a name: the run is then the one that its first start named.
         name = config.run_name or distributed.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        command = f"{distributed.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
         config = replace(config, run_name=name)
         directory, lock = open_run(config) if is_main() else (None, None)              # held until this function ends
         directory = distributed.broadcast_object(directory)
@@ -631,7 +634,7 @@ def main() -> None:
         with distributed.stopping_on_signals():
             run(config, directory, checkpoint, policy, rewards, train_prompts, test_prompts, scorer)
     except Interrupted as interrupted:
-        say(f"{interrupted}; to go on: {words.format(config.run_name)}")
+        say(f"{interrupted}; to go on: {command}")
         leave(0)
     except (RewardError, NonFinite) as error:
         stop(error, everywhere=False)
@@ -769,8 +772,8 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         keep(metrics["epoch"], metrics)
         distributed.wait_for_all()
         if isinstance(error, Interrupted):
-            raise Interrupted(f"stopped by a signal; epoch {saved} is saved" if saved else "stopped by a signal before the first "
-                              "epoch was whole") from error
+            what = f"; epoch {saved} is saved" if saved else " before the first epoch was whole"
+            raise Interrupted(f"{error}{what}") from error
         raise
     except LostRank:
         distributed.at_safe_point()
@@ -804,6 +807,9 @@ def report(directory: Path, history: list[dict]) -> None:
     picture = directory / "before_after.png"
     if written(str(picture), save_comparison, picture, first["epoch"], last["epoch"]) and picture.exists():
         say(f"before above after: {picture}")
+    best = max(evaluated, key=lambda m: m["eval/total"])
+    if best is not last and checkpoint_path(directory, best["epoch"]).exists():
+        say(f"best: eval/total {best['eval/total']:.4f} after {best['epoch']} epochs: {checkpoint_path(directory, best['epoch'])}")
     if found := checkpoints(directory):
         say(f"weights for use: {next(path for path in found[-1].iterdir() if path.is_dir())}")       # adapter or transformer
     say(f"metrics: {directory / 'metrics.jsonl'}")

@@ -47,8 +47,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm, name", [
-    (flip, "state.pt"), (flip, "adapter/model.safetensors"), (Path.unlink, "adapter/model.safetensors"), (Path.unlink, "SHA256SUMS"),
-    (lambda path: path.write_text(""), "SHA256SUMS"), (lambda path: path.write_bytes(path.read_bytes()[:-1]), "state.pt")])
+    (flip, "state.pt"), (flip, "adapter/model.safetensors"), (Path.unlink, "adapter/model.safetensors"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "state.pt"),
+    (Path.unlink, "SHA256SUMS"), (lambda path: path.write_text(""), "SHA256SUMS")])
 def test_a_corrupt_newest_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(tmp_path, capsys, harm, name):
     for epoch in (1, 2):
         save(tmp_path, epoch)
@@ -71,7 +72,7 @@ def test_where_no_checkpoint_is_whole_it_is_an_error_and_all_stays_as_it_is(tmp_
     for epoch in (1, 2):
         save(tmp_path, epoch)
         flip(tmp_path / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt")
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole .*epoch_00002: state.pt is not what was written.*--run-name"):
+    with pytest.raises(ValueError, match="no checkpoint .* is whole .*epoch_00002: state.pt is not what was written.*--run-name"):
         newest_whole(tmp_path, set_aside=True)
     assert epochs(checkpoints(tmp_path)) == [1, 2]
 
@@ -112,7 +113,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_is_a_warning_and_the_old_one_s
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all_when_the_disk_is_full(small_disk):
     write_metrics(small_disk, {"epoch": 0})
-    (small_disk / "filler").write_bytes(bytes((1 << 20) - 2 * 4096))                         # a page is left beside that of the line
+    (small_disk / "filler").write_bytes(bytes((1 << 20) - 2 * 4096))                   # a page is left besides the line's
     with pytest.raises(OSError, match="No space left"):
         write_metrics(small_disk, {"epoch": 1, "long": "x" * 20_000})                          # of which a part still fits
     assert (small_disk / "metrics.jsonl").read_text() == '{"epoch": 0}\n'

@@ -359,10 +359,11 @@ def test_a_checkpoint_is_whole_or_is_not_there(one_rank, tmp_path):
     assert [p.name for p in train.checkpoints(tmp_path)] == ["epoch_00001", "epoch_00002"]
 
 
-def test_every_adapter_is_kept_and_the_state_of_the_newest_two(two_ranks):
+def test_every_adapter_is_kept_and_the_state_of_the_newest_two_and_of_the_best(two_ranks):
+    best = max((m for m in metrics_of(two_ranks)[1:] if "eval/total" in m), key=lambda m: m["eval/total"])["epoch"]
     names = lambda pattern: sorted(p.relative_to(two_ranks / "checkpoints").parts[0] for p in two_ranks.glob(pattern))
     assert names("checkpoints/*/adapter/adapter_model.safetensors") == ["epoch_00002", "epoch_00004", "epoch_00005"]
-    assert names("checkpoints/*/state.pt") == ["epoch_00004", "epoch_00005"]
+    assert names("checkpoints/*/state.pt") == [f"epoch_{epoch:05d}" for epoch in sorted({best, 4, 5})]
 
 
 def test_noise_belongs_to_its_sample_alone_and_no_two_share_any():
