@@ -50,16 +50,18 @@ def setup(timeout: float = 3600.0) -> torch.device:
     global _store
     if "RANK" in os.environ:
         end_with_launcher()
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"           # else rank 0 makes the store, and may be late
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"            # else rank 0 makes the store, perhaps later
+        patience = timedelta(seconds=LAUNCHER_SECONDS if agent else timeout)
         try:
-            _store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=LAUNCHER_SECONDS if agent else timeout)))
+            _store, rank, size = next(dist.rendezvous("env://", timeout=patience))
         except dist.DistNetworkError as error:
             raise LostRank(f"no launcher at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}") from error
         _store.set_timeout(timedelta(seconds=timeout))
     else:
         _store, rank, size = dist.HashStore(), 0, 1
-    # torchrun keeps its store when it restarts its workers: without a prefix they would find what those before them left.
-    store = dist.PrefixStore(f"attempt_{attempt()}", _store)
+    # torchrun keeps its store when it restarts its workers: without a prefix they would find what those before them left. On
+    # several nodes each launcher counts its own restarts, and a prefix would part them.
+    store = dist.PrefixStore(f"attempt_{attempt()}", _store) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else _store
     where = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     if torch.cuda.is_available():
         processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -122,20 +124,22 @@ def at_safe_point() -> None:
 
 
 @contextlib.contextmanager
-def stopping_on_signals() -> Iterator[None]:
+def stopping_on_signals() -> Iterator[None]:  # all ranks
     """Within, SIGTERM or Ctrl-C on any rank makes `stop_asked` true on every rank within a second, even on one that waits.
 
     A second signal ends its process at once. So does, on every rank, GRACE seconds without a safe point: a rank may wait for one
     that is dead, and whoever sent the signal will not wait forever.
     """
-    _asked.clear(), _safe.clear()
+    _asked.clear()
+    _safe.clear()
+    key = broadcast_object(f"stop {time.time()}")                # of this start alone: the store may outlive it
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signals = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.signal(number, lambda *_: None) for number in signals]
     # Python runs its handlers between two of its own instructions, so not while a collective waits; this is told at once.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reading, signals), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reading, signals, key), daemon=True)
     watcher.start()
     try:
         yield
@@ -143,15 +147,14 @@ def stopping_on_signals() -> Iterator[None]:
         signal.set_wakeup_fd(before)
         for number, handler in zip(signals, handlers):
             signal.signal(number, handler)
-        os.close(writing)
+        os.close(writing)                                        # which ends the watcher
         watcher.join()
         os.close(reading)
 
 
-def _watch(reading: int, signals: tuple) -> None:
+def _watch(reading: int, signals: tuple, key: str) -> None:
     """Turn signals of this process, and what other ranks say of theirs, into `_asked`, until the pipe is closed."""
-    key, first, asked = f"stop_{attempt()}", None, None
-    store = _store
+    store, first, asked = _store, None, None
     while True:
         told = os.read(reading, 1) if select.select([reading], [], [], 0.5)[0] else None
         now = time.monotonic()

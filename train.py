@@ -306,6 +306,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
             accumulate_gradients(policy, samples, batch, advantages, in_update * plan.trained_steps, scaler, statistics, config)
             bar.update()
         if distributed.any_rank(distributed.stop_asked()):                    # before the gradients, on which a GPU waits for all
+            bar.close()
             raise Interrupted
         distributed.sum_gradients(policy.parameters)
         averages, ratio_deviation = statistics.over_all_ranks(in_update * plan.trained_steps)
@@ -319,6 +320,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
             if not np.isfinite(grad_norm) and not scaler.is_enabled():
                 quantity = "gradient"
         if quantity:
+            bar.clear()
             learner.skip(find_non_finite(learner, samples, mine, advantages, config, epoch, update, quantity), 1)
             skipped += 1
             optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -13,7 +14,8 @@ import torch
 from conftest import wait_until
 from kill_and_resume import equal as equal_states
 from safetensors import safe_open
-from test_train import CHEAP, Stopped, command, errors_in, metrics_of, start, train_here, without_times  # noqa: F401 (fixtures, some)
+from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, train_here,  # noqa: F401 (fixtures, some)
+                        without_times)
 
 import distributed
 import train
@@ -223,11 +225,22 @@ def at_call(monkeypatch, name: str, number: int, deed) -> None:
         deed(original(*args, **options)) if next(calls) == number else original(*args, **options)))
 
 
-def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(
-        train_here, left, monkeypatch, capsys):
-    changes = dict(CHEAP, updates_per_epoch=2, epochs=3, eval_every=2, save_every=2, rollout_batch=2, train_batch=2)
-    unbroken = train_here("unbroken", **changes)
+THREE_EPOCHS = dict(CHEAP, updates_per_epoch=2, epochs=3, eval_every=2, save_every=2, rollout_batch=2, train_batch=2)
 
+
+@pytest.fixture(scope="module")
+def unbroken(train_here) -> Path:
+    return train_here("unbroken", **THREE_EPOCHS)
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert without_times(metrics_of(one)) == without_times(metrics_of(other))
+    states = [train.load_state(train.checkpoints(directory)[-1]) for directory in (one, other)]
+    assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal_states(*states)
+
+
+def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(
+        train_here, unbroken, left, monkeypatch, capsys):
     def signalled(value):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(distributed.stop_asked, 5)
@@ -246,16 +259,25 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
     for name, number, deed, says in phases:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             at_call(patch, name, number, deed)
-            train_here("signalled", **changes)
+            train_here("signalled", **THREE_EPOCHS)
         out = capsys.readouterr().out
         assert "stopped by a signal" in out and says in out and "to go on: " in out, (name, out)
         assert [p.name for p in train.checkpoints(unbroken.with_name("signalled"))] == [
             f"epoch_0000{n}" for n in range(1, 1 + (int(says[6]) if says[6].isdigit() else 0))]
     assert left == [0] * len(phases)
-    directory = train_here("signalled", **changes)
-    assert without_times(metrics_of(directory)) == without_times(metrics_of(unbroken))
-    states = [train.load_state(train.checkpoints(d)[-1]) for d in (directory, unbroken)]
-    assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal_states(*states)
+    assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
+
+
+def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to_the_same_bits(train_here, unbroken, capsys):
+    directory = unbroken.with_name("corrupt")
+    shutil.copytree(unbroken, directory)
+    with open(train.checkpoint_path(directory, 3) / "state.pt", "r+b") as file:
+        file.seek(1000)
+        file.write(b"not what was written")
+    train_here("corrupt", **THREE_EPOCHS)
+    out, err = capsys.readouterr()
+    assert "epoch_00003 is corrupt (state.pt is not what was written)" in err and "continuing after epoch 2" in out
+    assert_same_bits(directory, unbroken)
 
 
 # --------------------------------------------------------------------------------------------------- what is not finite
