@@ -252,9 +252,9 @@ def ranks(bench: Bench) -> None:
 
 def signals(bench: Bench) -> None:
     # A phase that takes two seconds, so that the signal meets it; scoring takes minutes, and must not hold up the end.
-    cases = [("sampling", 3, 0, "sleep-2"), ("scoring", 5, 1, "sleep-120"), ("training", 3, 0, "sleep-2"),
-             ("training", 4, 1, "sleep-2"), ("summing gradients", 2, 0, "sleep-2"), ("evaluation", 1, 1, "sleep-2"),
-             ("syncing a checkpoint", 1, 0, "sleep-2")]
+    cases = [("syncing a checkpoint", 1, 0, "sleep-2"), ("sampling", 3, 0, "sleep-2"), ("scoring", 3, 1, "sleep-120"),
+             ("training", 3, 0, "sleep-2"), ("training", 4, 1, "sleep-2"), ("summing gradients", 2, 0, "sleep-2"),
+             ("evaluation", 1, 1, "sleep-2")]
     run = 1
     for case, sent in zip(cases, [signal.SIGTERM, signal.SIGINT] * len(cases)):
         process = bench.start(f"signals-{run}", at=case)
