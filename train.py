@@ -777,7 +777,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             what = f"; epoch {saved} is saved" if saved else " before the first epoch was whole"
             raise Interrupted(f"{error}{what}") from error
         raise
-    except LostRank:
+    except (LostRank, TrainingError):            # this rank alone may be here: no collective
         distributed.at_safe_point()
         learner.undo_updates()
         keep(metrics["epoch"], metrics)

@@ -152,10 +152,11 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_one_line_after_a_checkpoi
     assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
 
 
-def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(train_here, monkeypatch):
-    monkeypatch.setattr(train, "accumulate_gradients", lambda *_: torch.empty(2**55, dtype=torch.uint8))
+def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower_after_a_checkpoint(train_here, unbroken, monkeypatch):
+    at_call(monkeypatch, "accumulate_gradients", 2, lambda _: torch.empty(2**55, dtype=torch.uint8))      # in epoch 2
     with pytest.raises(Stopped) as stop:
-        train_here("too-large", **CHEAP, epochs=1)
+        train_here("too-large", **CHEAP, epochs=2, save_every=100)
+    assert [p.name for p in train.checkpoints(unbroken.with_name("too-large"))] == ["epoch_00001"]
     message = str(stop.value)
     assert "out of memory on rank 0" in message and "lower --train-batch" in message and "training batches of up to 8" in message
 
@@ -255,7 +256,8 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
               ("accumulate_gradients", 2, signalled, "before the first epoch was whole"),       # after an update, that is undone
               ("scored", 3, slow_reward, "epoch 1 is saved"),                                   # of epoch 2
               ("accumulate_gradients", 2, signalled, "epoch 1 is saved"),                       # likewise
-              ("evaluate_share", 1, signalled, "epoch 2 is saved")]                             # which is then made up for
+              ("evaluate_share", 1, signalled, "epoch 2 is saved"),                             # whose evaluation is made up for,
+              ("evaluate_share", 2, signalled, "epoch 3 is saved")]                             # and so is this one
     for name, number, deed, says in phases:
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             at_call(patch, name, number, deed)
