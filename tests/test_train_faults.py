@@ -264,8 +264,8 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
             train_here("signalled", **THREE_EPOCHS)
         out = capsys.readouterr().out
         assert "stopped by a signal" in out and says in out and "to go on: " in out, (name, out)
-        assert [p.name for p in train.checkpoints(unbroken.with_name("signalled"))] == [
-            f"epoch_0000{n}" for n in range(1, 1 + (int(says[6]) if says[6].isdigit() else 0))]
+        newest = [p.name for p in train.checkpoints(unbroken.with_name("signalled"))][-1:]
+        assert newest == ([f"epoch_0000{says[6]}"] if says.startswith("epoch") else [])
     assert left == [0] * len(phases)
     assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
 
