@@ -20,10 +20,10 @@ from typing import IO
 
 import torch
 
-from config import Config, changed_fields, to_dict
+from config import PRESETS, Config, changed_fields, to_dict
 
 
-def open_run(config: Config) -> tuple[Path, IO]:
+def open_run(config: Config, preset: str) -> tuple[Path, IO]:
     """Make or continue the run's directory, as its one writer: the directory, and its lock, held while that file is open.
 
     Raises ValueError where another process writes it, or where it was started with settings that this run may not change.
@@ -54,7 +54,9 @@ def open_run(config: Config) -> tuple[Path, IO]:
                              f"with {old.get(field)!r}: give that, or choose another --run-name")
         if config.eval_only:                     # looks at a run without changing it
             return directory, lock
-    write_whole(saved, json.dumps(to_dict(config), indent=1))
+    settings, published = to_dict(config), to_dict(PRESETS[preset])
+    differs = {name: value for name, value in published.items() if settings[name] != value}       # the preset's own values
+    write_whole(saved, json.dumps({**settings, "preset": preset, "differs_from_preset": differs}, indent=1))
     return directory, lock
 
 

@@ -18,6 +18,10 @@ import tyro
 class ConfigError(ValueError):
     """A setting that cannot be: one line with the field, the value and the way out."""
 
+    def __init__(self, message: str):
+        line = " ".join(message.split())                   # a value may be of any length and hold line ends
+        super().__init__(line if len(line) <= 1000 else f"{line[:600]} ... {line[-395:]}")
+
 
 # The attention projections of both streams, as published for SD3.5-M.
 ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -113,11 +117,13 @@ class Config:
 
     # ----------------------------------------------------------------------------------------------------- machine
     rollout_batch: int = 32
-    """Images sampled at once, per rank."""
+    """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the fastest."""
     train_batch: int = 32
-    """Images replayed at once, per rank."""
+    """Images replayed at once, per rank; 0 likewise."""
     gradient_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """torch.compile the transformer's blocks: minutes at the start, then fewer and larger kernels."""
     offload_text_encoders: bool = False
     """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1
@@ -156,15 +162,17 @@ class Config:
     """Newest checkpoints from which a run can go on, beside the best by eval/total; of older ones only the adapter is kept."""
     output_dir: str = "runs"
     """Where runs are kept."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too; TensorBoard has them in the run's directory anyway."""
     run_name: str = ""
     """Directory of the run under output_dir; naming one that exists continues it. Empty: preset and time of day."""
 
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
-MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "offload_text_encoders", "reward_threads",
-              "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered", "trust_remote_code",
-              "collective_timeout", "skip_nonfinite", "eval_rewards", "eval_every", "eval_prompts", "eval_num_steps",
-              "eval_images", "eval_only", "save_every", "keep_checkpoints", "output_dir", "run_name"}
+MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "compile", "offload_text_encoders",
+              "reward_threads", "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered",
+              "trust_remote_code", "collective_timeout", "skip_nonfinite", "eval_rewards", "eval_every", "eval_prompts",
+              "eval_num_steps", "eval_images", "eval_only", "save_every", "keep_checkpoints", "output_dir", "wandb", "run_name"}
 
 # What the published runs have in common (the paper and its authors' configurations).
 PUBLISHED = Config(
@@ -172,15 +180,14 @@ PUBLISHED = Config(
     max_sequence_length=128, num_steps=10, guidance_scale=4.5, rule="flow_sde", noise_level=0.7, window_size=0,
     groups_per_epoch=48, group_size=24, updates_per_epoch=2, epochs=1000, clip_range=1e-4, beta=0.04, kl="per_time",
     learning_rate=3e-4, learning_rate_half_life=0, ema_decay=0.9, ema_every=8, lora_rank=32, lora_alpha=64,
-    lora_targets=ATTENTION, dtype="float16", rollout_batch=8, train_batch=8, reward_threads=4, eval_every=30, eval_prompts=0,
+    lora_targets=ATTENTION, dtype="float16", rollout_batch=0, train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0,
     eval_num_steps=40, save_every=30)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
 PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))             # the README says where these come from
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5), clip_range=1e-5, beta=0.0)
 FLUX = dict(
     model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0, dtype="bfloat16",
-    lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28, rollout_batch=4, train_batch=4,
-    gradient_checkpointing=True)
+    lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28, gradient_checkpointing=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 replace = dataclasses.replace
 
@@ -247,15 +254,18 @@ def validate(config: Config) -> None:
         value = getattr(config, field.name)
         if isinstance(value, float):
             require(math.isfinite(value), field.name, "it must be a finite number")
-    for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "rollout_batch", "train_batch", "reward_threads",
-                  "reward_batch", "eval_every", "eval_num_steps", "save_every", "keep_checkpoints", "ema_every", "lora_rank",
-                  "lora_alpha", "max_sequence_length"):
+        if isinstance(value, int):
+            require(value < 2**63, field.name, "it must be less than 2^63")
+    for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "reward_threads", "reward_batch", "eval_every",
+                  "eval_num_steps", "save_every", "keep_checkpoints", "ema_every", "lora_rank", "lora_alpha",
+                  "max_sequence_length"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
-    for field in ("epochs", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay", "learning_rate_half_life",
-                  "skip_nonfinite", "seed"):
+    for field in ("epochs", "rollout_batch", "train_batch", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay",
+                  "learning_rate_half_life", "skip_nonfinite", "seed"):
         require(getattr(config, field) >= 0, field, "it must be at least 0")
-    for field in ("clip_range", "learning_rate", "max_grad_norm", "noise_level", "reward_deadline", "collective_timeout"):
+    for field in ("clip_range", "learning_rate", "max_grad_norm", "reward_deadline", "collective_timeout"):
         require(getattr(config, field) > 0, field, "it must be positive")
+    require(config.noise_level >= 1e-6, "noise_level", "it must be at least 1e-6, or a step's variance vanishes in float32")
     require(config.group_size >= 2, "group_size", "advantages compare the images of a prompt, so it takes at least 2")
     require(config.updates_per_epoch <= config.groups_per_epoch * config.group_size, "updates_per_epoch",
             f"an epoch has only {config.groups_per_epoch * config.group_size} images to share among its updates")
@@ -265,7 +275,7 @@ def validate(config: Config) -> None:
             f"other ranks wait --collective-timeout {config.collective_timeout:g} seconds at most; give up to half of that")
     require(0 <= config.max_unanswered <= 1, "max_unanswered", "it is a share and must lie in [0, 1]")
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
-    require(all(size > 0 for size in config.resolution), "resolution", "height and width must be positive")
+    require(all(0 < size <= 8192 for size in config.resolution), "resolution", "height and width must lie in 1 to 8192")
     require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it must lie in (0, 1]")
     names = [name for name, _ in config.rewards]
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once, with one weight")
@@ -311,15 +321,19 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     samples = config.groups_per_epoch * config.group_size
     trained = config.window_size or math.floor(config.timestep_fraction * config.num_steps + 1e-9)
     per_rank = -(-samples // world_size)
-    per_update = [len(range(u, per_rank, config.updates_per_epoch)) for u in range(config.updates_per_epoch)]
+    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
+
+    def batches(size: int) -> int:
+        return more * -(-(in_update + 1) // size) + (config.updates_per_epoch - more) * -(-in_update // size)
+
     steps = samples * config.num_steps
     if config.shared_start_noise and config.window_size:                  # on average over where the windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=sum(-(-n // config.rollout_batch) for n in per_update),
-        train_batches=sum(-(-n // config.train_batch) for n in per_update),
+        rollout_batches=batches(config.rollout_batch or samples),             # 0: not chosen yet
+        train_batches=batches(config.train_batch or samples),
         rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
@@ -332,7 +346,8 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
             f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
             f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of "
-            f"{config.rollout_batch}, {p.train_batches} training batches of up to {config.train_batch}\n"
+            f"{config.rollout_batch or 'any number'}, {p.train_batches} training batches of up to "
+            f"{config.train_batch or 'any number'}\n"
             f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
             f"{p.reference_calls:,} reference")
 

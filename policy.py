@@ -314,6 +314,11 @@ def random_pipeline(family: type[Family], name: str, device: torch.device, dtype
 
 # ---------------------------------------------------------------------------------------------------------- the policy
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """From host memory; a GPU fetches it while this process goes on."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Policy:
     """A pipeline's transformer, trained by an adapter or whole, and the frozen parts around it.
 
@@ -326,7 +331,7 @@ class Policy:
                  max_sequence_length: int = 128, lora_rank: int = 32, lora_alpha: int = 64,
                  lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
                  with_reference: bool = True, lora_path: str = "", offload_text_encoders: bool = False,
-                 gradient_checkpointing: bool = False):
+                 gradient_checkpointing: bool = False, compile: bool = False):
         """An adapter at `lora_path` brings rank, alpha and targets of its own.
 
         Raises ValueError for a resolution that the model's patches do not tile, or that exceeds its positions, for a sigma
@@ -372,6 +377,10 @@ class Policy:
             self.network.double()
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if compile:                                          # block by block: all of a kind share one compilation
+            torch._dynamo.config.recompile_limit = 64        # with and without gradients, with and without the adapter, batch sizes
+            for block in [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]:
+                block.compile()
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0
@@ -413,7 +422,7 @@ class Policy:
     def encode(self, prompts: list[str]) -> Text:
         """Embeddings (B, L, D) and pooled embeddings (B, P) of `prompts`; each distinct prompt is encoded once."""
         self._encode_missing(prompts)
-        text = tuple(torch.stack(part).to(self.device) for part in zip(*(self._text_cache[p] for p in prompts)))
+        text = tuple(to_device(torch.stack(part), self.device) for part in zip(*(self._text_cache[p] for p in prompts)))
         while len(self._text_cache) > max(TEXT_CACHE, self._text_kept):
             self._text_cache.pop(next(iter(self._text_cache)))
         return text
@@ -486,14 +495,14 @@ class Policy:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) as images: uint8 (B, 8H, 8W, 3) for a VAE of compression 8, on the CPU.
+        """Latents (B, C, H, W) as images: uint8 (B, 8H, 8W, 3) for a VAE of compression 8.
 
         A few at a time: full-size activations of the autoencoder take more memory than anything else here.
         """
         vae = self.pipe.vae
         latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
         pixels = math.prod(latents.shape[-2:]) * self.pipe.vae_scale_factor**2
-        images = [((vae.decode(part).sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        images = [((vae.decode(part).sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
                   for part in latents.split(max(1, DECODE_PIXELS // pixels))]
         return torch.cat(images).permute(0, 2, 3, 1).contiguous()
 

@@ -7,6 +7,7 @@ disjoint; a directory has a file for each; a single file serves as both.
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from hashlib import sha256
 from io import StringIO
@@ -106,19 +107,28 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        number = content.count(b"\n", 0, error.start) + 1
+        number = len(re.split(b"\r\n|\r|\n", content[:error.start]))
         raise ValueError(f"{path}:{number}: not UTF-8: byte {error.start} of the file is "
                          f"0x{content[error.start]:02x}; save it as UTF-8") from None
     # StringIO ends lines at \n, \r\n and \r alone; str.splitlines would also cut JSON strings at U+2028.
     stripped = ((number, line.strip()) for number, line in enumerate(StringIO(text, newline=None), start=1))
-    return [(number, line) for number, line in stripped if line]
+    lines = [(number, line) for number, line in stripped if line]
+    if "\0" in text:
+        number = next((number for number, line in lines if "\0" in line), 1)
+        raise ValueError(f"{path}:{number}: holds a zero byte, as text in UTF-16 does; save it as UTF-8")
+    return lines
 
 
 def _metadata_prompt(line: str, place: str) -> Prompt:
     try:
         metadata = json.loads(line)
+        json.dumps(metadata, ensure_ascii=False).encode()      # which half of a surrogate pair is not; nothing could read it
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}; write one object a line") from None
+    except UnicodeEncodeError:
+        raise ValueError(f"{place}: {_shortened(line)} holds half of a surrogate pair, which is no character") from None
+    except (ValueError, RecursionError):                       # what Python's own limits refuse
+        raise ValueError(f"{place}: {_shortened(line)} holds a number of thousands of digits, or is nested too deeply") from None
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{place}: {_shortened(line)} is not an object with a non-empty string "prompt"; add one')

@@ -55,10 +55,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 
-def brief(text, width):
-    """One line of at most `width` characters: of a longer text, its beginning and its end."""
-    line = " ".join(str(text).split())
+def cut(line, width):
+    """At most `width` characters: of a longer line, its beginning and its end."""
     return line if len(line) <= width else f"{line[: width // 2]} ... {line[5 - width // 2 :]}"
+
+
+def brief(text, width):
+    """One line of at most `width` characters."""
+    return cut(" ".join(str(text).split()), width)
 
 
 class RewardError(RuntimeError):
@@ -187,7 +191,8 @@ def quoted_text(prompt):
     """
     quoted = re.search(r'"([^"]*)"', prompt)
     if quoted is None or not quoted[1].strip():
-        raise ValueError(f'prompt {prompt!r} has no text between double quotes, as in: a sign that says "hello"')
+        shown = cut(repr(prompt), 200)
+        raise ValueError(f'prompt {shown} has no text between double quotes, as in: a sign that says "hello"')
     return quoted[1]
 
 
@@ -742,7 +747,8 @@ def geneval_check(prompt, metadata):
     """Raises ValueError, in one line with the prompt and the value, unless `metadata` is what GenEval can judge."""
 
     def needs(what, value, way_out=""):
-        return ValueError(f"prompt {prompt!r}: GenEval's metadata needs {what}, not {value!r}{way_out}")
+        shown, found = cut(repr(prompt), 200), cut(repr(value), 200)
+        return ValueError(f"prompt {shown}: GenEval's metadata needs {what}, not {found}{way_out}")
 
     tag, include, exclude = metadata.get("tag"), metadata.get("include"), metadata.get("exclude", [])
     way_out = '; give prompts as GenEval objects in a .jsonl file, or the built-in set "geneval"'
@@ -1039,7 +1045,7 @@ def check_reward_weights(weights, urls={}):
             hint = f", did you mean {close[0]!r}?" if close else ";"
             known = ", ".join(REGISTRY)
             raise ValueError(f"unknown reward {name!r}{hint} known: {known}, or your own as my_file:my_function")
-        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+        if not isinstance(weight, numbers.Real) or not abs(weight) <= sys.float_info.max:
             raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be a finite number")
     check_reward_urls(weights, urls)
     if not any(weights.values()):
@@ -1082,7 +1088,7 @@ def check_reward_urls(weights, urls):
     """Raises ValueError, in one line, for a URL that no reward is asked at."""
     for name, url in urls.items():
         if name not in weights:
-            raise ValueError(f"reward {name!r} has a URL, {url}, but no weight; those with one: {', '.join(weights)}")
+            raise ValueError(f"reward {name!r} has a URL, {url!r}, but no weight; those with one: {', '.join(weights)}")
         try:
             good = urlsplit(url).hostname and urlsplit(url).port != 0  # which raises for what is no port
         except ValueError:

@@ -127,6 +127,7 @@ class Trajectory:
     first_step:   (B,) int64
     sigmas:       (T + 1,)          the schedule
     noise_levels: (T, B)            0 where the step was the ODE's
+    All of these are on one device and, but for first_step, of the latents' dtype.
     rule:         the transition rule
     """
     final: Tensor
@@ -179,18 +180,23 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     if noise is None and noise_levels.any():
         raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a torch.Generator")
 
+    # What the steps need is on the device before the first: inside a step, nothing waits for it.
+    stochastic = noise_levels.any(1).tolist()
+    trained_rows = [((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0].to(latents.device)
+                    for step in range(T)]
+    sigmas, noise_levels, first_step = sigmas.to(latents), noise_levels.to(latents), first_step.to(latents.device)
+
     stored = latents.new_empty(num_trained + 1 if num_trained else 0, *latents.shape)
     log_probs = latents.new_empty(num_trained, B)
     means = latents.new_empty(num_trained if keep_means else 0, *latents.shape)
     x = latents
-    for step in range(start_step, T):
-        trained = ((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0]     # on the host
+    for step, trained in list(enumerate(trained_rows))[start_step:]:
         slot = step - first_step[trained]
         stored[slot, trained] = x[trained]
 
-        sigma = sigmas[step].to(x).expand(B)
+        sigma = sigmas[step].expand(B)
         mean, std = sde_transition(velocity(x, sigma), x, sigma, sigmas[step + 1], noise_levels[step], rule, sigmas[1])
-        if noise_levels[step].any():
+        if stochastic[step]:
             eps = noise[step] if isinstance(noise, Tensor) else torch.randn(
                 x.shape, generator=noise, dtype=x.dtype, device=noise.device)
             x = mean + std * eps.to(x)
@@ -205,16 +211,17 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     return Trajectory(x, stored, log_probs, means, first_step, sigmas, noise_levels, rule)
 
 
-def replay(velocity: Velocity, trajectory: Trajectory, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def replay(velocity: Velocity, trajectory: Trajectory, k: int, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The k-th trained step again, under the present network: (log_prob (B,), mean (B, C, H, W), std (B, 1, 1, 1)).
 
+    With a `count`, so many steps from the k-th on, in one call of `velocity` on count B rows, step after step; so are the results.
     Differentiable through `velocity`. With the network that sampled, log_prob equals trajectory.log_probs[k].
     """
-    t = trajectory
-    x, x_next = t.latents[k], t.latents[k + 1]
-    step = t.first_step + k                                    # (B,)
-    sigma = t.sigmas[step].to(x)
-    a = t.noise_levels[step, torch.arange(len(step))]
+    t, steps = trajectory, torch.arange(k, k + count, device=trajectory.first_step.device)
+    x, x_next = t.latents[k:k + count].flatten(0, 1), t.latents[k + 1:k + 1 + count].flatten(0, 1)
+    step = (t.first_step + steps[:, None]).flatten()           # (count B,)
+    sigma = t.sigmas[step]
+    a = t.noise_levels[step, torch.arange(len(t.first_step), device=step.device).repeat(count)]
     mean, std = sde_transition(velocity(x, sigma), x, sigma, t.sigmas[step + 1], a, t.rule, t.sigmas[1])
     return log_prob(x_next, mean, std, t.rule), mean, std
 

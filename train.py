@@ -11,21 +11,20 @@ What departs from the paper or from its authors' implementation:
 """
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -35,8 +34,9 @@ from checkpoint import (
     checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, save_checkpoint, write_metrics, written)
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import LostRank, is_main
+from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
-from policy import Policy, WeightAverage, check_model, find_adapter
+from policy import Policy, Text, WeightAverage, check_model, find_adapter, to_device
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, replay, rollout, timestep_schedule
@@ -112,7 +112,7 @@ class Learner:
     def __init__(self, policy: Policy, config: Config):
         self.policy = policy
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                           weight_decay=config.weight_decay)
+                                           weight_decay=config.weight_decay, fused=True)
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
         self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
@@ -215,35 +215,22 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
             inside = (steps[:, None] >= first_step) & (steps[:, None] < first_step + config.window_size)  # (T, B)
             noise_levels = noise_levels * inside
         noise = draw_noise(config.seed, TRAIN_NOISE, epoch, batch, config.num_steps + 1, policy.latent_shape)
-        noise = noise.to(policy.device, policy.compute_dtype)
+        noise = to_device(noise.to(policy.compute_dtype), policy.device)
         start, start_step = noise[0], 0
         if starts:
             start, start_step = torch.stack([starts[i // config.group_size] for i in batch]), int(first_step[0])
         velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
         trajectory = rollout(velocity, start, sigmas, noise_levels, noise[1:], config.rule, first_step, plan.trained_steps,
                              start_step, keep_means=config.guard)
-        if not (finite := trajectory.final.isfinite().flatten(1).all(1)).all():
-            path = save_evidence(config, epoch, drawn, samples=torch.tensor(batch), **vars_of(trajectory))
-            prompt = drawn[int(finite.int().argmin())].text
-            raise NonFinite(f"epoch {epoch}: latents are not finite for prompt {prompt!r}; tensors are in {path}; "
-                            "lower --learning-rate, or in float16 use --dtype bfloat16")
-        images = policy.decode(trajectory.final).numpy()
-        pending.append(scorer.submit(scored, rewards, images, drawn, config, epoch))
+        evidence = {"samples": torch.tensor(batch), **tensors_of(trajectory)}
+        pending.append(scorer.submit(score, rewards, trajectory.final, policy.decode(trajectory.final), drawn, config,
+                                     f"epoch {epoch}", evidence))
         trajectories.append(trajectory)
         raise_failed(pending)
     if not mine:
         return None
     return Samples(mine, [chosen[i // config.group_size] for i in mine], Trajectory.concatenate(trajectories),
-                   join_scores(results(pending)))
-
-
-def scored(rewards: Rewards, images: np.ndarray, drawn: list[Prompt], config: Config, epoch: int) -> dict[str, np.ndarray]:
-    """What the rewards say; pictures whose score is not finite are saved."""
-    try:
-        return rewards(images, [p.text for p in drawn], [p.metadata for p in drawn])
-    except NonFiniteScore as error:
-        path = save_evidence(config, epoch, drawn, images=torch.from_numpy(images))
-        raise NonFiniteScore(f"epoch {epoch}: {error}; the pictures are in {path}") from error
+                   collect(pending))
 
 
 def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windows: Tensor, sigmas: Tensor, config: Config,
@@ -267,13 +254,32 @@ def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
 
 
-def results(pending: list[Future]) -> list:
-    """What they return. A signal waits for no slow reward."""
+def score(rewards: Rewards, latents: Tensor, images: Tensor, prompts: list[Prompt], config: Config, where: str,
+          evidence: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """In a thread of its own, which waits for the device while the next micro-batch is on its way to it.
+
+    What is not finite is saved: for latents `evidence`, for scores the pictures. `where` is the epoch, or an evaluation.
+    """
+    finite = latents.isfinite().flatten(1).all(1)
+    if not finite.all():
+        path = save_evidence(config, where, prompts, **evidence)
+        raise NonFinite(f"{where}: latents are not finite for prompt {prompts[int(finite.int().argmin())].text!r}; tensors are in "
+                        f"{path}; lower --learning-rate, or in float16 use --dtype bfloat16")
+    pictures = images.cpu().numpy()
+    try:
+        return rewards(pictures, [p.text for p in prompts], [p.metadata for p in prompts])
+    except NonFiniteScore as error:
+        path = save_evidence(config, where, prompts, images=torch.from_numpy(pictures))
+        raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
+
+
+def collect(pending: list[Future]) -> dict[str, np.ndarray]:
+    """The scores of all micro-batches, as one; waits for those that are still under way, but a signal waits for no slow reward."""
     while wait(pending, timeout=0.2).not_done:
         raise_failed(pending)
         if distributed.stop_asked():
             raise Interrupted
-    return [future.result() for future in pending]
+    return join_scores([future.result() for future in pending])
 
 
 def raise_failed(pending: list[Future]) -> None:
@@ -287,23 +293,22 @@ def raise_failed(pending: list[Future]) -> None:
 
 def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, config: Config, epoch: int) -> dict[str, float]:
     """All updates of an epoch on its samples; `advantages` (N,) is global. Metrics are over all ranks."""  # all ranks
-    policy, optimizer, scaler = learner.policy, learner.optimizer, learner.scaler
-    plan = batch_plan(config, distributed.world_size())
-    for group in optimizer.param_groups:
+    policy, plan = learner.policy, batch_plan(config, distributed.world_size())
+    for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
     metrics, grad_norms, overflows, skipped, trained = {}, [], 0, 0, 0
     bar = progress(None, "train", plan.train_batches)
     for update in range(config.updates_per_epoch):
         in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
         mine = [] if samples is None else [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
-        if not config.beta:      # what has no advantage adds nothing; but it fills the last batch, so that all have one size
+        if not config.beta:      # what has no advantage adds nothing, but in half precision a batch of another size changes bits
             live, idle = ([j for j in mine if (advantages[samples.indices[j]] != 0) == wanted] for wanted in (True, False))
-            mine = live + idle[:-len(live) % config.train_batch]
+            mine = live + (idle[:-len(live) % config.train_batch] if policy.dtype.itemsize == 2 else [])
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
             if distributed.stop_asked():
                 break
-            accumulate_gradients(policy, samples, batch, advantages, in_update * plan.trained_steps, scaler, statistics, config)
+            accumulate_gradients(learner, samples, batch, advantages, in_update * plan.trained_steps, statistics, config)
             bar.update()
         if distributed.any_rank(distributed.stop_asked()):                    # before the gradients, on which a GPU waits for all
             bar.close()
@@ -315,24 +320,19 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
             if update == 0:                                                   # the policy that sampled: the ratio must be 1
                 metrics["ratio_deviation_before"] = ratio_deviation
                 check_ratio(learner, ratio_deviation, config, epoch)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters, config.max_grad_norm).item()
-            if not np.isfinite(grad_norm) and not scaler.is_enabled():
+            grad_norm = update_weights(learner, config.max_grad_norm)
+            if not np.isfinite(grad_norm) and not learner.scaler.is_enabled():
                 quantity = "gradient"
         if quantity:
             bar.clear()
             learner.skip(find_non_finite(learner, samples, mine, advantages, config, epoch, update, quantity), 1)
             skipped += 1
-            optimizer.zero_grad(set_to_none=True)
             continue
         learner.started = True
-        overflows += not np.isfinite(grad_norm)                               # float16: the scaler skips this step
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         if np.isfinite(grad_norm):
             grad_norms.append(grad_norm)
-            learner.average.step()
+        else:
+            overflows += 1                                                    # float16: the scaler skipped this step
         for name, value in averages.items():
             metrics[name] = metrics.get(name, 0.0) + value * in_update
         trained += in_update
@@ -353,19 +353,32 @@ def check_ratio(learner: Learner, deviation: float, config: Config, epoch: int) 
                    "rollout; another dtype here than there; dropout", file=sys.stderr)
 
 
-def accumulate_gradients(policy: Policy, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
-                         scaler: torch.amp.GradScaler, statistics: "Statistics", config: Config) -> None:
+def update_weights(learner: Learner, max_grad_norm: float) -> float:
+    """One optimizer step on the accumulated gradients; their norm. Where it is not finite, the weights stay as they are."""
+    learner.scaler.unscale_(learner.optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters, max_grad_norm).item()
+    if np.isfinite(grad_norm) or learner.scaler.is_enabled():                 # the scaler skips the step by itself
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if np.isfinite(grad_norm):
+        learner.average.step()
+    return grad_norm
+
+
+def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
+                         statistics: "Statistics", config: Config) -> None:
     """Add one micro-batch's part to the gradient of the mean over `terms` (sample, step) pairs, all ranks."""
-    trajectory = samples.trajectory.select(batch)
+    policy, trajectory = learner.policy, samples.trajectory.select(batch)
     text = policy.encode([samples.prompts[j].text for j in batch])
     velocity = policy.velocity(text, config.guidance_scale)
-    reference = policy.reference_velocity(text, config.guidance_scale) if config.beta else None
+    reference_means = replay_reference(policy, trajectory, text, config) if config.beta else None
     A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
     for k in range(len(trajectory.log_probs)):
         log_prob, mean, std = replay(velocity, trajectory, k)                                            # (B,), (B, C, H, W)
         old_log_prob = trajectory.log_probs[k]
         step = trajectory.first_step + k
-        delta = (trajectory.sigmas[step] - trajectory.sigmas[step + 1]).to(log_prob)                     # (B,)
+        delta = trajectory.sigmas[step] - trajectory.sigmas[step + 1]                                    # (B,)
         if config.guard:
             log_prob = guard_log_ratio(trajectory.latents[k + 1], mean, trajectory.means[k], std)
             old_log_prob = torch.zeros_like(log_prob)
@@ -373,15 +386,25 @@ def accumulate_gradients(policy: Policy, samples: Samples, batch: list[int], adv
         if config.guard:
             policy_loss = policy_loss / delta
         loss, kl = policy_loss, torch.zeros_like(policy_loss)
-        if reference is not None:
-            with torch.no_grad():
-                _, ref_mean, _ = replay(reference, trajectory, k)
+        if reference_means is not None:
             if config.kl == "per_time":                                                                  # s = std / sqrt(D)
                 std = std / delta.sqrt().view_as(std)
-            kl = gaussian_kl(mean, ref_mean, std)                                                        # (B,)
+            kl = gaussian_kl(mean, reference_means[k], std)                                              # (B,)
             loss = policy_loss + config.beta * kl
-        scaler.scale(loss.sum() / terms).backward()
+        learner.scaler.scale(loss.sum() / terms).backward()
         statistics.add(policy_loss=policy_loss, kl=kl, **ratio_statistics(log_prob, old_log_prob, config.clip_range))
+
+
+@torch.no_grad()
+def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config: Config) -> Tensor:
+    """Means (S, B, C, H, W) of the trained steps under the reference; as many steps in one call as make up a rollout's batch."""
+    S, B = trajectory.log_probs.shape
+    means = []
+    for steps in batches(range(S), max(1, config.rollout_batch // B)):
+        repeated = tuple(part.repeat(len(steps), *[1] * (part.ndim - 1)) for part in text)
+        velocity = policy.reference_velocity(repeated, config.guidance_scale)
+        means.append(replay(velocity, trajectory, steps[0], len(steps))[1])
+    return torch.cat(means).view(S, B, *policy.latent_shape)
 
 
 # ------------------------------------------------------------------------------------------------- what is not finite
@@ -398,7 +421,7 @@ def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], 
     def finite(batch: list[int]) -> bool:
         statistics = Statistics(policy.compute_dtype)
         learner.optimizer.zero_grad(set_to_none=True)
-        accumulate_gradients(policy, samples, batch, advantages, len(batch), learner.scaler, statistics, config)
+        accumulate_gradients(learner, samples, batch, advantages, len(batch), statistics, config)
         sound = bool(torch.stack([value.cpu() for value in statistics.sums.values()]).isfinite().all())
         return sound and (quantity == "loss" or all(p.grad.isfinite().all() for p in policy.parameters if p.grad is not None))
 
@@ -411,8 +434,8 @@ def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], 
             with torch.no_grad():
                 again = [replay(velocity, trajectory, k) for k in range(len(trajectory.log_probs))]
             found = samples.prompts[worst].text, save_evidence(
-                config, epoch, prompts, samples=torch.tensor([samples.indices[j] for j in batch]),
-                advantages=advantages[[samples.indices[j] for j in batch]], **vars_of(trajectory),
+                config, f"epoch {epoch}", prompts, samples=torch.tensor([samples.indices[j] for j in batch]),
+                advantages=advantages[[samples.indices[j] for j in batch]], **tensors_of(trajectory),
                 log_probs_again=torch.stack([log_prob for log_prob, _, _ in again]),
                 means_again=torch.stack([mean for _, mean, _ in again]))
             break
@@ -426,13 +449,14 @@ def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], 
                      "or another part of the machine")
 
 
-def vars_of(trajectory: Trajectory) -> dict[str, Tensor]:
+def tensors_of(trajectory: Trajectory) -> dict[str, Tensor]:
     return {name: value for name, value in vars(trajectory).items() if isinstance(value, Tensor)}
 
 
-def save_evidence(config: Config, epoch: int, prompts: list[Prompt], **tensors: Tensor) -> Path:
+def save_evidence(config: Config, where: str, prompts: list[Prompt], **tensors: Tensor) -> Path:
     """A safetensors file of a batch that is not finite, its prompts as json in the metadata; the latest of a rank and epoch."""
-    path = Path(config.output_dir) / config.run_name / "nonfinite" / f"epoch_{epoch:05d}_rank_{distributed.rank()}.safetensors"
+    name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
+    path = Path(config.output_dir) / config.run_name / "nonfinite" / name
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -481,7 +505,7 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
     policy.cache_text([prompts[i].text for i in mine], config.guidance_scale)
     sigmas = timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps),
                                dtype=policy.compute_dtype)
-    kept, pending = torch.zeros(0, *config.resolution, 3, dtype=torch.uint8), []
+    kept, pending = [torch.zeros(0, *config.resolution, 3, dtype=torch.uint8, device=policy.device)], []
     with learner.average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
             if distributed.stop_asked():
@@ -489,20 +513,22 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
             drawn = [prompts[i] for i in batch]
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
             velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
-            images = policy.decode(rollout(velocity, noise[0], sigmas, 0.0, None).final)
-            pending.append(scorer.submit(rewards, images.numpy(), [p.text for p in drawn], [p.metadata for p in drawn]))
+            latents = rollout(velocity, noise[0], sigmas, 0.0, None).final
+            images = policy.decode(latents)
+            pending.append(scorer.submit(score, rewards, latents, images, drawn, config, "evaluation", {"latents": latents}))
             raise_failed(pending)
-            kept = torch.cat([kept, images[:max(0, config.eval_images - batch[0])]])
-    return join_scores(results(pending)), kept
+            kept.append(images[:max(0, config.eval_images - batch[0])])
+    return collect(pending), torch.cat(kept).cpu()
 
 
 def evaluate(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config,
-             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray]:  # all ranks
-    """Mean scores of the held-out prompts, each of which counts once, and the first `eval_images` images."""
+             scorer: ThreadPoolExecutor) -> tuple[dict[str, float], np.ndarray, dict[str, list[float]]]:  # all ranks
+    """Mean scores of the held-out prompts, each of which counts once; the first `eval_images` images, and their scores."""
     scores, kept = together(evaluate_share, learner, rewards, prompts, config, scorer)
     rows = distributed.share(len(prompts), distributed.rank(), distributed.world_size())
     images = distributed.gather_rows(kept, list(rows)[:len(kept)], min(config.eval_images, len(prompts)))
-    return means("eval", gather_scores(scores, rows, len(prompts))), images.numpy()
+    scores = gather_scores(scores, rows, len(prompts))
+    return means("eval", scores), images.numpy(), {name: values[:len(images)].tolist() for name, values in scores.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ across the ranks
@@ -535,45 +561,14 @@ def together(task: Callable, *arguments):  # all ranks
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ images
-
-def images_path(directory: Path, epoch: int) -> Path:
-    return directory / "images" / f"epoch_{epoch:05d}"
-
-
-def save_images(directory: Path, epoch: int, images: np.ndarray) -> None:
-    folder, partial = images_path(directory, epoch), directory / "images" / "partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(partial / f"{i:03d}.png")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-
-
-def save_comparison(path: Path, before: int, after: int, columns: int = 8) -> None:
-    """Images of two epochs of the run in blocks of two, the earlier one above, as `path`; nothing where either kept no images."""
-    pairs = [[np.asarray(Image.open(image)) for image in sorted(images_path(path.parent, epoch).glob("*.png"))]
-             for epoch in (before, after)]
-    if not all(pairs):
-        return
-    height, width, _ = pairs[0][0].shape
-    rows, scale = -(-len(pairs[0]) // columns), max(1, 64 // height)
-    sheet = np.full((rows * (2 * height + 4), columns * (width + 4), 3), 255, np.uint8)
-    for i, pair in enumerate(zip(*pairs)):
-        x, y = i % columns * (width + 4), i // columns * (2 * height + 4)
-        sheet[y:y + 2 * height, x:x + width] = np.concatenate(pair)
-    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(path)
-
-
 # --------------------------------------------------------------------------------------------------------- the loop
 
-def batches(items: list, size: int) -> list[list]:
+def batches(items: Sequence, size: int) -> list[Sequence]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def progress(items: list | None, what: str, total: int | None = None) -> tqdm:
-    return tqdm(items, desc=what, total=total, leave=False, disable=not is_main())
+    return tqdm(items, desc=what, total=total, leave=False, disable=None if is_main() else True)     # None: only on a terminal
 
 
 def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
@@ -588,6 +583,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     check_model(config.model)
     if config.lora_path:
         find_adapter(config.lora_path)
+    if config.wandb and not importlib.util.find_spec("wandb"):
+        raise ImportError("--wandb needs the package wandb: pip install wandb")
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
 
 
@@ -606,9 +603,67 @@ def make_policy(config: Config, device: torch.device) -> Policy:
                        describe(config, distributed.world_size())):
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
-                        config.offload_text_encoders, config.gradient_checkpointing)
+                        config.offload_text_encoders, config.gradient_checkpointing, config.compile)
     distributed.broadcast_parameters(policy.parameters)
     return policy
+
+
+def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:
+    """Batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest, as measured now.
+
+    In half precision the rollout's is the training's, so that both run the same kernels and ratios start at 1.
+    """  # all ranks
+    plan = batch_plan(config, distributed.world_size())
+    largest = -(-plan.samples_per_rank // config.updates_per_epoch)
+    sizes = sorted({largest, *(2**n for n in range(largest.bit_length()) if 2**n < largest)})
+
+    def trial(size: int, training: bool) -> float:
+        """Seconds of an image. Raises OutOfMemoryError, also where less than a fifth of a GPU is left for all else."""
+        velocity = policy.velocity(policy.encode([prompts[i % len(prompts)].text for i in range(size)]), config.guidance_scale)
+        latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
+        sigma = latents.new_full((size,), 0.5)
+        started = time.perf_counter()
+        with torch.set_grad_enabled(training):
+            v = velocity(latents, sigma)
+            if training:
+                v.sum().backward()
+        v.cpu()                                  # when it is done
+        seconds = (time.perf_counter() - started) / size
+        for p in policy.parameters:
+            p.grad = None
+        if policy.device.type == "cuda":
+            total = torch.cuda.get_device_properties(policy.device).total_memory
+            if torch.cuda.max_memory_allocated(policy.device) > 0.8 * total:
+                raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
+        return seconds
+
+    def choose(training: bool) -> int:
+        chosen = largest_that_fits if policy.device.type == "cuda" else fastest
+        return chosen(sizes, lambda size: trial(size, training))
+
+    train_batch = config.train_batch or choose(training=True)
+    rollout_batch = config.rollout_batch or (train_batch if policy.dtype.itemsize == 2 else choose(training=False))
+    chosen = distributed.gather_objects((rollout_batch, train_batch))
+    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
+
+
+def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
+    """The last of the rising `sizes` before one for which `trial` runs out of memory; the first one must fit."""
+    fitting = sizes[0]
+    trial(fitting)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for size in sizes[1:]:
+            trial(size)
+            fitting = size
+    torch.cuda.empty_cache()
+    return fitting
+
+
+def fastest(sizes: list[int], trial: Callable[[int], float], most: int = 64) -> int:
+    """Of the `sizes` up to `most`, that with the fewest seconds of an image, by the better of two trials."""
+    sizes = [size for size in sizes if size <= most] or sizes[:1]
+    trial(sizes[0])                              # warm
+    return min(sizes[-4:], key=lambda size: min(trial(size), trial(size)))
 
 
 def main() -> None:
@@ -619,12 +674,13 @@ def main() -> None:
         name = config.run_name or distributed.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         command = f"{distributed.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
         config = replace(config, run_name=name)
-        directory, lock = open_run(config) if is_main() else (None, None)              # held until this function ends
+        directory, lock = open_run(config, preset) if is_main() else (None, None)              # held until this function ends
         directory = distributed.broadcast_object(directory)
         checkpoint = distributed.broadcast_object(newest_whole(directory, not config.eval_only) if is_main() else None)
         rewards = make_rewards(config, device)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         policy = make_policy(config, device)
+        config = choose_batches(policy, train_prompts, config)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
     except TrainingError as error:
@@ -713,11 +769,16 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         say(f"continuing after epoch {done}, from {checkpoint}")
     saved, unwritten = done, []                  # the epoch of the newest checkpoint; lines for which the disk had no room
 
+    display = Display(directory, None if config.eval_only else done + bool(checkpoint), config.wandb) if is_main() else None
+
     def record(metrics: dict) -> None:
         if is_main():
             history.append(metrics)
             unwritten.append(metrics)
             write_lines()
+            display.curves(metrics)
+            if "eval/total" in metrics:
+                display.page()
 
     def write_lines() -> bool:
         while unwritten and written("a line of metrics.jsonl", write_metrics, directory, unwritten[0]):
@@ -737,9 +798,9 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
-            metrics, images = evaluate(learner, rewards, test_prompts, config, scorer)
+            metrics, images, scores = evaluate(learner, rewards, test_prompts, config, scorer)
         if is_main():
-            written("images", save_images, directory, epoch, images)
+            display.pictures(epoch, images, [p.text for p in test_prompts[:len(images)]], scores)
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 
@@ -755,8 +816,10 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
 
     if config.eval_only:
         metrics = {"epoch": done, **evaluate_after(done)}
-        if is_main() and not (directory / "metrics.jsonl").exists():
-            write_metrics(directory, metrics)
+        if is_main():
+            if not (directory / "metrics.jsonl").exists():
+                write_metrics(directory, metrics)
+            display.page()
         return
     training_rewards = rewards.subset(weights=dict(config.rewards))
     metrics = state["metrics"]                                                # of the last whole epoch
@@ -783,7 +846,8 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         keep(metrics["epoch"], metrics)
         raise
     if is_main():
-        report(directory, history)
+        display.close()
+        report(directory, history, display)
         if saved != config.epochs > done:
             raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch {saved}")
 
@@ -799,15 +863,16 @@ def summary(metrics: dict, config: Config) -> str:
         f"{metrics['seconds']:.1f} s")
 
 
-def report(directory: Path, history: list[dict]) -> None:
+def report(directory: Path, history: list[dict], display: Display) -> None:
     """The score before and after, and where things are."""
     evaluated = [m for m in history if "eval/total" in m]
     if not evaluated:
         return say(f"no evaluation in {directory / 'metrics.jsonl'}")
     first, last = evaluated[0], evaluated[-1]
     say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
-    picture = directory / "before_after.png"
-    if written(str(picture), save_comparison, picture, first["epoch"], last["epoch"]) and picture.exists():
+    if (directory / "index.html").exists():
+        say(f"images and curves: {directory / 'index.html'}")
+    if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
     best = max(evaluated, key=lambda m: m["eval/total"])
     if best is not last and checkpoint_path(directory, best["epoch"]).exists():

@@ -18,8 +18,8 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.name != "test_train.py")      # the longest file first: the others go beside it
 
 
-def make_model(directory: Path) -> str:
-    """A directory in the hub's format: a small StableDiffusion3Pipeline, all nine parts, with random weights."""
+def save_small_sd3(directory: Path) -> None:
+    """In the hub's format: a small StableDiffusion3Pipeline, all nine parts, with random weights."""
     torch.manual_seed(0)
     pipe = make_pipeline()
     pipe.set_progress_bar_config(disable=True)
@@ -28,12 +28,13 @@ def make_model(directory: Path) -> str:
             if "embedder" in name and parameter.ndim == 2:      # so that prompt and time matter as much as in a trained model
                 parameter *= 3
     pipe.save_pretrained(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
-    return make_model(tmp_path_factory.mktemp("model"))
+    directory = tmp_path_factory.mktemp("model")
+    save_small_sd3(directory)
+    return str(directory)
 
 
 @pytest.fixture(scope="session")

@@ -31,13 +31,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "assets"), str(ROOT / "tests")]
 PHASES = {
     "loading a checkpoint": ("train", "load_state", True, False, 1),
     "sampling": ("train", "rollout", False, False, 8),
-    "scoring": ("train", "scored", False, False, 4),
+    "scoring": ("train", "score", False, False, 4),
     "training": ("train", "accumulate_gradients", False, False, 6),
     "summing gradients": ("distributed", "sum_gradients", False, False, 4),
     "between updates": ("train", "WeightAverage.step", True, False, 3),
     "evaluation": ("train", "evaluate_share", True, False, 2),
-    "half the images": ("train", "save_images", False, True, 2),
-    "images written": ("train", "save_images", True, True, 2),
+    "half the images": ("gallery", "save_images", False, True, 2),
+    "images written": ("gallery", "save_images", True, True, 2),
     "half a line of metrics": ("train", "write_metrics", False, True, 3),
     "saving the adapter": ("train", "Policy.save", True, True, 2),
     "half a state": ("checkpoint", "torch.save", False, True, 2),
@@ -78,7 +78,7 @@ def train_with(phase: str, count: int, rank: int, deed: str) -> None:
     import distributed
     import train
     owner, attribute, after, _, _ = PHASES[phase]
-    owner = {"train": train, "distributed": distributed, "checkpoint": sys.modules["checkpoint"]}[owner]
+    owner = {"train": train, "distributed": distributed, **sys.modules}[owner]
     *path, name = attribute.split(".")
     for part in path:
         owner = getattr(owner, part)
@@ -116,9 +116,10 @@ class Bench:
     """Runs of one small configuration, what was done to them, and how they compare."""
 
     def __init__(self, folder: Path, seed: int):
-        from conftest import make_model
+        from conftest import save_small_sd3
         self.folder, self.random = folder, random.Random(seed)
-        self.model, self.faults, self.compared, self.failures = make_model(folder / "model"), 0, 0, []
+        self.model, self.faults, self.compared, self.failures = folder / "model", 0, 0, []
+        save_small_sd3(self.model)
 
     def start(self, name: str, ranks: int = 2, at: tuple = (), launcher: tuple = (), output_dir: Path | None = None,
               **changes) -> subprocess.Popen:
@@ -167,7 +168,7 @@ class Bench:
         print(f"{self.faults:3}  {what}", flush=True)
 
     def same(self, directory: Path, tolerance: float = 0.0, lost: str = " ") -> None:
-        """The run is the undisturbed one: bit by bit, or its rewards and weights to a relative tolerance; but for `lost` images."""
+        """The run is the undisturbed one: bit by bit, or rewards and weights to a tolerance; but for `lost` images."""
         import torch
         from test_train import metrics_of, without_times
         if not (directory / "checkpoints" / "epoch_00006" / "state.pt").exists():

@@ -150,6 +150,11 @@ def images_of(directory: Path, epoch: int) -> np.ndarray:
     return np.stack([np.asarray(Image.open(p)) for p in sorted((directory / "images" / f"epoch_{epoch:05d}").glob("*.png"))])
 
 
+def kept_with_images(directory: Path, epoch: int) -> dict:
+    """Their prompts, and the scores of each."""
+    return json.loads((directory / "images" / f"epoch_{epoch:05d}" / "images.json").read_text())
+
+
 def policy_of(model: str, config) -> Policy:
     return Policy(model, torch.device("cpu"), config.dtype, config.resolution, config.max_sequence_length,
                   lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets)
@@ -579,8 +584,8 @@ def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_
         assert any(not torch.equal(*pair) for pair in zip(state["average"], state["trained"]))
     schedule = policy.schedule_arguments(config.eval_num_steps)
     sigmas = train.timestep_schedule(config.eval_num_steps, **schedule, dtype=torch.float64)
-    images = []
-    for i, prompt in enumerate(train.load_prompts(config.prompts, "test")[:7]):
+    images, prompts = [], train.load_prompts(config.prompts, "test")[:7]
+    for i, prompt in enumerate(prompts):
         noise = train.draw_noise(0, train.EVAL_NOISE, 0, [i], 1, policy.latent_shape)[0].double()
         velocity = policy.velocity(policy.encode([prompt.text]), config.guidance_scale)
         images.append(policy.decode(train.rollout(velocity, noise, sigmas, 0.0, None).final)[0].numpy())
@@ -588,6 +593,9 @@ def test_the_evaluation_is_the_mean_over_prompts_each_drawn_alone_with_noise_of_
     assert len({image.tobytes() for image in images}) == 7
     scores = train.build_rewards(dict(config.rewards))(np.stack(images), [""] * 7, [{}] * 7)["total"]
     assert abs(scores.astype(float).mean() - metrics_of(one_rank)[epoch]["eval/total"]) < 1e-12
+    kept = kept_with_images(one_rank, epoch)
+    assert kept["prompts"] == [prompt.text for prompt in prompts]
+    assert np.allclose(kept["scores"]["total"], scores, rtol=1e-5, atol=0) and len(set(kept["scores"]["total"])) > 3
 
 
 def test_the_evaluation_depends_neither_on_the_ranks_nor_on_the_batch(train_here, one_rank, three_ranks):
@@ -597,6 +605,7 @@ def test_the_evaluation_depends_neither_on_the_ranks_nor_on_the_batch(train_here
         for other in (three_ranks, in_threes):
             assert abs(metrics_of(other)[line]["eval/total"] - expected["eval/total"]) < 1e-12
             assert np.array_equal(images_of(other, epoch), images_of(one_rank, epoch))
+            assert kept_with_images(other, epoch) == kept_with_images(one_rank, epoch)
     assert not np.array_equal(images_of(one_rank, 0), images_of(one_rank, 2))
 
 
@@ -639,3 +648,25 @@ def test_the_bundled_model_draws_with_diffusers_alone_and_takes_a_trained_adapte
     assert not np.array_equal(draw(), base)
     with pipe.transformer.disable_adapter():
         assert np.array_equal(draw(), base)
+
+
+# ------------------------------------------------------------------------------------------------------------ batch sizes
+
+def test_of_batch_sizes_the_largest_that_fits_or_the_fastest_is_chosen():
+    def trial(size):
+        if size > 12:
+            raise torch.OutOfMemoryError("out of memory")
+        return {1: 9.0, 2: 5.0, 4: 3.0, 8: 4.0, 12: 4.5}[size]
+
+    assert train.largest_that_fits([1, 2, 4, 8, 12, 16, 32], trial) == 12
+    assert train.fastest([1, 2, 4, 8, 12], trial) == 4
+    assert train.fastest([1, 2, 4, 8, 12, 16], trial, most=12) == 4
+    with pytest.raises(torch.OutOfMemoryError):
+        train.largest_that_fits([16, 32], trial)
+
+
+def test_batches_that_are_not_given_are_chosen_and_change_no_more_than_rounding(train_here, one_rank, capsys):
+    directory = train_here("chosen", rollout_batch=0, train_batch=0)
+    assert "any number" not in capsys.readouterr().out
+    chosen, given = weights_of(directory, 2), weights_of(one_rank, 2)
+    assert (chosen - given).abs().max() < 1e-8 * given.abs().max()

@@ -35,7 +35,7 @@ def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_en
 
 def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path):
     _, config = parse_config(["--run-name", "held", "--output-dir", str(tmp_path)])
-    directory, lock = train.open_run(config)                                    # this process is the first
+    directory, lock = train.open_run(config, "tiny_ocr")                                    # this process is the first
     try:
         code, out, err, _ = command("held", 0, output_dir=tmp_path)
     finally:
@@ -254,7 +254,7 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
 
     phases = [("rollout", 2, signalled, "before the first epoch was whole"),                   # the evaluation before training
               ("accumulate_gradients", 2, signalled, "before the first epoch was whole"),       # after an update, that is undone
-              ("scored", 3, slow_reward, "epoch 1 is saved"),                                   # of epoch 2
+              ("score", 4, slow_reward, "epoch 1 is saved"),                                   # of epoch 2
               ("accumulate_gradients", 2, signalled, "epoch 1 is saved"),                       # likewise
               ("evaluate_share", 1, signalled, "epoch 2 is saved"),                             # whose evaluation is made up for,
               ("evaluate_share", 2, signalled, "epoch 3 is saved")]                             # and so is this one

@@ -1,0 +1,344 @@
+"""Where an epoch's time goes, against the floor: the bare transformer calls, VAE and rewards that the algorithm needs.
+
+    python bench.py [PRESET] [--field value ...] [-- [PRESET] [--field value ...] ...] [--rounds 3] [--json FILE]
+
+The epochs are those of train.py, sampling, scoring and training for real, and timed as they are; one more is timed by phase, the
+device being waited for at each border. The floor is measured in the same processes: forwards and backwards of the network, decoding
+and rewards, back to back on as many rows as the epoch had, each at the batch size and number of threads that are fastest here.
+
+    efficiency = floor / epoch
+
+Several settings, with `--` between them, take turns in one run, and are compared with the first: how many times faster an epoch's
+image is, measured and by the ratio of floors. Under torchrun it runs on the ranks given; else on one per GPU or CPU core.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import distributed
+import train
+from config import ConfigError, batch_plan, describe
+
+PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "other")
+NEEDED = ("rollout", "decode", "reward exposed", "replay", "reference")            # transformer, VAE and rewards
+PIECES = {"rollout": "forward", "replay": "forward + backward", "reference": "reference forward", "decode": "VAE decode",
+          "reward": "reward"}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Seconds and network rows by phase, of what runs while `watching`. The innermost phase has the time."""
+
+    def __init__(self, setting: "Setting"):
+        self.setting, self.stack = setting, ["other"]
+        self.seconds, self.rows = defaultdict(float), defaultdict(int)
+
+    def switch(self) -> None:
+        synchronize(self.setting.device)
+        now = time.perf_counter()
+        self.seconds[self.stack[-1]] += now - self.since
+        self.since = now
+
+    def timed(self, phase: str, function: Callable) -> Callable:
+        def inside(*args, **kwargs):
+            self.switch()
+            self.stack.append(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.switch()
+                self.stack.pop()
+        return inside
+
+    @contextlib.contextmanager
+    def watching(self):
+        """The functions that an epoch is made of, timed; the rows that the network is given, counted."""
+        policy = self.setting.policy
+        accumulate, reference, decode = train.accumulate_gradients, policy.reference_velocity, policy.decode
+
+        def accumulate_gradients(learner, samples, batch, advantages, *rest):
+            if not self.setting.config.beta:     # rows that only fill the batch are not needed
+                self.rows["filler"] += int((advantages[[samples.indices[j] for j in batch]] == 0).sum())
+            accumulate(learner, samples, batch, advantages, *rest)
+
+        def decode_and_keep(latents):
+            images = decode(latents)
+            self.setting.pictures = images.cpu().numpy()
+            return images
+
+        functions = [
+            (train, "rollout", "rollout", train.rollout), (train, "accumulate_gradients", "replay", accumulate_gradients),
+            (train, "collect", "reward exposed", train.collect), (train, "update_weights", "optimizer", train.update_weights),
+            (policy, "cache_text", "text", policy.cache_text), (policy, "encode", "text", policy.encode),
+            (policy, "decode", "decode", decode_and_keep),
+            *((distributed, name, "gather", getattr(distributed, name)) for name in (
+                "sum_gradients", "gather_rows", "gather_objects", "sum_over_ranks", "max_over_ranks"))]
+        hooks = [network.register_forward_pre_hook(self.count, with_kwargs=True)
+                 for network in (policy.pipe.transformer, policy.reference) if network is not None]
+        with contextlib.ExitStack() as stack:
+            for place, name, phase, function in functions:
+                stack.enter_context(mock.patch.object(place, name, self.timed(phase, function)))
+            stack.enter_context(mock.patch.object(
+                policy, "reference_velocity", lambda *args: self.timed("reference", reference(*args))))
+            for hook in hooks:
+                stack.callback(hook.remove)
+            self.since = time.perf_counter()
+            yield
+            self.switch()
+
+    def count(self, network, args: tuple, kwargs: dict) -> None:
+        self.rows[self.stack[-1]] += len(args[0] if args else kwargs["hidden_states"])
+
+
+class Setting:
+    """One command line of train.py, ready to run epochs, and what was measured of it."""
+
+    def __init__(self, arguments: list[str], device: torch.device):
+        _, self.config, self.prompts, _ = train.prepare(arguments)
+        self.name, self.device, self.epoch = " ".join(arguments) or "tiny_ocr", device, 0
+        self.rewards = train.make_rewards(self.config, device).subset(dict(self.config.rewards))
+        self.policy = train.make_policy(self.config, device)
+        self.config = train.choose_batches(self.policy, self.prompts, self.config)
+        self.learner = train.Learner(self.policy, self.config)
+        self.images = self.config.groups_per_epoch * self.config.group_size
+        self.seconds: list[float] = []                                   # of each timed epoch
+        self.rates = defaultdict(list)                                   # (piece, batch, threads) -> seconds of a row
+
+    def run_epoch(self, scorer: ThreadPoolExecutor) -> float:  # all ranks
+        """The next epoch; its seconds, until the last rank is done."""
+        self.epoch += 1
+        distributed.wait_for_all()
+        started = time.perf_counter()
+        train.run_epoch(self.learner, self.rewards, self.prompts, self.config, self.epoch, scorer)
+        synchronize(self.device)
+        distributed.wait_for_all()
+        return time.perf_counter() - started
+
+    def watch(self, scorer: ThreadPoolExecutor) -> None:  # all ranks
+        """One epoch more, by phase."""
+        clock = Clock(self)
+        with clock.watching():
+            self.run_epoch(scorer)
+        self.phases = {phase: clock.seconds[phase] for phase in PHASES}
+        branches = self.policy.branches(self.config.guidance_scale)
+        mine = len(distributed.share(self.images, distributed.rank(), distributed.world_size()))
+        self.rows = {"rollout": clock.rows["rollout"], "reference": clock.rows["reference"], "decode": mine, "reward": mine,
+                     "replay": clock.rows["replay"] - clock.rows["filler"] * branches * batch_plan(self.config, 1).trained_steps}
+
+    # ------------------------------------------------------------------------------------------------------- the floor
+
+    def pieces(self) -> dict[str, Callable[[int], Callable[[], None]]]:
+        """What the algorithm cannot do without: piece -> batch of images -> one call of it on that many."""
+        policy, config = self.policy, self.config
+
+        def inputs(batch: int) -> tuple:
+            latents = torch.randn(batch, *policy.latent_shape, dtype=policy.compute_dtype, device=self.device)
+            return latents, torch.full((batch,), 0.5, dtype=policy.compute_dtype, device=self.device)
+
+        def text(batch: int):
+            return policy.encode([self.prompts[i % len(self.prompts)].text for i in range(batch)])
+
+        def rollout(batch: int):
+            velocity, x = policy.velocity(text(batch), config.guidance_scale), inputs(batch)
+            return torch.no_grad()(lambda: velocity(*x))
+
+        def replay(batch: int):
+            velocity, x = policy.velocity(text(batch), config.guidance_scale), inputs(batch)
+            ones = torch.full_like(x[0], 1e-6)
+            return lambda: torch.autograd.backward(velocity(*x), ones)
+
+        def reference(batch: int):
+            velocity, x = policy.reference_velocity(text(batch), config.guidance_scale), inputs(batch)
+            return lambda: velocity(*x)
+
+        def decode(batch: int):
+            latents = inputs(batch)[0]
+            return lambda: policy.decode(latents)
+
+        def reward(batch: int):
+            pictures = np.take(self.pictures, range(batch), axis=0, mode="wrap")
+            drawn = [self.prompts[i % len(self.prompts)] for i in range(batch)]
+            return lambda: self.rewards(pictures, [p.text for p in drawn], [p.metadata for p in drawn])
+
+        return {"rollout": rollout, "replay": replay, "reference": reference, "decode": decode, "reward": reward}
+
+    def measure_floor(self, seconds: float = 0.3) -> None:  # all ranks
+        """One round of every piece, batch size and number of threads; all ranks at once, as in an epoch."""
+        policy, config, before = self.policy, self.config, torch.get_num_threads()
+        cores = [before]
+        if self.device.type == "cpu":
+            cores = sorted({1, before, max(1, os.cpu_count() // distributed.world_size())})
+        for piece, prepare in self.pieces().items():
+            if not self.rows[piece]:
+                continue
+            own = config.train_batch if piece == "replay" else config.rollout_batch
+            rows = self.policy.branches(config.guidance_scale) if piece in ("rollout", "replay", "reference") else 1
+            for batch in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own}):
+                for threads in cores:
+                    torch.set_num_threads(threads)
+                    distributed.wait_for_all()
+                    with contextlib.suppress(torch.OutOfMemoryError):    # larger than what the trainer was given may not fit
+                        call = prepare(batch)
+                        call()
+                        self.rates[piece, batch, threads].append(seconds_per_call(call, self.device, seconds) / batch / rows)
+                    torch.set_num_threads(before)
+        self.learner.optimizer.zero_grad(set_to_none=True)
+
+    def floor(self) -> dict[str, tuple[float, int, int]]:
+        """Piece -> (this rank's seconds of an epoch, the batch and the threads that are fastest)."""
+        best = {}
+        for (piece, batch, threads), rates in self.rates.items():
+            seconds = statistics.median(rates) * self.rows[piece]
+            if piece not in best or seconds < best[piece][0]:
+                best[piece] = seconds, batch, threads
+        return best
+
+    def flops(self) -> dict[str, float]:
+        """Of one row, by piece: those of matrix products and attention, a multiplication and an addition being two."""
+        counts = {}
+        for piece in ("rollout", "replay", "reference"):
+            if self.rows[piece]:
+                call = self.pieces()[piece](1)
+                with FlopCounterMode(display=False) as counter:
+                    call()
+                counts[piece] = counter.get_total_flops() / self.policy.branches(self.config.guidance_scale)
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        return counts
+
+    def report(self) -> dict:  # all ranks
+        """Everything measured, on every rank: the slowest rank's floor, phases as the main rank saw them, sums over the ranks."""
+        floor, ranks = self.floor(), distributed.world_size()
+        floors = distributed.gather_objects({piece: seconds for piece, (seconds, _, _) in floor.items()})
+        rows = distributed.gather_objects(self.rows)
+        total = {piece: sum(r[piece] for r in rows) for piece in PIECES}
+        flops = sum(total[piece] * count for piece, count in self.flops().items())
+        epoch, slowest = statistics.median(self.seconds), max(floors, key=lambda f: sum(f.values()))
+        result = {
+            "setting": self.name, "ranks": ranks, "device": device_name(self.device), "images": self.images,
+            "plan": describe(self.config, ranks, self.policy.branches(self.config.guidance_scale)).splitlines(),
+            "epoch_seconds": epoch, "epochs": self.seconds, "images_per_second": self.images / epoch,
+            "floor_seconds": sum(slowest.values()), "efficiency": sum(slowest.values()) / epoch,
+            "floor": {piece: {"seconds": slowest[piece], "batch": floor[piece][1], "threads": floor[piece][2]} for piece in floor},
+            "phases": self.phases, "phase_overhead": 1 - sum(self.phases[p] for p in NEEDED) / sum(self.phases.values()),
+            "transformer_calls": {piece: total[piece] for piece in ("rollout", "replay", "reference")}, "flops": flops,
+            "peak_memory_bytes": max(distributed.gather_objects(peak_memory(self.device)))}
+        if self.device.type == "cuda":
+            rate = matrix_product_rate(self.device)
+            needed = sum(self.phases[phase] for phase in ("rollout", "replay", "reference"))
+            result |= {"matrix_product_rate": rate, "transformer_share_of_rate": flops / ranks / needed / rate,
+                       "replay_share_of_rate": self.flops()["replay"] * self.rows["replay"] / self.phases["replay"] / rate}
+        return result
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def seconds_per_call(call: Callable[[], None], device: torch.device, seconds: float) -> float:
+    """Mean over as many calls as fit into `seconds`."""
+    synchronize(device)
+    started, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - started < seconds:
+        call()
+        synchronize(device)
+        calls += 1
+    return (time.perf_counter() - started) / calls
+
+
+def matrix_product_rate(device: torch.device, size: int = 8192) -> float:
+    """FLOPs a second of bf16 matrix products, large enough to be at the device's best."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * size**3 / seconds_per_call(lambda: [a @ b for _ in range(10)], device, 1.0) * 10
+
+
+def show(result: dict, first: dict | None) -> None:
+    print(f"\n{result['setting']}: {result['ranks']} x {result['device']}", *result["plan"], sep="\n")
+    for phase, seconds in result["phases"].items():
+        if seconds:
+            print(f"  {phase:<16}{seconds:9.3f} s {seconds / sum(result['phases'].values()):6.1%}")
+    print("floor, of the slowest rank")
+    for piece, entry in result["floor"].items():
+        print(f"  {PIECES[piece]:<20}{entry['seconds']:9.3f} s   batch {entry['batch']}, {entry['threads']} threads")
+    calls = result["transformer_calls"]
+    print(f"network rows      {calls['rollout']:,} forward, {calls['replay']:,} forward + backward, {calls['reference']:,} reference: "
+          f"{result['flops'] / 1e12:.3f} TFLOP, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(f"epoch             {result['epoch_seconds']:.3f} s, median of {len(result['epochs'])}: "
+          f"{result['images_per_second']:.2f} images/s, {1000 / result['images_per_second']:.1f} ms an image")
+    print(f"floor             {result['floor_seconds']:.3f} s")
+    print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%})")
+    if "matrix_product_rate" in result:
+        print(f"bf16 products     {result['matrix_product_rate'] / 1e12:.0f} TFLOP/s; of that, replay "
+              f"{result['replay_share_of_rate']:.1%}, all of the transformer {result['transformer_share_of_rate']:.1%}")
+    if first and first is not result:
+        measured = result["images_per_second"] / first["images_per_second"]
+        predicted = (first["floor_seconds"] / first["images"]) / (result["floor_seconds"] / result["images"])
+        print(f"against the first {measured:.2f} times as fast; the floors say {predicted:.2f}: {measured / predicted:.2f} of that")
+
+
+def main() -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--ranks", type=int)
+    own, arguments = parser.parse_known_args()
+    settings = [[]]
+    for word in arguments:
+        if word == "--":
+            settings.append([])
+        else:
+            settings[-1].append(word)
+    if "RANK" not in os.environ:
+        run = "torch.distributed.run", "--standalone", f"--nproc_per_node={own.ranks or torch.cuda.device_count() or os.cpu_count()}"
+        os.execv(sys.executable, [sys.executable, "-m", *run, *sys.argv])
+    try:
+        device = distributed.setup()
+        settings = [Setting(words, device) for words in settings]
+    except (ConfigError, ValueError, OSError, ImportError) as error:
+        train.stop(error, everywhere=False)
+    with ThreadPoolExecutor(1) as scorer:
+        for setting in settings:
+            setting.run_epoch(scorer)            # warm
+            setting.watch(scorer)
+        for _ in range(own.rounds):
+            for setting in settings:
+                setting.seconds.append(setting.run_epoch(scorer))
+                setting.measure_floor()
+    results = [setting.report() for setting in settings]
+    if distributed.is_main():
+        for result in results:
+            show(result, results[0])
+        if own.json:
+            own.json.write_text(json.dumps(results, indent=1))
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

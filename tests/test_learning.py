@@ -1,0 +1,159 @@
+"""The trainer's own epochs on a policy whose optimum is known: they reach it, and their gradient is that of the loss.
+
+The policy is the velocity field of data N(m, WIDTH^2), with an m of its own for each prompt and latent dimension, and m is all
+that is trained. Where x is (1 - sigma) m, v is -m, and a step of any rule and length leads to (1 - sigma') m on average: the
+mean of what is sampled is m itself. So the reward, minus the squared distance to a target, is greatest where m is the target.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+import distributed
+import train
+from config import Config, replace, validate
+from prompts import Prompt
+from sampler import RULES, replay
+
+F64 = torch.float64
+WIDTH = 0.5
+PROMPTS = [Prompt("left"), Prompt("right")]
+TARGETS = torch.tensor([[-1.0, 0.5], [1.5, 0.25]], dtype=F64)          # (prompt, dimension)
+START = torch.tensor([[0.4, -0.3], [0.2, 0.1]], dtype=F64)
+
+
+class GaussianPolicy:
+    """What train.py asks of a policy, for latents (B, 2, 1, 1) that are their own images."""
+
+    device, dtype, compute_dtype, latent_shape = torch.device("cpu"), F64, F64, (2, 1, 1)
+
+    def __init__(self, reference=START):
+        self.m, self.reference = torch.nn.Parameter(START.clone()), reference
+        self.parameters = [self.m]
+
+    def branches(self, guidance_scale):
+        return 1
+
+    def schedule_arguments(self, num_steps):
+        return {}
+
+    def cache_text(self, prompts, guidance_scale):
+        pass
+
+    def encode(self, prompts):
+        return torch.tensor([prompt == "right" for prompt in prompts]).long(),              # rows of m
+
+    def velocity(self, text, guidance_scale):
+        return lambda x, sigma: gaussian_velocity(self.m[text[0]], x, sigma)
+
+    def reference_velocity(self, text, guidance_scale):
+        return lambda x, sigma: gaussian_velocity(self.reference[text[0]], x, sigma)
+
+    def decode(self, latents):
+        return latents
+
+
+def gaussian_velocity(m, x, sigma):
+    """E[eps - x_0 | x] where x_0 is N(m, WIDTH^2); m: (B, 2)."""
+    m, sigma = m[:, :, None, None], sigma.view(-1, 1, 1, 1)
+    variance = (1 - sigma) ** 2 * WIDTH**2 + sigma**2                                      # of x
+    return (sigma - (1 - sigma) * WIDTH**2) / variance * (x - (1 - sigma) * m) - m
+
+
+def rewards(images, prompts, metadata):
+    target = np.stack([TARGETS[int(prompt == "right")].numpy() for prompt in prompts])     # (B, 2)
+    return {"total": -((images[:, :, 0, 0] - target) ** 2).sum(1).astype(np.float32)}
+
+
+BASE = replace(Config(), num_steps=4, window_size=0, timestep_fraction=0.75, noise_level=0.7, groups_per_epoch=6, group_size=10,
+               updates_per_epoch=2, epochs=40, clip_range=0.05, learning_rate=0.12, learning_rate_half_life=8.0,
+               weight_decay=0.0, rollout_batch=40, train_batch=25)
+
+
+@pytest.fixture(autouse=True)
+def one_process():
+    distributed.setup()
+    yield
+    distributed.shutdown()
+
+
+def trained(config):
+    """m after training."""
+    validate(config)
+    learner = train.Learner(GaussianPolicy(), config)
+    with ThreadPoolExecutor(1) as scorer:
+        for epoch in range(1, config.epochs + 1):
+            train.run_epoch(learner, rewards, PROMPTS, config, epoch, scorer)
+    return learner.policy.m.detach()
+
+
+@pytest.mark.parametrize("changes", [
+    *(dict(rule=rule) for rule in RULES), dict(guard=True),
+    dict(window_size=2, window_range=(0, 3), advantage_std="group")], ids=str)
+def test_training_reaches_the_known_optimum(changes):
+    assert (START - TARGETS).abs().max() > 1
+    assert (trained(replace(BASE, **changes)) - TARGETS).abs().max() < 0.1
+
+
+def test_reversed_advantages_lead_away_from_the_optimum(monkeypatch):
+    group_advantages = train.group_advantages
+    monkeypatch.setattr(train, "group_advantages", lambda *args: -group_advantages(*args))
+    away = (trained(replace(BASE, epochs=15)) - START) * (START - TARGETS).sign()
+    assert (away > 0.5).all()
+
+
+def test_with_a_large_beta_the_policy_stays_at_the_reference():
+    short = replace(BASE, epochs=12, learning_rate=0.02, learning_rate_half_life=0.0)
+    moved = [(trained(replace(short, **changes)) - START).abs().max() for changes in (dict(beta=0.0), dict(beta=1000.0))]
+    assert moved[0] > 0.3 and moved[1] < 0.03
+
+
+@pytest.mark.parametrize("changes", [
+    dict(rule="flow_sde", beta=0.3, kl="exact"), dict(rule="dance_sde", beta=0.3, kl="per_time"), dict(rule="cps", clip_range=2e-4),
+    dict(guard=True), dict(window_size=2, window_range=(0, 4), beta=0.3)], ids=str)
+def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss_on_and_off_policy(changes, monkeypatch):
+    config = replace(BASE, **dict(max_grad_norm=1e9, clip_range=0.005, learning_rate=0.3, learning_rate_half_life=0.0,
+                                  train_batch=7) | changes)
+    learner = train.Learner(GaussianPolicy(reference=TARGETS / 2), config)
+    learner.optimizer = torch.optim.SGD(learner.policy.parameters)                # whose step is the gradient
+    visited, sampled, train_epoch = [START], [], train.train_epoch
+    monkeypatch.setattr(learner.average, "step", lambda: visited.append(learner.policy.m.detach().clone()))
+    monkeypatch.setattr(train, "train_epoch", lambda *args: sampled.extend(args[1:3]) or train_epoch(*args))
+    with ThreadPoolExecutor(1) as scorer:
+        metrics = train.run_epoch(learner, rewards, PROMPTS, config, 1, scorer)
+    assert 0.1 < metrics["clip_fraction_high"] + metrics["clip_fraction_low"] < 0.9 and len(visited) == 3
+    for update in range(2):
+        def loss(m):
+            return mean_loss(m, *sampled, update, config)
+
+        expected = torch.zeros_like(START)
+        for index in np.ndindex(*START.shape):
+            step = torch.zeros_like(START)
+            step[index] = 1e-5
+            expected[index] = (loss(visited[update] + step) - loss(visited[update] - step)) / 2e-5
+        gradient = (visited[update] - visited[update + 1]) / config.learning_rate
+        assert expected.abs().min() > 0.01 * expected.abs().max()
+        assert (gradient - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+@torch.no_grad()
+def mean_loss(m, samples, advantages, update, config):
+    """The loss of an update's samples, written down once more from the papers."""
+    chosen = [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
+    part, A = samples.trajectory.select(chosen), advantages[[samples.indices[j] for j in chosen]]
+    rows = torch.tensor([int(samples.prompts[j].text == "right") for j in chosen])
+    losses = []
+    for k in range(len(part.log_probs)):
+        log_prob, mean, std = replay(lambda x, sigma: gaussian_velocity(m[rows], x, sigma), part, k)
+        _, ref_mean, _ = replay(lambda x, sigma: gaussian_velocity(TARGETS[rows] / 2, x, sigma), part, k)
+        std, D = std.flatten(), part.sigmas[part.first_step + k] - part.sigmas[part.first_step + k + 1]
+        square = lambda a: (a**2).mean((1, 2, 3))
+        log_rho = log_prob - part.log_probs[k]
+        if config.guard:
+            log_rho = std * (log_rho + square(mean - part.means[k]) / (2 * std**2))
+        rho = log_rho.exp()
+        loss = torch.maximum(-A * rho, -A * rho.clamp(1 - config.clip_range, 1 + config.clip_range)) / (D if config.guard else 1)
+        losses.append(loss + config.beta * square(mean - ref_mean) / (2 * std**2 / (D if config.kl == "per_time" else 1)))
+    return torch.stack(losses).mean().item()
