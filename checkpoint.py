@@ -1,14 +1,18 @@
 """What a run keeps on disk: one writer at a time, its settings, a line of metrics per epoch, and checkpoints.
 
-    runs/<name>/lock, config.json, metrics.jsonl, checkpoints/epoch_00010/{adapter/ or transformer/, state.pt}
+    runs/<name>/lock, config.json, metrics.jsonl, checkpoints/epoch_00010/{adapter/ or transformer/, state.pt, SHA256SUMS}
 
-Everything is written whole or not at all. All of it is the main rank's, but for `load_state`.
+Everything is written whole or not at all, and is on the disk before what relies on it. All of it is the main rank's, but for
+`load_state`.
 """
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +28,7 @@ def open_run(config: Config, preset: str) -> tuple[Path, IO]:
 
     Raises ValueError where another process writes it, or where it was started with settings that this run may not change.
     """
-    name = config.run_name or f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = Path(config.output_dir) / name
+    directory = Path(config.output_dir) / config.run_name
     directory.mkdir(parents=True, exist_ok=True)
     lock = open(directory / "lock", "a+")
     for attempt in range(20):                    # a writer that was just killed takes a moment to be gone
@@ -47,8 +50,8 @@ def open_run(config: Config, preset: str) -> tuple[Path, IO]:
         changed = changed_fields(old := json.loads(saved.read_text()), config)
         if changed:
             field = changed[0]
-            raise ValueError(f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {name!r} was started with "
-                             f"{old.get(field)!r}: give that, or choose another --run-name")
+            raise ValueError(f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {config.run_name!r} was started "
+                             f"with {old.get(field)!r}: give that, or choose another --run-name")
         if config.eval_only:                     # looks at a run without changing it
             return directory, lock
     settings, published = to_dict(config), to_dict(PRESETS[preset])
@@ -57,45 +60,148 @@ def open_run(config: Config, preset: str) -> tuple[Path, IO]:
     return directory, lock
 
 
+# ----------------------------------------------------------------------------------------------------------- to the disk
+
 def write_whole(path: Path, text: str) -> None:
-    """The file has its old content or its new one, never a part."""
+    """The file has its old content or its new one, never a part, also after a loss of power."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
+    sync(partial)
     os.replace(partial, path)
+    sync(path.parent)
 
+
+def sync(path: Path) -> None:
+    """A file's content, or a directory's names, are on the disk when this returns."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def written(what: str, write: Callable, *arguments) -> bool:
+    """Whether `write(*arguments)` went through. Where the disk is full or fails, that is a warning: a run does not end by it."""
+    try:
+        write(*arguments)
+        return True
+    except Exception as error:
+        # Of the libraries that write tensors one replaces the system's error, the other quotes it.
+        cause = error
+        while not (isinstance(cause, OSError) or "os error" in str(cause)):
+            cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+        print(f"warning: {what} could not be written ({cause}); the run goes on", file=sys.stderr, flush=True)
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------- checkpoints
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(p for p in (directory / "checkpoints").glob("epoch_*") if (p / "state.pt").exists())
+    """Checkpoints from which a run can go on, oldest first; whether they are sound, `defect` tells."""
+    return sorted(p for p in (directory / "checkpoints").glob("epoch_*[0-9]") if (p / "state.pt").exists())
 
 
-def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
-    """Weights for use, which `save_weights` writes into a directory, and the state from which training goes on."""
-    final = directory / "checkpoints" / f"epoch_{epoch:05d}"
+def checkpoint_path(directory: Path, epoch: int) -> Path:
+    return directory / "checkpoints" / f"epoch_{epoch:05d}"
+
+
+def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], None], state: dict, newest: int,
+                    best: int | None) -> None:
+    """Weights for use, which `save_weights` writes into a directory, the state from which training goes on, and checksums.
+
+    Of checkpoints before the `newest` ones, and other than that of epoch `best`, only the adapter is kept.
+    """
+    final = checkpoint_path(directory, epoch)
     partial = final.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(partial)
-    torch.save(state, partial / "state.pt")
-    for path in (p for p in partial.rglob("*") if p.is_file()):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    for older in checkpoints(directory)[:-2]:    # adapters are all kept; states and whole transformers of the newest two
-        (older / "state.pt").unlink()
-        shutil.rmtree(older / "transformer", ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_weights(partial)
+        with open(partial / "state.pt", "wb") as file:
+            torch.save(state, file)
+        files = sorted(p for p in partial.rglob("*") if p.is_file())
+        sums = "".join(f"{checksum(p)}  {p.relative_to(partial)}\n" for p in files)
+        (partial / "SHA256SUMS").write_text(sums)                             # `sha256sum --check` reads it there
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)                            # it may be what fills the disk
+        raise
+    for older in checkpoints(directory)[:-newest]:
+        if older != checkpoint_path(directory, best or 0):
+            kept = [line for line in (older / "SHA256SUMS").read_text().splitlines(keepends=True) if "  adapter/" in line]
+            write_whole(older / "SHA256SUMS", "".join(kept))
+            (older / "state.pt").unlink()
+            shutil.rmtree(older / "transformer", ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def defect(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files; "" where nothing is."""
+    try:
+        expected = dict(line.split("  ", 1)[::-1] for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
+        for name in dict.fromkeys([*expected, "state.pt"]):
+            if checksum(checkpoint / name) != expected.get(name):
+                return f"{name} is not what was written"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def newest_whole(directory: Path, set_aside: bool) -> Path | None:
+    """The newest checkpoint without a defect, None for a run that has none yet. `set_aside` renames those with one.
+
+    Raises ValueError where every one has a defect: to begin anew, over what is there, is not for a program to decide.
+    """
+    found, defects = checkpoints(directory), []
+    for checkpoint in reversed(found):
+        what = defect(checkpoint)
+        if not what:
+            break
+        defects.append((checkpoint, what))
+    else:
+        if found:
+            raise ValueError(f"no checkpoint in {directory / 'checkpoints'} is whole ({defects[0][0].name}: {defects[0][1]}): "
+                             "restore one from a copy, or choose another --run-name to begin anew")
+        return None
+    for broken, what in defects:
+        print(f"warning: {broken} is corrupt ({what}); the one before is used", file=sys.stderr, flush=True)
+        if set_aside:
+            aside = broken.with_name(broken.name + ".corrupt")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(broken, aside)
+    return checkpoint
 
 
 def load_state(path: Path) -> dict:
-    """The training state of a checkpoint, on the CPU; tensors and plain data only."""
+    """The training state of a checkpoint, on the CPU; tensors and plain data only: nothing in it can run."""
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
+# --------------------------------------------------------------------------------------------------------------- metrics
+
 def write_metrics(directory: Path, metrics: dict) -> None:
-    """Append an epoch's line."""
-    with open(directory / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics, allow_nan=False) + "\n")
+    """Append an epoch's line. Where the disk takes only a part of it, none of it stays, and OSError is raised."""
+    line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
+    with open(directory / "metrics.jsonl", "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while line:
+                line = line[file.write(line):]
+            os.fsync(file.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def read_metrics(directory: Path, epochs: int) -> list[dict]:

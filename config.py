@@ -140,6 +140,10 @@ class Config:
     """Share of pictures for which a judge may give no score before the run stops."""
     trust_remote_code: bool = False
     """Allow the reward deqa to run the code that its checkpoint brings."""
+    collective_timeout: float = 3600.0
+    """Seconds that a rank waits for the others, however slow their rewards are, before it takes them for dead."""
+    skip_nonfinite: int = 0
+    """Updates that may be left out, in all of the run, because a loss, gradient, reward or latent is not finite; then it stops."""
 
     # -------------------------------------------------------------------------------------------- evaluation, saving
     eval_every: int = 10
@@ -154,6 +158,8 @@ class Config:
     """Evaluate the run's last checkpoint (or the model as it is, in a new run), and stop."""
     save_every: int = 10
     """Epochs between checkpoints; there is one at the end besides."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints from which a run can go on, beside the best by eval/total; of older ones only the adapter is kept."""
     output_dir: str = "runs"
     """Where runs are kept."""
     wandb: bool = False
@@ -164,9 +170,9 @@ class Config:
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
 MAY_CHANGE = {"epochs", "rollout_batch", "train_batch", "gradient_checkpointing", "compile", "offload_text_encoders",
-              "reward_threads", "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered", "trust_remote_code",
-              "eval_rewards", "eval_every", "eval_prompts", "eval_num_steps", "eval_images", "eval_only", "save_every",
-              "output_dir", "wandb", "run_name"}
+              "reward_threads", "reward_batch", "reward_models", "reward_urls", "reward_deadline", "max_unanswered",
+              "trust_remote_code", "collective_timeout", "skip_nonfinite", "eval_rewards", "eval_every", "eval_prompts",
+              "eval_num_steps", "eval_images", "eval_only", "save_every", "keep_checkpoints", "output_dir", "wandb", "run_name"}
 
 # What the published runs have in common (the paper and its authors' configurations).
 PUBLISHED = Config(
@@ -263,12 +269,13 @@ def validate(config: Config) -> None:
         if isinstance(value, int):
             require(value < 2**63, field.name, "it must be less than 2^63")
     for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "reward_threads", "reward_batch", "eval_every",
-                  "eval_num_steps", "save_every", "ema_every", "lora_rank", "lora_alpha", "max_sequence_length"):
+                  "eval_num_steps", "save_every", "keep_checkpoints", "ema_every", "lora_rank", "lora_alpha",
+                  "max_sequence_length"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
     for field in ("epochs", "rollout_batch", "train_batch", "eval_prompts", "eval_images", "window_size", "beta", "weight_decay",
-                  "learning_rate_half_life", "seed"):
+                  "learning_rate_half_life", "skip_nonfinite", "seed"):
         require(getattr(config, field) >= 0, field, "it must be at least 0")
-    for field in ("clip_range", "learning_rate", "max_grad_norm", "reward_deadline"):
+    for field in ("clip_range", "learning_rate", "max_grad_norm", "reward_deadline", "collective_timeout"):
         require(getattr(config, field) > 0, field, "it must be positive")
     require(config.noise_level >= 1e-6, "noise_level", "it must be at least 1e-6, or a step's variance vanishes in float32")
     require(config.group_size >= 2, "group_size", "advantages compare the images of a prompt, so it takes at least 2")
@@ -276,7 +283,8 @@ def validate(config: Config) -> None:
             f"an epoch has only {config.groups_per_epoch * config.group_size} images to share among its updates")
     require(config.guidance_scale >= 1, "guidance_scale", "it must be at least 1, which is no guidance")
     require(0 <= config.ema_decay < 1, "ema_decay", "it must lie in [0, 1)")
-    require(config.reward_deadline <= 1800, "reward_deadline", "other ranks wait an hour at most; give up to 1800 seconds")
+    require(config.reward_deadline <= config.collective_timeout / 2, "reward_deadline",
+            f"other ranks wait --collective-timeout {config.collective_timeout:g} seconds at most; give up to half of that")
     require(0 <= config.max_unanswered <= 1, "max_unanswered", "it is a share and must lie in [0, 1]")
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
     require(all(0 < size <= 8192 for size in config.resolution), "resolution", "height and width must lie in 1 to 8192")

@@ -1,35 +1,68 @@
-"""Processes: who am I, what do all of us know, and when do gradients meet. torchrun's environment, nothing else.
+"""Processes: who am I, what do all of us know, when do gradients meet, and when do we stop. torchrun's environment, nothing else.
 
 One process is world size 1, not a special case: every function here works there as it does on many nodes.
-Functions marked `# all ranks` are collectives: every rank must call them, in the same order.
+Functions marked `# all ranks` are collectives: every rank must call them, in the same order; they raise LostRank where another
+rank is gone, or has not come within the timeout.
 
 Gradients are summed explicitly, once per optimizer step, rather than by `DistributedDataParallel`: its hooks assume that every rank
 runs backward equally often, while here a rank trains whatever samples it holds, perhaps none (any number of ranks works,
 dividing or not), and the gradient is that of the mean over all samples, not the mean of the ranks' means.
 """
 
+import contextlib
 import ctypes
+import functools
 import os
+import select
+import shlex
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def setup() -> torch.device:
+LAUNCHER = os.getppid()      # as early as can be: a launcher that dies later is one whom its workers must not outlive
+LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer: it was there before its workers
+GRACE = 20.0                 # seconds from a signal to a safe point; torchrun kills after 30
+REPEATED = 1.0               # seconds in which a signal counts once: a scheduler and the launcher may both send it
+
+
+class LostRank(RuntimeError):
+    """Another rank is gone, or did not come to a collective within the timeout."""
+
+
+_store: dist.Store           # the launcher's, which outlives its workers
+
+
+def setup(timeout: float = 3600.0) -> torch.device:
     """Join the process group that torchrun announced, or make one of a single process; this rank's device.
 
-    Raises ValueError where there are GPUs, but fewer than processes.
+    timeout: seconds that a rank waits for the others in a collective.
+    Raises ValueError where there are GPUs, but fewer than processes, and LostRank where the launcher does not answer.
     """
+    global _store
     if "RANK" in os.environ:
-        if sys.platform == "linux":      # when torchrun is killed, its workers must not go on training, and writing, alone
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                           # 1: PR_SET_PDEATHSIG
-        where = {}
+        end_with_launcher()
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"            # else rank 0 makes the store, perhaps later
+        patience = timedelta(seconds=LAUNCHER_SECONDS if agent else timeout)
+        try:
+            _store, rank, size = next(dist.rendezvous("env://", timeout=patience))
+        except dist.DistNetworkError as error:
+            raise LostRank(f"no launcher at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}") from error
+        _store.set_timeout(timedelta(seconds=timeout))
     else:
-        where = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        _store, rank, size = dist.HashStore(), 0, 1
+    # torchrun keeps its store when it restarts its workers: without a prefix they would find what those before them left. On
+    # several nodes each launcher counts its own restarts, and a prefix would part them.
+    store = dist.PrefixStore(f"attempt_{attempt()}", _store) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else _store
+    where = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
     if torch.cuda.is_available():
         processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > devices:
@@ -37,15 +70,117 @@ def setup() -> torch.device:
                              "CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timedelta(hours=1), **where)
+        dist.init_process_group("cpu:gloo,cuda:nccl", **where)
         return device
-    dist.init_process_group("gloo", timeout=timedelta(hours=1), **where)
+    dist.init_process_group("gloo", **where)
     return torch.device("cpu")
 
 
 def shutdown() -> None:
     dist.destroy_process_group()
 
+
+# ------------------------------------------------------------------------------------------------------ the launcher
+
+def end_with_launcher() -> None:
+    """When torchrun is killed, its workers must not go on training, and writing, alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                               # 1: PR_SET_PDEATHSIG
+    if os.getppid() != LAUNCHER:                                                                 # it died before that
+        os._exit(1)
+
+
+def attempt() -> int:
+    """How often torchrun has started these processes anew (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def remembered(key: str, value: str) -> str:
+    """`value`, or what was said first under `key` since the launcher started, also by processes that it had to replace."""
+    return _store.compare_set(key, "", value).decode()
+
+
+def command_line() -> str:
+    """The command that started this run, torchrun's own words included, as a shell takes it; "" where it cannot be known."""
+    if "RANK" not in os.environ:
+        return shlex.join(sys.orig_argv)
+    path = Path(f"/proc/{LAUNCHER}/cmdline")
+    return shlex.join(path.read_text().rstrip("\0").split("\0")) if path.exists() else ""
+
+
+# ------------------------------------------------------------------------------------------------------------ stopping
+
+_asked, _safe = threading.Event(), threading.Event()
+
+
+def stop_asked() -> bool:
+    """Whether a rank was told to stop. Costs nothing; not all ranks learn it at the same moment: see `any_rank`."""
+    return _asked.is_set()
+
+
+def at_safe_point() -> None:
+    """All ranks have agreed to stop: what is to be saved may take its time."""
+    _safe.set()
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:  # all ranks
+    """Within, SIGTERM or Ctrl-C on any rank makes `stop_asked` true on every rank within a second, even on one that waits.
+
+    A second signal ends its process at once. So does, on every rank, GRACE seconds without a safe point: a rank may wait for one
+    that is dead, and whoever sent the signal will not wait forever.
+    """
+    _asked.clear()
+    _safe.clear()
+    key = broadcast_object(f"stop {time.time()}")                # of this start alone: the store may outlive it
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signals = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, lambda *_: None) for number in signals]
+    # Python runs its handlers between two of its own instructions, so not while a collective waits; this is told at once.
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(reading, signals, key), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in zip(signals, handlers):
+            signal.signal(number, handler)
+        os.close(writing)                                        # which ends the watcher
+        watcher.join()
+        os.close(reading)
+
+
+def _watch(reading: int, signals: tuple, key: str) -> None:
+    """Turn signals of this process, and what other ranks say of theirs, into `_asked`, until the pipe is closed."""
+    store, first, asked = _store, None, None
+    while True:
+        told = os.read(reading, 1) if select.select([reading], [], [], 0.5)[0] else None
+        now = time.monotonic()
+        if told == b"":
+            return
+        if told and told[0] in signals:
+            if first is not None and now - first > REPEATED:
+                os._exit(128 + told[0])
+            first = first or now
+            _asked.set()
+        try:
+            if store and _asked.is_set():
+                store.set(key, "")
+            elif store and store.check([key]):
+                _asked.set()
+        except RuntimeError:                                         # the store is gone, and soon the collectives will tell
+            store = None
+        if _asked.is_set():
+            asked = asked or now
+            if now - asked > GRACE and not _safe.is_set():
+                print(f"rank {rank()}: no safe point within {GRACE:g} s of the signal; the last checkpoint stands",
+                      file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ the ranks
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
@@ -64,6 +199,20 @@ def share(total: int, rank: int, world_size: int) -> range:
     return range(total * rank // world_size, total * (rank + 1) // world_size)
 
 
+def collective(function: Callable) -> Callable:
+    """The backends tell of a lost rank in errors of many kinds; this makes them LostRank."""
+    @functools.wraps(function)
+    def told(*arguments):
+        try:
+            return function(*arguments)
+        except RuntimeError as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise LostRank(str(error).splitlines()[0].rpartition("] ")[2]) from error
+            raise
+    return told
+
+
+@collective
 def broadcast_object(value):  # all ranks
     """Rank 0's `value` (picklable, from this program's own processes), on every rank."""
     box = [value]
@@ -71,6 +220,7 @@ def broadcast_object(value):  # all ranks
     return box[0]
 
 
+@collective
 def gather_objects(value) -> list:  # all ranks
     """Every rank's `value` (picklable, from this program's own processes), in the order of the ranks."""
     values = [None] * world_size()
@@ -82,6 +232,7 @@ def wait_for_all() -> None:  # all ranks
     gather_objects(None)
 
 
+@collective
 def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all ranks
     """The whole (total, ...) CPU tensor, of which this rank has `rows`; together the ranks hold each row once."""
     whole = torch.zeros(total, *values.shape[1:], dtype=values.dtype)
@@ -90,18 +241,26 @@ def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all r
     return whole
 
 
+@collective
 def sum_over_ranks(values: Tensor) -> Tensor:  # all ranks
     values = values.clone()
     dist.all_reduce(values)
     return values
 
 
+@collective
 def max_over_ranks(values: Tensor) -> Tensor:  # all ranks
     values = values.clone()
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
+def any_rank(flag: bool) -> bool:  # all ranks
+    """Whether it is true on one of them: what all do next, they decide by this."""
+    return bool(max_over_ranks(torch.tensor(float(flag))))
+
+
+@collective
 @torch.no_grad()
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:  # all ranks
     """Each parameter's gradient becomes the sum over ranks. One call, one all-reduce, per optimizer step.
@@ -114,6 +273,7 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:  # all ranks
         p.grad = gradient.view_as(p)
 
 
+@collective
 @torch.no_grad()
 def broadcast_parameters(parameters: list[torch.nn.Parameter]) -> None:  # all ranks
     """Every rank starts from rank 0's values."""

@@ -69,6 +69,10 @@ class RewardError(RuntimeError):
     """A reward that raised, or returned what is no score; one line with its name and the prompt."""
 
 
+class NonFiniteScore(RewardError):
+    """A score that is no number, or infinite."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What the rewards of a process have to work with."""
@@ -1325,7 +1329,7 @@ def component_scores(name, reward, images, prompts, metadata):
         columns[column] = values.astype(np.float32)
     for score, prompt in zip(columns[name], prompts):
         if not math.isfinite(score):
-            raise RewardError(f"reward {name!r} is {score} for prompt {brief(repr(prompt), 80)}")
+            raise NonFiniteScore(f"reward {name!r} is {score} for prompt {brief(repr(prompt), 80)}")
     return columns
 
 

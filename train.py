@@ -13,28 +13,32 @@ What departs from the paper or from its authors' implementation:
 import contextlib
 import importlib.util
 import itertools
+import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from checkpoint import checkpoints, load_state, open_run, read_metrics, save_checkpoint, write_metrics
+from checkpoint import (
+    checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, save_checkpoint, write_metrics, written)
 from config import Config, batch_plan, describe, parse_config, validate
-from distributed import is_main
+from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from policy import Policy, Text, WeightAverage, check_model, find_adapter, is_out_of_memory, to_device
 from prompts import Prompt, epoch_prompt_indices, load_prompts
-from rewards import RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
+from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, replay, rollout, timestep_schedule
 
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
@@ -51,6 +55,17 @@ def learning_rate(config: Config, epoch: int) -> float:
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; one line."""
+
+
+class NonFinite(TrainingError):
+    """A latent, loss or gradient that is no number, or infinite; on all ranks alike, before the weights changed."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; on all ranks alike."""
+
+    def __init__(self, what: str = "stopped by a signal"):
+        super().__init__(what)
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -99,11 +114,15 @@ class Learner:
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
         self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
+        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite         # updates: so far, and at most
+        self.started = False                                                 # whether there was an update in this process
+        self._before: dict | None = None
 
     def state(self, epoch: int) -> dict:
         """Everything from which training goes on after `epoch`: tensors and plain data."""
         return {"epoch": epoch, "trained": [p.detach() for p in self.policy.parameters], "average": self.average.average,
-                "average_steps": self.average.steps, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+                "average_steps": self.average.steps, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
     def restore(self, state: dict) -> int:
@@ -114,12 +133,43 @@ class Learner:
         self.average.steps = state["average_steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
         return state["epoch"]
+
+    def begin_updates(self, epoch: int) -> None:
+        """Keep the state after `epoch`, in host memory of the main rank, which saves: an epoch is whole or leaves nothing."""
+        self._before = on_host(self.state(epoch)) if is_main() else None
+
+    def end_updates(self) -> None:
+        self._before = None
+
+    def undo_updates(self) -> None:
+        """Back to the last whole epoch."""
+        if self._before is not None:
+            self.restore(self._before)
+            self._before = None
+
+    def skip(self, error: Exception, updates: int) -> None:
+        """Leave out what was not finite, where --skip-nonfinite allows it; else raise it."""
+        if self.skipped + updates > self.skip_nonfinite:
+            raise error
+        self.skipped += updates
+        if is_main():
+            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates", file=sys.stderr)
 
     def save_weights(self, directory: Path) -> None:
         """The averaged weights, for use."""
         with self.average.applied():
             self.policy.save(directory)
+
+
+def on_host(value):
+    """A copy of tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    return [on_host(item) for item in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -154,6 +204,8 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
     parts = [list(part) for _, part in itertools.groupby(mine, kind)]
     trajectories, pending = [], []
     for batch in progress([batch for part in parts for batch in batches(part, config.rollout_batch)], "sample"):
+        if distributed.stop_asked():
+            raise Interrupted
         drawn = [chosen[i // config.group_size] for i in batch]
         first_step = windows[[i // config.group_size for i in batch]]                                    # (B,)
         noise_levels = torch.full((config.num_steps, len(batch)), config.noise_level, dtype=policy.compute_dtype)
@@ -168,7 +220,9 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
         velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
         trajectory = rollout(velocity, start, sigmas, noise_levels, noise[1:], config.rule, first_step, plan.trained_steps,
                              start_step, keep_means=config.guard)
-        pending.append(scorer.submit(score, rewards, trajectory.final, policy.decode(trajectory.final), drawn))
+        evidence = {"samples": torch.tensor(batch), **tensors_of(trajectory)}
+        pending.append(scorer.submit(score, rewards, trajectory.final, policy.decode(trajectory.final), drawn, config,
+                                     f"epoch {epoch}", evidence))
         trajectories.append(trajectory)
         raise_failed(pending)
     if not mine:
@@ -198,16 +252,31 @@ def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
 
 
-def score(rewards: Rewards, latents: Tensor, images: Tensor, prompts: list[Prompt]) -> dict[str, np.ndarray]:
-    """In a thread of its own, which waits for the device while the next micro-batch is on its way to it."""
-    if not latents.isfinite().all():
-        raise TrainingError(f"latents are not finite in a batch that starts with prompt {prompts[0].text!r}; "
-                            "lower --learning-rate, or in float16 use --dtype bfloat16")
-    return rewards(images.cpu().numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+def score(rewards: Rewards, latents: Tensor, images: Tensor, prompts: list[Prompt], config: Config, where: str,
+          evidence: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """In a thread of its own, which waits for the device while the next micro-batch is on its way to it.
+
+    What is not finite is saved: for latents `evidence`, for scores the pictures. `where` is the epoch, or an evaluation.
+    """
+    finite = latents.isfinite().flatten(1).all(1)
+    if not finite.all():
+        path = save_evidence(config, where, prompts, **evidence)
+        raise NonFinite(f"{where}: latents are not finite for prompt {prompts[int(finite.int().argmin())].text!r}; tensors are in "
+                        f"{path}; lower --learning-rate, or in float16 use --dtype bfloat16")
+    pictures = images.cpu().numpy()
+    try:
+        return rewards(pictures, [p.text for p in prompts], [p.metadata for p in prompts])
+    except NonFiniteScore as error:
+        path = save_evidence(config, where, prompts, images=torch.from_numpy(pictures))
+        raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
 
 
 def collect(pending: list[Future]) -> dict[str, np.ndarray]:
-    """The scores of all micro-batches, as one; waits for those that are still under way."""
+    """The scores of all micro-batches, as one; waits for those that are still under way, but a signal waits for no slow reward."""
+    while wait(pending, timeout=0.2).not_done:
+        raise_failed(pending)
+        if distributed.stop_asked():
+            raise Interrupted
     return join_scores([future.result() for future in pending])
 
 
@@ -225,7 +294,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
     policy, plan = learner.policy, batch_plan(config, distributed.world_size())
     for group in learner.optimizer.param_groups:
         group["lr"] = learning_rate(config, epoch)
-    metrics, grad_norms, overflows = {}, [], 0
+    metrics, grad_norms, overflows, skipped, trained = {}, [], 0, 0, 0
     bar = progress(None, "train", plan.train_batches)
     for update in range(config.updates_per_epoch):
         in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
@@ -235,32 +304,51 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
             mine = live + (idle[:-len(live) % config.train_batch] if policy.dtype.itemsize == 2 else [])
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
+            if distributed.stop_asked():
+                break
             accumulate_gradients(learner, samples, batch, advantages, in_update * plan.trained_steps, statistics, config)
             bar.update()
+        if distributed.any_rank(distributed.stop_asked()):                    # before the gradients, on which a GPU waits for all
+            bar.close()
+            raise Interrupted
         distributed.sum_gradients(policy.parameters)
         averages, ratio_deviation = statistics.over_all_ranks(in_update * plan.trained_steps)
-        if update == 0:                                                       # the policy that sampled: the ratio must be 1
-            metrics["ratio_deviation_before"] = ratio_deviation
-            if ratio_deviation > config.clip_range and is_main():
-                tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {ratio_deviation:.1e} from 1, more "
-                           f"than clip_range {config.clip_range:g}; usual causes: in half precision, batches of other sizes in "
-                           "training than in the rollout; or dropout")
-        if not np.isfinite(list(averages.values())).all():
-            raise TrainingError(f"the loss of epoch {epoch}, update {update} is not finite: the weights were left as they are; "
-                                "lower --learning-rate, or in float16 use --dtype bfloat16")
-        grad_norm = update_weights(learner, config.max_grad_norm)
+        quantity = "" if np.isfinite(list(averages.values())).all() else "loss"
+        if not quantity:
+            if update == 0:                                                   # the policy that sampled: the ratio must be 1
+                metrics["ratio_deviation_before"] = ratio_deviation
+                check_ratio(learner, ratio_deviation, config, epoch)
+            grad_norm = update_weights(learner, config.max_grad_norm)
+            if not np.isfinite(grad_norm) and not learner.scaler.is_enabled():
+                quantity = "gradient"
+        if quantity:
+            bar.clear()
+            learner.skip(find_non_finite(learner, samples, mine, advantages, config, epoch, update, quantity), 1)
+            skipped += 1
+            continue
+        learner.started = True
         if np.isfinite(grad_norm):
             grad_norms.append(grad_norm)
-        elif learner.scaler.is_enabled():
-            overflows += 1                                                    # float16: the scaler skipped this step
         else:
-            raise TrainingError(f"the gradient norm of epoch {epoch}, update {update} is {grad_norm}: the weights were left "
-                                "as they are; lower --learning-rate or --noise-level, or use --dtype float32")
+            overflows += 1                                                    # float16: the scaler skipped this step
         for name, value in averages.items():
-            metrics[name] = metrics.get(name, 0.0) + value * in_update / plan.samples
+            metrics[name] = metrics.get(name, 0.0) + value * in_update
+        trained += in_update
         metrics["ratio_deviation"] = max(metrics.get("ratio_deviation", 0.0), ratio_deviation)
     bar.close()
-    return {**metrics, "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0, "overflows": overflows}
+    metrics |= {name: metrics[name] / trained for name in Statistics.NAMES if trained}                   # means over the samples
+    return {**metrics, "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0, "overflows": overflows,
+            "skipped_updates": skipped}
+
+
+def check_ratio(learner: Learner, deviation: float, config: Config, epoch: int) -> None:
+    """Say how far from 1 the ratio is before a run's first update, and warn in any epoch where it is too far."""
+    if not learner.started:
+        say(f"before the first update, max |ratio - 1| is {deviation:.1e}; clip_range is {config.clip_range:g}")
+    if deviation > config.clip_range and is_main():
+        tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {deviation:.1e} from 1, more than clip_range "
+                   f"{config.clip_range:g}; usual causes: in half precision, batches of other sizes in training than in the "
+                   "rollout; another dtype here than there; dropout", file=sys.stderr)
 
 
 def update_weights(learner: Learner, max_grad_norm: float) -> float:
@@ -317,6 +405,66 @@ def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config:
     return torch.cat(means).view(S, B, *policy.latent_shape)
 
 
+# ------------------------------------------------------------------------------------------------- what is not finite
+
+def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], advantages: Tensor, config: Config, epoch: int,
+                    update: int, quantity: str) -> NonFinite:  # all ranks
+    """The error for an update whose loss or gradient is not finite: where, and what to look at.
+
+    Nothing is kept for this while training: this rank's part `mine` of the update is computed again, batch by batch, and the first
+    batch that is not finite again sample by sample.
+    """
+    policy = learner.policy
+
+    def finite(batch: list[int]) -> bool:
+        statistics = Statistics(policy.compute_dtype)
+        learner.optimizer.zero_grad(set_to_none=True)
+        accumulate_gradients(learner, samples, batch, advantages, len(batch), statistics, config)
+        sound = bool(torch.stack([value.cpu() for value in statistics.sums.values()]).isfinite().all())
+        return sound and (quantity == "loss" or all(p.grad.isfinite().all() for p in policy.parameters if p.grad is not None))
+
+    found = None
+    for batch in batches(mine, config.train_batch):
+        if not finite(batch):
+            worst = next((j for j in batch if not finite([j])), batch[0])
+            prompts, trajectory = [samples.prompts[j] for j in batch], samples.trajectory.select(batch)
+            velocity = policy.velocity(policy.encode([p.text for p in prompts]), config.guidance_scale)
+            with torch.no_grad():
+                again = [replay(velocity, trajectory, k) for k in range(len(trajectory.log_probs))]
+            found = samples.prompts[worst].text, save_evidence(
+                config, f"epoch {epoch}", prompts, samples=torch.tensor([samples.indices[j] for j in batch]),
+                advantages=advantages[[samples.indices[j] for j in batch]], **tensors_of(trajectory),
+                log_probs_again=torch.stack([log_prob for log_prob, _, _ in again]),
+                means_again=torch.stack([mean for _, mean, _ in again]))
+            break
+    learner.optimizer.zero_grad(set_to_none=True)
+    where = f"the {quantity} of epoch {epoch}, update {update} is not finite"
+    for rank, said in enumerate(distributed.gather_objects(found)):
+        if said:
+            return NonFinite(f"{where} on rank {rank} for prompt {said[0]!r}: the weights were left as they are; tensors are in "
+                             f"{said[1]}; lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
+    return NonFinite(f"{where}, but every batch of it was when computed again: the weights were left as they are; suspect memory "
+                     "or another part of the machine")
+
+
+def tensors_of(trajectory: Trajectory) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(trajectory).items() if isinstance(value, Tensor)}
+
+
+def save_evidence(config: Config, where: str, prompts: list[Prompt], **tensors: Tensor) -> Path:
+    """A safetensors file of a batch that is not finite, its prompts as json in the metadata; the latest of a rank and epoch."""
+    name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
+    path = Path(config.output_dir) / config.run_name / "nonfinite" / name
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
+                  {"prompts": json.dumps([p.text for p in prompts])})
+
+    written(str(path), write)
+    return path
+
+
 class Statistics:
     """Sums over (sample, step) pairs, and the largest ratio deviation, kept on the device until asked for."""
 
@@ -358,12 +506,14 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
     kept, pending = [torch.zeros(0, *config.resolution, 3, dtype=torch.uint8, device=policy.device)], []
     with learner.average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
+            if distributed.stop_asked():
+                raise Interrupted
             drawn = [prompts[i] for i in batch]
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
             velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
             latents = rollout(velocity, noise[0], sigmas, 0.0, None).final
             images = policy.decode(latents)
-            pending.append(scorer.submit(score, rewards, latents, images, drawn))
+            pending.append(scorer.submit(score, rewards, latents, images, drawn, config, "evaluation", {"latents": latents}))
             raise_failed(pending)
             kept.append(images[:max(0, config.eval_images - batch[0])])
     return collect(pending), torch.cat(kept).cpu()
@@ -395,14 +545,17 @@ def means(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
 
 
 def together(task: Callable, *arguments):  # all ranks
-    """What `task` returns; or, where a reward failed on any rank, a RewardError on all of them, with what the first one says."""
+    """What `task` returns; or, where it failed or was interrupted on any rank, the same error on all of them."""
+    result = failure = None
     try:
-        result, failure = task(*arguments), ""
-    except RewardError as error:
-        result, failure = None, str(error)
-    for said in distributed.gather_objects(failure):
-        if said:
-            raise RewardError(said)
+        result = task(*arguments)
+    except (RewardError, NonFinite, Interrupted) as error:
+        failure = error
+    if distributed.stop_asked() and failure is None:
+        failure = Interrupted()
+    failures = [(rank, error) for rank, error in enumerate(distributed.gather_objects(failure)) if error is not None]
+    for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):          # errors first
+        raise error if isinstance(error, Interrupted) else type(error)(f"rank {rank}: {error}")
     return result
 
 
@@ -514,9 +667,14 @@ def fastest(sizes: list[int], trial: Callable[[int], float], most: int = 64) -> 
 def main() -> None:
     try:
         preset, config, train_prompts, test_prompts = prepare(sys.argv[1:])
-        device = distributed.setup()
-        directory, lock = open_run(config, preset) if is_main() else (None, None)      # held until this function ends
+        device = distributed.setup(config.collective_timeout)
+        # torchrun --max-restarts starts us again without a name: the run is then the one that its first start named.
+        name = config.run_name or distributed.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        command = f"{distributed.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
+        config = replace(config, run_name=name)
+        directory, lock = open_run(config, preset) if is_main() else (None, None)              # held until this function ends
         directory = distributed.broadcast_object(directory)
+        checkpoint = distributed.broadcast_object(newest_whole(directory, not config.eval_only) if is_main() else None)
         rewards = make_rewards(config, device)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         policy = make_policy(config, device)
@@ -525,23 +683,44 @@ def main() -> None:
         stop(error, everywhere=False)
     except TrainingError as error:
         stop(error, everywhere=True)
+    except LostRank as error:
+        stop_without(error)
     scorer = ThreadPoolExecutor(max_workers=1)
     try:
-        run(config, directory, policy, rewards, train_prompts, test_prompts, scorer)
-    except RewardError as error:
+        with distributed.stopping_on_signals():
+            run(config, directory, checkpoint, policy, rewards, train_prompts, test_prompts, scorer)
+    except Interrupted as interrupted:
+        say(f"{interrupted}; to go on: {command}")
+        leave(0)
+    except (RewardError, NonFinite) as error:
         stop(error, everywhere=False)
     except TrainingError as error:
         stop(error, everywhere=True)
+    except LostRank as error:
+        stop_without(error)
     scorer.shutdown()
     distributed.shutdown()
+
+
+def leave(code: int) -> None:
+    """End now, without waiting for other ranks, or for a reward that still runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def stop(error: Exception, everywhere: bool) -> None:
     """End with one line. `everywhere`: any rank may be the only one that met the error; else the main rank speaks for all."""
     if not everywhere and not is_main():
         time.sleep(30)                           # torchrun ends all ranks with the first that ends: let the main one be it
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    os._exit(2)                                  # without waiting for other ranks, or for a reward that still runs
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    leave(2)
+
+
+def stop_without(error: LostRank) -> None:
+    """End because another rank did, whose own error is the one to read."""
+    print(f"rank {distributed.rank()}: stopped, another rank is gone or did not answer ({error})", file=sys.stderr)
+    leave(1)
 
 
 def run_epoch(learner: Learner, rewards: Rewards, prompts: list[Prompt], config: Config, epoch: int,
@@ -551,47 +730,69 @@ def run_epoch(learner: Learner, rewards: Rewards, prompts: list[Prompt], config:
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
-    with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
-        samples = together(sample_epoch, policy, rewards, prompts, sigmas, config, epoch, scorer)
+    try:
+        with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
+            samples = together(sample_epoch, policy, rewards, prompts, sigmas, config, epoch, scorer)
+    except (NonFinite, NonFiniteScore) as error:
+        learner.skip(error, config.updates_per_epoch)            # advantages are global: without these samples there are none
+        return {"epoch": epoch, "skipped_updates": config.updates_per_epoch, "seconds": time.perf_counter() - started}
     scores = gather_scores(samples.scores if samples else {}, samples.indices if samples else [], len(group_ids))
     advantages = group_advantages(scores["total"], group_ids, config.advantage_std)                      # (N,)
+    if config.updates_per_epoch > 1:                             # else the first update is the epoch's last
+        learner.begin_updates(epoch - 1)
     with within_memory(LESS_MEMORY.format("train-batch"), plan):
         metrics = train_epoch(learner, samples, advantages, config, epoch)
+    learner.end_updates()
     seconds = time.perf_counter() - started
     return {"epoch": epoch, **means("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
             "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **metrics,
             "learning_rate": learning_rate(config, epoch), "seconds": seconds, "images_per_second": len(group_ids) / seconds}
 
 
-def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train_prompts: list[Prompt],
+def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy, rewards: Rewards, train_prompts: list[Prompt],
         test_prompts: list[Prompt], scorer: ThreadPoolExecutor) -> None:
-    """Flow-GRPO, from the last checkpoint or the start to the last epoch."""  # all ranks
+    """Flow-GRPO, from `checkpoint` or the start to the last epoch.
+
+    Whatever ends it on the way, the last whole epoch is saved; Interrupted says so.
+    """  # all ranks
     learner = Learner(policy, config)
-    found = distributed.broadcast_object(checkpoints(directory)[-1:] if is_main() else None)
-    done = learner.restore(load_state(found[-1])) if found else 0
-    history = read_metrics(directory, done if found else -1) if is_main() and not config.eval_only else []
+    state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
+    done = learner.restore(state) if checkpoint else 0
+    history = read_metrics(directory, done if checkpoint else -1) if is_main() and not config.eval_only else []
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
         f"{len(test_prompts)} for evaluation\n{plan}")
-    if found:
-        say(f"continuing after epoch {done}, from {found[-1]}")
+    if checkpoint:
+        say(f"continuing after epoch {done}, from {checkpoint}")
+    saved, unwritten = done, []                  # the epoch of the newest checkpoint; lines for which the disk had no room
 
-    display = Display(directory, None if config.eval_only else done + bool(found), config.wandb) if is_main() else None
+    display = Display(directory, None if config.eval_only else done + bool(checkpoint), config.wandb) if is_main() else None
 
     def record(metrics: dict) -> None:
         if is_main():
-            write_metrics(directory, metrics)
             history.append(metrics)
+            unwritten.append(metrics)
+            write_lines()
             display.curves(metrics)
             if "eval/total" in metrics:
                 display.page()
 
-    def keep(epoch: int) -> None:
-        """A checkpoint of the weights as they are after `epoch`, unless there is one."""
-        if is_main() and epoch and not (directory / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").exists():
-            save_checkpoint(directory, epoch, learner.save_weights, learner.state(epoch))
-        distributed.wait_for_all()               # nobody goes on, or ends the run, while it is written
+    def write_lines() -> bool:
+        while unwritten and written("a line of metrics.jsonl", write_metrics, directory, unwritten[0]):
+            unwritten.pop(0)
+        return not unwritten
+
+    def keep(epoch: int, metrics: dict) -> None:
+        """A checkpoint of the weights as they are after `epoch`, unless there is one, and never before its lines of metrics."""
+        nonlocal saved
+        if is_main() and epoch != saved and write_lines():
+            scores = {m["epoch"]: m["eval/total"] for m in history if "eval/total" in m}
+            best = max((e for e in scores if e == epoch or checkpoint_path(directory, e).exists()), key=scores.get, default=None)
+            state = {**learner.state(epoch), "metrics": metrics}
+            if written(f"the checkpoint of epoch {epoch}", save_checkpoint, directory, epoch, learner.save_weights, state,
+                       config.keep_checkpoints, best):
+                saved = epoch
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
@@ -601,6 +802,16 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 
+    def conclude(metrics: dict) -> None:
+        """Evaluate, record and save, as far as they are due after an epoch."""
+        epoch = metrics["epoch"]
+        if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
+            metrics = {**metrics, **evaluate_after(epoch)}
+        record(metrics)
+        if epoch % config.save_every == 0 or epoch == config.epochs:
+            keep(epoch, metrics)
+            distributed.wait_for_all()           # nobody goes on, or ends the run, while it is written
+
     if config.eval_only:
         metrics = {"epoch": done, **evaluate_after(done)}
         if is_main():
@@ -609,30 +820,45 @@ def run(config: Config, directory: Path, policy: Policy, rewards: Rewards, train
             display.page()
         return
     training_rewards = rewards.subset(weights=dict(config.rewards))
-    if not found:
-        record({"epoch": 0, **evaluate_after(0)})
-    for epoch in range(done + 1, config.epochs + 1):
-        try:
+    metrics = state["metrics"]                                                # of the last whole epoch
+    try:
+        # An epoch may have been saved before it was evaluated.
+        if distributed.broadcast_object(not history or history[-1]["epoch"] != done):
+            conclude(metrics)
+        for epoch in range(done + 1, config.epochs + 1):
             metrics = run_epoch(learner, training_rewards, train_prompts, config, epoch, scorer)
-        except RewardError:
-            keep(epoch - 1)
-            raise
-        say(f"epoch {epoch}/{config.epochs}: reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, "
-            f"approx_kl {metrics['approx_kl']:.1e}, clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
-            f"gradient {metrics['grad_norm']:.3f}, {metrics['seconds']:.1f} s")
-        try:
-            if epoch % config.eval_every == 0 or epoch == config.epochs:
-                metrics |= evaluate_after(epoch)
-        except RewardError:                      # the epoch is kept, and its evaluation alone is lost
-            record(metrics)
-            keep(epoch)
-            raise
-        record(metrics)
-        if epoch % config.save_every == 0 or epoch == config.epochs:
-            keep(epoch)
+            say(summary(metrics, config))
+            conclude(metrics)
+    except (RewardError, NonFinite, Interrupted) as error:
+        distributed.at_safe_point()
+        learner.undo_updates()
+        keep(metrics["epoch"], metrics)
+        distributed.wait_for_all()
+        if isinstance(error, Interrupted):
+            what = f"; epoch {saved} is saved" if saved else " before the first epoch was whole"
+            raise Interrupted(f"{error}{what}") from error
+        raise
+    except (LostRank, TrainingError):            # this rank alone may be here: no collective
+        distributed.at_safe_point()
+        learner.undo_updates()
+        keep(metrics["epoch"], metrics)
+        raise
     if is_main():
         display.close()
         report(directory, history, display)
+        if saved != config.epochs > done:
+            raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch {saved}")
+
+
+def summary(metrics: dict, config: Config) -> str:
+    """An epoch in a line."""
+    line = f"epoch {metrics['epoch']}/{config.epochs}: "
+    if "approx_kl" not in metrics:
+        return f"{line}skipped, {metrics['seconds']:.1f} s"
+    return line + (
+        f"reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, approx_kl {metrics['approx_kl']:.1e}, clipped "
+        f"{metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, gradient {metrics['grad_norm']:.3f}, "
+        f"{metrics['seconds']:.1f} s")
 
 
 def report(directory: Path, history: list[dict], display: Display) -> None:
@@ -646,6 +872,9 @@ def report(directory: Path, history: list[dict], display: Display) -> None:
         say(f"images and curves: {directory / 'index.html'}")
     if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
+    best = max(evaluated, key=lambda m: m["eval/total"])
+    if best is not last and checkpoint_path(directory, best["epoch"]).exists():
+        say(f"best: eval/total {best['eval/total']:.4f} after {best['epoch']} epochs: {checkpoint_path(directory, best['epoch'])}")
     if found := checkpoints(directory):
         say(f"weights for use: {next(path for path in found[-1].iterdir() if path.is_dir())}")       # adapter or transformer
     say(f"metrics: {directory / 'metrics.jsonl'}")
@@ -659,4 +888,10 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:                    # while loading: there is nothing to save
+        leave(130)
+    except Exception:                            # a fault of this program; rewards that still run do not hold up its end
+        traceback.print_exc()
+        leave(1)

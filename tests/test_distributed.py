@@ -16,13 +16,24 @@ import distributed
 RANKS = 3
 
 COLLECTIVES = """
-import json, sys
+import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 import distributed as d
 
 d.setup()
 r = d.rank()
+with d.stopping_on_signals():                    # rank 2 alone is told, while it waits for the others, who wait for the signal
+    started = time.monotonic()
+    if r == 2:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        d.wait_for_all()
+    else:
+        while not d.stop_asked() and time.monotonic() < started + 20:
+            time.sleep(0.01)
+        d.wait_for_all()
+    stopped = d.stop_asked(), time.monotonic() - started
+    agreed = [d.any_rank(r == 2), d.any_rank(False)]
 shared = torch.nn.Parameter(torch.full((2, 2), float(r)))
 single = torch.nn.Parameter(torch.full((3,), float(r)))
 starts = [torch.nn.Parameter(torch.full((2,), float(r + 5)))]
@@ -34,6 +45,7 @@ d.sum_gradients([shared, single])
 d.broadcast_parameters(starts)
 rows = list(d.share(5, r, 3))
 found = {
+    "stopped": stopped, "agreed": agreed, "remembered": d.remembered("name", f"of rank {r}"),
     "world": d.world_size(), "main": d.is_main(),
     "object": d.broadcast_object({"from": r}),
     "rows": d.gather_rows(torch.tensor([[10.0 * i, 1.0] for i in rows]).reshape(-1, 2), rows, 5).tolist(),
@@ -99,6 +111,17 @@ def test_sums_maxima_objects_and_parameters_agree_on_every_rank(found):
         assert rank["starts"] == [5.0, 5.0]
 
 
+def test_a_signal_to_one_rank_that_waits_in_a_collective_is_known_to_all_ranks_within_seconds(found):
+    for rank in found:
+        asked, seconds = rank["stopped"]
+        assert asked and seconds < 5 and rank["agreed"] == [True, False]
+
+
+def test_what_was_said_first_is_remembered_by_all(found):
+    (name,) = {rank["remembered"] for rank in found}
+    assert name.startswith("of rank ")
+
+
 def test_one_process_is_world_size_one_and_its_collectives_leave_values_as_they_are():
     distributed.setup()
     try:
@@ -131,3 +154,32 @@ def test_workers_end_within_seconds_when_their_launcher_is_killed(tmp_path):
         launcher.send_signal(signal.SIGKILL)
         launcher.wait()
     wait_until(lambda: not any(map(alive, workers)), 5)
+
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+import distributed
+Path(sys.argv[1], "imported").touch()
+while not Path(sys.argv[1], "launcher is gone").exists():
+    time.sleep(0.01)
+distributed.setup()                              # would wait for others, for an hour
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are told by their parent's death")
+def test_a_worker_whose_launcher_is_killed_before_it_sets_up_ends_too(tmp_path):
+    (tmp_path / "orphan.py").write_text(ORPHAN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parent), "RANK": "0", "WORLD_SIZE": "2",
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    words = f"'{sys.executable}' '{tmp_path}/orphan.py' '{tmp_path}' & echo $! > '{tmp_path}/pid'; wait"
+    launcher = subprocess.Popen(["sh", "-c", words], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_until((tmp_path / "imported").exists, 200)
+    finally:
+        launcher.send_signal(signal.SIGKILL)
+        launcher.wait()
+    worker = int((tmp_path / "pid").read_text())
+    assert alive(worker)
+    (tmp_path / "launcher is gone").touch()
+    wait_until(lambda: not alive(worker), 5)

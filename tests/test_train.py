@@ -201,8 +201,15 @@ def test_the_ratio_before_the_first_update_is_exactly_one_where_the_batches_coin
         assert m["ratio_deviation"] > 1e-6                                             # the second update's ratios have moved
 
 
-def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_composition(train_here):
-    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=2, rule="dance_sde")
+def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_composition_and_beyond_the_clip_range_it_warns(
+        train_here, capsys):
+    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=2, rule="dance_sde", clip_range=1e-9)
+    out, err = capsys.readouterr()
+    measured = [f"{m['ratio_deviation_before']:.1e}" for m in metrics_of(directory)[1:]]
+    assert out.count("before the first update, max |ratio - 1| is ") == 1 and f"| is {measured[0]}; clip_range is 1e-09" in out
+    for epoch, deviation in enumerate(measured, 1):
+        assert f"before the first update of epoch {epoch} a ratio is {deviation} from 1" in err
+    assert all(cause in err for cause in ("batches of other sizes", "another dtype", "dropout"))
     for m in metrics_of(directory)[1:]:
         assert m["ratio_deviation_before"] < 1e-5 < m["ratio_deviation"]
 
@@ -357,10 +364,11 @@ def test_a_checkpoint_is_whole_or_is_not_there(one_rank, tmp_path):
     assert [p.name for p in train.checkpoints(tmp_path)] == ["epoch_00001", "epoch_00002"]
 
 
-def test_every_adapter_is_kept_and_the_state_of_the_newest_two(two_ranks):
+def test_every_adapter_is_kept_and_the_state_of_the_newest_two_and_of_the_best(two_ranks):
+    best = max((m for m in metrics_of(two_ranks)[1:] if "eval/total" in m), key=lambda m: m["eval/total"])["epoch"]
     names = lambda pattern: sorted(p.relative_to(two_ranks / "checkpoints").parts[0] for p in two_ranks.glob(pattern))
     assert names("checkpoints/*/adapter/adapter_model.safetensors") == ["epoch_00002", "epoch_00004", "epoch_00005"]
-    assert names("checkpoints/*/state.pt") == ["epoch_00004", "epoch_00005"]
+    assert names("checkpoints/*/state.pt") == [f"epoch_{epoch:05d}" for epoch in sorted({best, 4, 5})]
 
 
 def test_noise_belongs_to_its_sample_alone_and_no_two_share_any():

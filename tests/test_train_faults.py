@@ -1,12 +1,21 @@
 """What goes wrong at the start of a run or in the middle ends in one line, and what was saved goes on."""
 
+import itertools
 import json
 import os
+import shutil
+import signal
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import CHEAP, Stopped, command, errors_in, metrics_of, start, train_here  # noqa: F401 (fixtures, some)
+from conftest import wait_until
+from kill_and_resume import equal as equal_states
+from safetensors import safe_open
+from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, train_here,  # noqa: F401 (fixtures, some)
+                        without_times)
 
 import distributed
 import train
@@ -143,10 +152,11 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_one_line_after_a_checkpoi
     assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
 
 
-def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(train_here, monkeypatch):
-    monkeypatch.setattr(train, "accumulate_gradients", lambda *_: torch.empty(2**55, dtype=torch.uint8))
+def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower_after_a_checkpoint(train_here, unbroken, monkeypatch):
+    at_call(monkeypatch, "accumulate_gradients", 2, lambda _: torch.empty(2**55, dtype=torch.uint8))      # in epoch 2
     with pytest.raises(Stopped) as stop:
-        train_here("too-large", **CHEAP, epochs=1)
+        train_here("too-large", **CHEAP, epochs=2, save_every=100)
+    assert [p.name for p in train.checkpoints(unbroken.with_name("too-large"))] == ["epoch_00001"]
     message = str(stop.value)
     assert "out of memory on rank 0" in message and "lower --train-batch" in message and "training batches of up to 8" in message
 
@@ -192,3 +202,152 @@ def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch(trai
     train_here("some-equal", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0,
                rollout_batch=12, train_batch=3, epochs=1)
     assert sizes == [(3, 3), (3, 1)]                                                      # 12 samples, of which 4 count
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+@pytest.fixture
+def left(monkeypatch):
+    """The exit codes with which runs in this process left, in place of the end of the process."""
+    codes = []
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        raise Stopped(f"exit {code}")
+
+    monkeypatch.setattr(train, "leave", leave)
+    return codes
+
+
+def at_call(monkeypatch, name: str, number: int, deed) -> None:
+    """The `number`-th call of train.py's function meets with the deed, which gets what the function returns and may replace it."""
+    original, calls = getattr(train, name), itertools.count(1)
+    monkeypatch.setattr(train, name, lambda *args, **options: (
+        deed(original(*args, **options)) if next(calls) == number else original(*args, **options)))
+
+
+THREE_EPOCHS = dict(CHEAP, updates_per_epoch=2, epochs=3, eval_every=2, save_every=2, rollout_batch=2, train_batch=2)
+
+
+@pytest.fixture(scope="module")
+def unbroken(train_here) -> Path:
+    return train_here("unbroken", **THREE_EPOCHS)
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert without_times(metrics_of(one)) == without_times(metrics_of(other))
+    states = [train.load_state(train.checkpoints(directory)[-1]) for directory in (one, other)]
+    assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal_states(*states)
+
+
+def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(
+        train_here, unbroken, left, monkeypatch, capsys):
+    def signalled(value):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(distributed.stop_asked, 5)
+        return value
+
+    def slow_reward(value):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)
+        return value
+
+    phases = [("rollout", 2, signalled, "before the first epoch was whole"),                   # the evaluation before training
+              ("accumulate_gradients", 2, signalled, "before the first epoch was whole"),       # after an update, that is undone
+              ("score", 4, slow_reward, "epoch 1 is saved"),                                   # of epoch 2
+              ("accumulate_gradients", 2, signalled, "epoch 1 is saved"),                       # likewise
+              ("evaluate_share", 1, signalled, "epoch 2 is saved"),                             # whose evaluation is made up for,
+              ("evaluate_share", 2, signalled, "epoch 3 is saved")]                             # and so is this one
+    for name, number, deed, says in phases:
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            at_call(patch, name, number, deed)
+            train_here("signalled", **THREE_EPOCHS)
+        out = capsys.readouterr().out
+        assert "stopped by a signal" in out and says in out and "to go on: " in out, (name, out)
+        newest = [p.name for p in train.checkpoints(unbroken.with_name("signalled"))][-1:]
+        assert newest == ([f"epoch_0000{says[6]}"] if says.startswith("epoch") else [])
+    assert left == [0] * len(phases)
+    assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
+
+
+def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to_the_same_bits(train_here, unbroken, capsys):
+    directory = unbroken.with_name("corrupt")
+    shutil.copytree(unbroken, directory)
+    with open(train.checkpoint_path(directory, 3) / "state.pt", "r+b") as file:
+        file.seek(1000)
+        file.write(b"not what was written")
+    train_here("corrupt", **THREE_EPOCHS)
+    out, err = capsys.readouterr()
+    assert "epoch_00003 is corrupt (state.pt is not what was written)" in err and "continuing after epoch 2" in out
+    assert_same_bits(directory, unbroken)
+
+
+# --------------------------------------------------------------------------------------------------- what is not finite
+
+@pytest.mark.parametrize("quantity", ["loss", "gradient", "latents", "reward"])
+def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_stops_by_name_with_tensors_and_sound_weights(
+        train_here, monkeypatch, tmp_path, capsys, quantity):
+    def nan(value):
+        return value * float("nan")
+
+    if quantity == "loss":                                                 # of one sample, wherever its batch is replayed
+        replay = train.replay
+
+        def bad_replay(velocity, trajectory, k):
+            log_prob, mean, std = replay(velocity, trajectory, k)
+            return torch.where(trajectory.final.flatten(1)[:, 0] == bad[0], nan(log_prob), log_prob), mean, std
+
+        bad, concatenate = [], train.Trajectory.concatenate
+
+        def noted(parts):
+            whole = concatenate(parts)
+            bad[:] = [whole.final[2].flatten()[0]]
+            return whole
+
+        monkeypatch.setattr(train, "replay", bad_replay)
+        monkeypatch.setattr(train.Trajectory, "concatenate", staticmethod(noted))
+    elif quantity == "gradient":
+        loss = train.clipped_loss
+        monkeypatch.setattr(train, "clipped_loss", lambda *args: (result := loss(*args), result.register_hook(nan))[0])
+    elif quantity == "latents":
+        rollout = train.rollout
+
+        def bad_rollout(*args, **options):
+            trajectory = rollout(*args, **options)
+            if options:                                                    # as sampling calls it, and evaluation does not
+                trajectory.final[1, 0, 0, 0] = float("inf")
+            return trajectory
+
+        monkeypatch.setattr(train, "rollout", bad_rollout)
+    else:
+        (tmp_path / "sometimes_nan.py").write_text(
+            "calls = 0\ndef score(images, prompts, metadata):\n    global calls\n    calls += 1\n"
+            "    return images.mean((1, 2, 3)) * (float('nan') if calls > 2 else 1)\n")      # the probe and the evaluation go well
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+    changes = dict(CHEAP, beta=0, epochs=3, skip_nonfinite=2, **(
+        {"rewards": ("sometimes_nan:score", 1)} if quantity == "reward" else {}))
+    with pytest.raises(Stopped) as stop:
+        train_here(f"bad-{quantity}", **changes)
+    says, err = str(stop.value), capsys.readouterr().err
+    assert quantity in says and "epoch 3" in says and "rank 0" in says and 'the word "' in says and "\n" not in says
+    assert "skipped, 1 of 2 updates" in err and "skipped, 2 of 2 updates" in err
+    (evidence,) = [word.strip(";") for word in says.split() if word.strip(";").endswith(".safetensors")]
+    with safe_open(evidence, "pt") as file:
+        prompts, names = json.loads(file.metadata()["prompts"]), set(file.keys())
+        if quantity == "loss":
+            again = file.get_tensor("log_probs_again")
+            assert again[:, 2].isnan().all() and again.isnan().sum() == len(again)
+    assert len(prompts) == 4 and ({"images"} if quantity == "reward" else {"samples", "latents", "log_probs"}) <= names
+    directory = Path(evidence).parent.parent
+    assert [m.get("skipped_updates") for m in metrics_of(directory)] == [None, 1, 1]
+    state = train.load_state(train.checkpoints(directory)[-1])
+    assert state["epoch"] == 2 and state["skipped"] == 2 and not state["optimizer"]["state"]
+    assert all(p.isfinite().all() for p in state["trained"])
+
+
+def test_a_number_that_is_finite_when_computed_again_is_blamed_on_the_machine(train_here, monkeypatch):
+    at_call(monkeypatch, "clipped_loss", 1, lambda loss: loss * float("inf"))
+    with pytest.raises(Stopped) as stop:
+        train_here("flipped-bit", **CHEAP)
+    assert "suspect memory" in str(stop.value) and "the loss of epoch 1, update 0" in str(stop.value)

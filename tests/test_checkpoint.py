@@ -1,0 +1,127 @@
+"""What is on the disk: whole, checked, as many as asked for, and without harm when the disk is full."""
+
+import json
+import pickle
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint import checkpoints, defect, load_state, newest_whole, save_checkpoint, write_metrics, written
+
+
+def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, numbers: int = 100) -> None:
+    def weights(partial: Path) -> None:
+        for part in ("adapter", "transformer"):
+            (partial / part).mkdir()
+            save_file({"weight": torch.full((numbers,), float(epoch))}, partial / part / "model.safetensors")
+
+    save_checkpoint(directory, epoch, weights, {"epoch": epoch, "trained": [torch.full((numbers,), float(epoch))]}, newest, best)
+
+
+def epochs(paths) -> list[int]:
+    return [int(path.name.removeprefix("epoch_")) for path in paths]
+
+
+# ---------------------------------------------------------------------------------------------------------- which are kept
+
+def test_the_newest_and_the_best_keep_all_and_the_others_their_adapter_with_checksums_that_sha256sum_confirms(tmp_path):
+    for epoch, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6), (7, 6), (8, 6)):
+        save(tmp_path, epoch, newest=2, best=best)
+    assert epochs(checkpoints(tmp_path)) == [6, 7, 8]
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert epochs(folders) == list(range(1, 9))
+    for folder in folders:
+        assert (folder / "adapter").exists() and (folder / "transformer").exists() == (folder in checkpoints(tmp_path))
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- corruption
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm, name", [
+    (flip, "state.pt"), (flip, "adapter/model.safetensors"), (Path.unlink, "adapter/model.safetensors"),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "state.pt"),
+    (Path.unlink, "SHA256SUMS"), (lambda path: path.write_text(""), "SHA256SUMS")])
+def test_a_corrupt_newest_checkpoint_is_named_and_set_aside_and_the_one_before_is_used(tmp_path, capsys, harm, name):
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+    assert epochs([newest_whole(tmp_path, set_aside=True)]) == [2] and not capsys.readouterr().err
+    harm(tmp_path / "checkpoints" / "epoch_00002" / name)
+    assert epochs([newest_whole(tmp_path, set_aside=False)]) == [1]
+    assert epochs(checkpoints(tmp_path)) == [1, 2]                                             # a look changes nothing
+    capsys.readouterr()
+    found = newest_whole(tmp_path, set_aside=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert epochs([found]) == [1] and load_state(found)["epoch"] == 1
+    assert "epoch_00002 is corrupt" in line and (name in line or "state.pt" in line)
+    assert epochs(checkpoints(tmp_path)) == [1] and (tmp_path / "checkpoints" / "epoch_00002.corrupt").exists()
+    save(tmp_path, 2)                                                                          # the run has come there again
+    assert epochs([newest_whole(tmp_path, set_aside=True)]) == [2]
+
+
+def test_where_no_checkpoint_is_whole_it_is_an_error_and_all_stays_as_it_is(tmp_path):
+    assert newest_whole(tmp_path, set_aside=True) is None                                      # a run that has none begins
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+        flip(tmp_path / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt")
+    with pytest.raises(ValueError, match="no checkpoint .* is whole .*epoch_00002: state.pt is not what was written.*--run-name"):
+        newest_whole(tmp_path, set_aside=True)
+    assert epochs(checkpoints(tmp_path)) == [1, 2]
+
+
+def test_a_state_that_would_run_code_is_refused_before_it_does(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "it ran",))
+
+    torch.save({"epoch": 1, "trained": Code()}, tmp_path / "state.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_state(tmp_path)
+    assert not (tmp_path / "it ran").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- full disk
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"it takes the right to mount a file system: {mount.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("numbers, who", [(90_000, "the library that saves the state"), (140_000, "the one that saves weights")])
+def test_a_disk_that_fills_up_during_a_checkpoint_is_a_warning_and_the_old_one_stays(small_disk, capsys, numbers, who):
+    save(small_disk, 1)
+    assert not written("the checkpoint", save, small_disk, 2, 2, None, numbers)              # 360 or 560 kB, three times
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the checkpoint could not be written" in line and "No space left" in line
+    assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["epoch_00001"]          # what filled the disk is gone
+    assert not defect(small_disk / "checkpoints" / "epoch_00001")
+    assert written("the checkpoint", save, small_disk, 2) and epochs(checkpoints(small_disk)) == [1, 2]
+
+
+def test_a_line_of_metrics_is_written_whole_or_not_at_all_when_the_disk_is_full(small_disk):
+    write_metrics(small_disk, {"epoch": 0})
+    (small_disk / "filler").write_bytes(bytes((1 << 20) - 2 * 4096))                   # a page is left besides the line's
+    with pytest.raises(OSError, match="No space left"):
+        write_metrics(small_disk, {"epoch": 1, "long": "x" * 20_000})                          # of which a part still fits
+    assert (small_disk / "metrics.jsonl").read_text() == '{"epoch": 0}\n'
+    (small_disk / "filler").unlink()
+    write_metrics(small_disk, {"epoch": 1})
+    assert [json.loads(line)["epoch"] for line in (small_disk / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_only_the_disk_is_forgiven():
+    with pytest.raises(ZeroDivisionError):
+        written("a checkpoint", lambda: 1 / 0)
