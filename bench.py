@@ -1,9 +1,9 @@
 """Where an epoch's time goes, against the floor: the bare transformer calls, VAE and rewards that the algorithm needs.
 
-    python bench.py [PRESET] [--field value ...] [-- [PRESET] [--field value ...] ...] [--rounds 3] [--json FILE]
+    python bench.py [PRESET] [--field value ...] [-- [PRESET] [--field value ...] ...] [--rounds 5] [--ranks N] [--json FILE]
 
-The epochs are those of train.py, sampling, scoring and training for real, and timed as they are; one more is timed by phase, the
-device being waited for at each border. The floor is measured in the same processes: forwards and backwards of the network, decoding
+The epochs are those of train.py, sampling, scoring and training for real, timed by phase; on a GPU, where that means waiting for the
+device, every second one is timed as it is instead. The floor is measured in the same processes: forwards and backwards of the network, decoding
 and rewards, back to back on as many rows as the epoch had, each at the batch size and number of threads that are fastest here.
 
     efficiency = floor / epoch
@@ -15,6 +15,7 @@ image is, measured and by the ratio of floors. Under torchrun it runs on the ran
 import argparse
 import contextlib
 import json
+import math
 import os
 import resource
 import statistics
@@ -121,7 +122,9 @@ class Setting:
         self.learner = train.Learner(self.policy, self.config)
         self.images = self.config.groups_per_epoch * self.config.group_size
         self.seconds: list[float] = []                                   # of each timed epoch
-        self.rates = defaultdict(list)                                   # (piece, batch, threads) -> seconds of a row
+        self.phases = defaultdict(list)                                  # phase -> seconds of each watched epoch
+        self.fastest: dict[str, tuple[int, int]] = {}                    # piece -> batch of images, threads
+        self.rates = defaultdict(list)                                   # piece -> seconds of a row
 
     def run_epoch(self, scorer: ThreadPoolExecutor) -> float:  # all ranks
         """The next epoch; its seconds, until the last rank is done."""
@@ -133,16 +136,18 @@ class Setting:
         distributed.wait_for_all()
         return time.perf_counter() - started
 
-    def watch(self, scorer: ThreadPoolExecutor) -> None:  # all ranks
-        """One epoch more, by phase."""
+    def watch(self, scorer: ThreadPoolExecutor) -> float:  # all ranks
+        """The next epoch, by phase; its seconds."""
         clock = Clock(self)
         with clock.watching():
-            self.run_epoch(scorer)
-        self.phases = {phase: clock.seconds[phase] for phase in PHASES}
+            seconds = self.run_epoch(scorer)
+        for phase in PHASES:
+            self.phases[phase].append(clock.seconds[phase])
         branches = self.policy.branches(self.config.guidance_scale)
         mine = len(distributed.share(self.images, distributed.rank(), distributed.world_size()))
         self.rows = {"rollout": clock.rows["rollout"], "reference": clock.rows["reference"], "decode": mine, "reward": mine,
                      "replay": clock.rows["replay"] - clock.rows["filler"] * branches * batch_plan(self.config, 1).trained_steps}
+        return seconds
 
     # ------------------------------------------------------------------------------------------------------- the floor
 
@@ -181,36 +186,42 @@ class Setting:
 
         return {"rollout": rollout, "replay": replay, "reference": reference, "decode": decode, "reward": reward}
 
-    def measure_floor(self, seconds: float = 0.3) -> None:  # all ranks
-        """One round of every piece, batch size and number of threads; all ranks at once, as in an epoch."""
-        policy, config, before = self.policy, self.config, torch.get_num_threads()
-        cores = [before]
-        if self.device.type == "cpu":
-            cores = sorted({1, before, max(1, os.cpu_count() // distributed.world_size())})
-        for piece, prepare in self.pieces().items():
-            if not self.rows[piece]:
-                continue
-            own = config.train_batch if piece == "replay" else config.rollout_batch
-            rows = self.policy.branches(config.guidance_scale) if piece in ("rollout", "replay", "reference") else 1
-            for batch in sorted({max(1, own // 4), max(1, own // 2), own, 2 * own}):
-                for threads in cores:
-                    torch.set_num_threads(threads)
-                    distributed.wait_for_all()
-                    with contextlib.suppress(torch.OutOfMemoryError):    # larger than what the trainer was given may not fit
-                        call = prepare(batch)
-                        call()
-                        self.rates[piece, batch, threads].append(seconds_per_call(call, self.device, seconds) / batch / rows)
-                    torch.set_num_threads(before)
-        self.learner.optimizer.zero_grad(set_to_none=True)
+    def rate(self, piece: str, batch: int, threads: int, seconds: float) -> float:  # all ranks
+        """Seconds of a row, when so many go in one call on so many threads; all ranks at once, as in an epoch."""
+        before, rows = torch.get_num_threads(), batch
+        if piece in ("rollout", "replay", "reference"):
+            rows *= self.policy.branches(self.config.guidance_scale)
+        torch.set_num_threads(threads)
+        distributed.wait_for_all()
+        try:
+            call = self.pieces()[piece](batch)
+            call()                               # warm
+            return seconds_per_call(call, self.device, seconds) / rows
+        except torch.OutOfMemoryError:           # larger than what the trainer was given
+            return math.inf
+        finally:
+            torch.set_num_threads(before)
+            self.learner.optimizer.zero_grad(set_to_none=True)
 
-    def floor(self) -> dict[str, tuple[float, int, int]]:
-        """Piece -> (this rank's seconds of an epoch, the batch and the threads that are fastest)."""
-        best = {}
-        for (piece, batch, threads), rates in self.rates.items():
-            seconds = statistics.median(rates) * self.rows[piece]
-            if piece not in best or seconds < best[piece][0]:
-                best[piece] = seconds, batch, threads
-        return best
+    def choose_fastest(self) -> None:  # all ranks
+        """Batch size and threads of each piece; measured anew later, since the best of several looks better than it is."""
+        threads = {torch.get_num_threads()}
+        if self.device.type == "cpu":
+            threads |= {1, max(1, os.cpu_count() // distributed.world_size())}
+        for piece in PIECES:
+            own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
+            candidates = [(batch, n) for batch in sorted({-(-own // 4), -(-own // 2), own, 2 * own}) for n in sorted(threads)]
+            if self.rows[piece]:
+                rates = {candidate: min(self.rate(piece, *candidate, 0.3) for _ in range(2)) for candidate in candidates}
+                self.fastest[piece] = min(rates, key=rates.get)
+
+    def measure_floor(self) -> None:  # all ranks
+        for piece, chosen in self.fastest.items():
+            self.rates[piece].append(self.rate(piece, *chosen, 1.0))
+
+    def floor(self) -> dict[str, float]:
+        """Piece -> this rank's seconds of an epoch."""
+        return {piece: statistics.median(rates) * self.rows[piece] for piece, rates in self.rates.items()}
 
     def flops(self) -> dict[str, float]:
         """Of one row, by piece: those of matrix products and attention, a multiplication and an addition being two."""
@@ -226,26 +237,27 @@ class Setting:
 
     def report(self) -> dict:  # all ranks
         """Everything measured, on every rank: the slowest rank's floor, phases as the main rank saw them, sums over the ranks."""
-        floor, ranks = self.floor(), distributed.world_size()
-        floors = distributed.gather_objects({piece: seconds for piece, (seconds, _, _) in floor.items()})
+        floors, ranks = distributed.gather_objects(self.floor()), distributed.world_size()
         rows = distributed.gather_objects(self.rows)
         total = {piece: sum(r[piece] for r in rows) for piece in PIECES}
         flops = sum(total[piece] * count for piece, count in self.flops().items())
         epoch, slowest = statistics.median(self.seconds), max(floors, key=lambda f: sum(f.values()))
+        phases = {phase: statistics.median(seconds) for phase, seconds in self.phases.items()}
         result = {
             "setting": self.name, "ranks": ranks, "device": device_name(self.device), "images": self.images,
             "plan": describe(self.config, ranks, self.policy.branches(self.config.guidance_scale)).splitlines(),
             "epoch_seconds": epoch, "epochs": self.seconds, "images_per_second": self.images / epoch,
             "floor_seconds": sum(slowest.values()), "efficiency": sum(slowest.values()) / epoch,
-            "floor": {piece: {"seconds": slowest[piece], "batch": floor[piece][1], "threads": floor[piece][2]} for piece in floor},
-            "phases": self.phases, "phase_overhead": 1 - sum(self.phases[p] for p in NEEDED) / sum(self.phases.values()),
+            "floor": {piece: {"seconds": slowest[piece], "batch": batch, "threads": threads}
+                      for piece, (batch, threads) in self.fastest.items()},
+            "phases": phases, "phase_overhead": 1 - sum(phases[p] for p in NEEDED) / sum(phases.values()),
             "transformer_calls": {piece: total[piece] for piece in ("rollout", "replay", "reference")}, "flops": flops,
             "peak_memory_bytes": max(distributed.gather_objects(peak_memory(self.device)))}
         if self.device.type == "cuda":
             rate = matrix_product_rate(self.device)
-            needed = sum(self.phases[phase] for phase in ("rollout", "replay", "reference"))
+            needed = sum(phases[phase] for phase in ("rollout", "replay", "reference"))
             result |= {"matrix_product_rate": rate, "transformer_share_of_rate": flops / ranks / needed / rate,
-                       "replay_share_of_rate": self.flops()["replay"] * self.rows["replay"] / self.phases["replay"] / rate}
+                       "replay_share_of_rate": self.flops()["replay"] * self.rows["replay"] / phases["replay"] / rate}
         return result
 
 
@@ -287,8 +299,8 @@ def show(result: dict, first: dict | None) -> None:
     for piece, entry in result["floor"].items():
         print(f"  {PIECES[piece]:<20}{entry['seconds']:9.3f} s   batch {entry['batch']}, {entry['threads']} threads")
     calls = result["transformer_calls"]
-    print(f"network rows      {calls['rollout']:,} forward, {calls['replay']:,} forward + backward, {calls['reference']:,} reference: "
-          f"{result['flops'] / 1e12:.3f} TFLOP, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(f"network rows      {calls['rollout']:,} forward, {calls['replay']:,} forward + backward, {calls['reference']:,} "
+          f"reference: {result['flops'] / 1e12:.3f} TFLOP, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     print(f"epoch             {result['epoch_seconds']:.3f} s, median of {len(result['epochs'])}: "
           f"{result['images_per_second']:.2f} images/s, {1000 / result['images_per_second']:.1f} ms an image")
     print(f"floor             {result['floor_seconds']:.3f} s")
@@ -316,8 +328,8 @@ def main() -> None:
         else:
             settings[-1].append(word)
     if "RANK" not in os.environ:
-        run = "torch.distributed.run", "--standalone", f"--nproc_per_node={own.ranks or torch.cuda.device_count() or os.cpu_count()}"
-        os.execv(sys.executable, [sys.executable, "-m", *run, *sys.argv])
+        ranks = own.ranks or torch.cuda.device_count() or os.cpu_count()
+        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *sys.argv])
     try:
         device = distributed.setup()
         settings = [Setting(words, device) for words in settings]
@@ -327,9 +339,14 @@ def main() -> None:
         for setting in settings:
             setting.run_epoch(scorer)            # warm
             setting.watch(scorer)
+            setting.choose_fastest()
         for _ in range(own.rounds):
             for setting in settings:
-                setting.seconds.append(setting.run_epoch(scorer))
+                if device.type == "cuda":        # watching waits for the device, and an epoch without that is faster
+                    setting.seconds.append(setting.run_epoch(scorer))
+                    setting.watch(scorer)
+                else:
+                    setting.seconds.append(setting.watch(scorer))
                 setting.measure_floor()
     results = [setting.report() for setting in settings]
     if distributed.is_main():

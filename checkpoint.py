@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -23,9 +24,10 @@ import torch
 from config import PRESETS, Config, changed_fields, to_dict
 
 
-def open_run(config: Config, preset: str) -> tuple[Path, IO]:
-    """Make or continue the run's directory, as its one writer: the directory, and its lock, held while that file is open.
+def open_run(config: Config) -> tuple[Path, IO, Config]:
+    """Make or continue the run's directory, as its one writer: directory, lock (held while that file is open), and config.
 
+    Batch sizes that a continued run chose for itself when it began are its choice still: others would be other bits.
     Raises ValueError where another process writes it, or where it was started with settings that this run may not change.
     """
     directory = Path(config.output_dir) / config.run_name
@@ -52,12 +54,19 @@ def open_run(config: Config, preset: str) -> tuple[Path, IO]:
             field = changed[0]
             raise ValueError(f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {config.run_name!r} was started "
                              f"with {old.get(field)!r}: give that, or choose another --run-name")
-        if config.eval_only:                     # looks at a run without changing it
-            return directory, lock
+        chosen = {name: old[name] for name in ("rollout_batch", "train_batch") if not getattr(config, name) and old.get(name)}
+        config = replace(config, **chosen)
+    return directory, lock, config
+
+
+def write_settings(directory: Path, config: Config, preset: str) -> None:
+    """What the run does, and in what it differs from its preset; an evaluation of a run that is there leaves them alone."""
+    saved = directory / "config.json"
+    if config.eval_only and (directory / "metrics.jsonl").exists():
+        return
     settings, published = to_dict(config), to_dict(PRESETS[preset])
     differs = {name: value for name, value in published.items() if settings[name] != value}       # the preset's own values
     write_whole(saved, json.dumps({**settings, "preset": preset, "differs_from_preset": differs}, indent=1))
-    return directory, lock
 
 
 # ----------------------------------------------------------------------------------------------------------- to the disk

@@ -4,8 +4,8 @@
 
 What departs from the paper or from its authors' implementation:
 - Samples are split among an epoch's updates by their index, not by a random permutation; the images of a group are exchangeable.
-- Where beta is 0, samples with zero advantage are replayed only to fill the last batch, since they add nothing, but they stay
-  in the denominator. The authors' code drops such samples and averages over the rest.
+- Where beta is 0, samples with zero advantage add nothing and are not replayed (in half precision only to fill the last batch),
+  but they stay in the denominator. The authors' code drops such samples and averages over the rest.
 - Latents are kept in float32 between steps. Rounded to half precision, a stored log-prob belongs to another sample.
 - Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on the micro-batches.
 """
@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import (
-    checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, save_checkpoint, write_metrics, written)
+    checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, save_checkpoint, write_metrics, write_settings,
+    written)
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import LostRank, is_main
 from gallery import Display
@@ -193,12 +195,13 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
     mine = distributed.share(plan.samples, distributed.rank(), distributed.world_size())
     groups = sorted({i // config.group_size for i in mine})
     policy.cache_text([chosen[g].text for g in groups], config.guidance_scale)
-    starts = shared_starts(policy, chosen, groups, windows, sigmas, config, epoch) if config.shared_start_noise else None
+    starts = shared_starts(policy, chosen, groups, windows, sigmas, config, epoch) if config.shared_start_noise and mine else None
 
-    # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree, and of one
-    # window where they go on from its first step.
+    # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree. Where they go on
+    # from their window's first step, it holds samples of one window; these are few, so in full precision of any update.
     def kind(i: int) -> tuple[int, int]:
-        return i % config.updates_per_epoch, int(windows[i // config.group_size]) if starts else 0
+        pooled = starts and policy.dtype.itemsize > 2
+        return 0 if pooled else i % config.updates_per_epoch, int(windows[i // config.group_size]) if starts else 0
 
     mine = sorted(mine, key=kind)
     parts = [list(part) for _, part in itertools.groupby(mine, kind)]
@@ -234,16 +237,14 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
 def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windows: Tensor, sigmas: Tensor, config: Config,
                   epoch: int) -> dict[int, Tensor]:
     """Group -> the latents (C, H, W) that all its images share: the group's start noise, taken by the ODE to its window."""
-    starts = {}
-    for first, members in itertools.groupby(sorted(groups, key=lambda g: int(windows[g])), lambda g: int(windows[g])):
-        for batch in batches(list(members), config.rollout_batch):
-            latents = draw_noise(config.seed, GROUP_NOISE, epoch, batch, 1, policy.latent_shape)[0]
-            latents = latents.to(policy.device, policy.compute_dtype)
-            if first:
-                velocity = policy.velocity(policy.encode([chosen[g].text for g in batch]), config.guidance_scale)
-                latents = rollout(velocity, latents, sigmas[:first + 1], 0.0, None).final
-            starts |= zip(batch, latents)
-    return starts
+    latents = draw_noise(config.seed, GROUP_NOISE, epoch, groups, 1, policy.latent_shape)[0]
+    latents = latents.to(policy.device, policy.compute_dtype)                                            # (G, C, H, W)
+    for step in range(int(windows[groups].max())):
+        under_way = [k for k, g in enumerate(groups) if windows[g] > step]
+        for batch in batches(under_way, config.rollout_batch):
+            velocity = policy.velocity(policy.encode([chosen[groups[k]].text for k in batch]), config.guidance_scale)
+            latents[batch] = rollout(velocity, latents[batch], sigmas[step:step + 2], 0.0, None).final
+    return dict(zip(groups, latents))
 
 
 def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -672,13 +673,15 @@ def main() -> None:
         name = config.run_name or distributed.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         command = f"{distributed.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
         config = replace(config, run_name=name)
-        directory, lock = open_run(config, preset) if is_main() else (None, None)              # held until this function ends
-        directory = distributed.broadcast_object(directory)
+        directory, lock, config = open_run(config) if is_main() else (None, None, None)        # held until this function ends
+        directory, config = distributed.broadcast_object((directory, config))
         checkpoint = distributed.broadcast_object(newest_whole(directory, not config.eval_only) if is_main() else None)
         rewards = make_rewards(config, device)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         policy = make_policy(config, device)
         config = choose_batches(policy, train_prompts, config)
+        if is_main():
+            write_settings(directory, config, preset)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
     except TrainingError as error:
@@ -762,12 +765,14 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
-        f"{len(test_prompts)} for evaluation\n{plan}")
+        f"{len(test_prompts)} for evaluation, rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}\n"
+        f"{plan}")
     if checkpoint:
         say(f"continuing after epoch {done}, from {checkpoint}")
     saved, unwritten = done, []                  # the epoch of the newest checkpoint; lines for which the disk had no room
 
-    display = Display(directory, None if config.eval_only else done + bool(checkpoint), config.wandb) if is_main() else None
+    known = done + bool(history and history[-1]["epoch"] == done)             # the first epoch that is not in the metrics yet
+    display = Display(directory, None if config.eval_only else known, config.wandb) if is_main() else None
 
     def record(metrics: dict) -> None:
         if is_main():
@@ -827,7 +832,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             conclude(metrics)
         for epoch in range(done + 1, config.epochs + 1):
             metrics = run_epoch(learner, training_rewards, train_prompts, config, epoch, scorer)
-            say(summary(metrics, config))
+            say(summary(metrics, history, config))
             conclude(metrics)
     except (RewardError, NonFinite, Interrupted) as error:
         distributed.at_safe_point()
@@ -850,15 +855,17 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch {saved}")
 
 
-def summary(metrics: dict, config: Config) -> str:
-    """An epoch in a line."""
-    line = f"epoch {metrics['epoch']}/{config.epochs}: "
+def summary(metrics: dict, history: list[dict], config: Config) -> str:
+    """An epoch in a line; `history` holds the ones before."""
+    line, recent = f"epoch {metrics['epoch']}/{config.epochs}: ", [*history[-4:], metrics]
     if "approx_kl" not in metrics:
         return f"{line}skipped, {metrics['seconds']:.1f} s"
+    first = next((m["reward/total"] for m in history if "reward/total" in m), metrics["reward/total"])
+    left = (config.epochs - metrics["epoch"]) * np.median([m["seconds"] for m in recent if "seconds" in m])
     return line + (
-        f"reward {metrics['reward/total']:.4f} +- {metrics['reward_std']:.4f}, approx_kl {metrics['approx_kl']:.1e}, clipped "
-        f"{metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, gradient {metrics['grad_norm']:.3f}, "
-        f"{metrics['seconds']:.1f} s")
+        f"reward {metrics['reward/total']:.4f} ({metrics['reward/total'] - first:+.4f}), approx_kl {metrics['approx_kl']:.1e}, "
+        f"clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, gradient {metrics['grad_norm']:.3f}, "
+        f"{metrics['images_per_second']:.1f} images/s, {timedelta(seconds=round(left))} left")
 
 
 def report(directory: Path, history: list[dict], display: Display) -> None:

@@ -63,9 +63,9 @@ def train_here(model, tmp_path_factory):
             raise Stopped(str(error)) from error
 
         def opened(*arguments):
-            directory, lock = open_run(*arguments)
+            directory, lock, config = open_run(*arguments)
             locks.append(lock)
-            return directory, lock
+            return directory, lock, config
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "stop", stopped)

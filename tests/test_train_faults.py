@@ -35,7 +35,7 @@ def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_en
 
 def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path):
     _, config = parse_config(["--run-name", "held", "--output-dir", str(tmp_path)])
-    directory, lock = train.open_run(config, "tiny_ocr")                                    # this process is the first
+    directory, lock, _ = train.open_run(config)                                             # this process is the first
     try:
         code, out, err, _ = command("held", 0, output_dir=tmp_path)
     finally:
