@@ -203,6 +203,13 @@ class Setting:
             torch.set_num_threads(before)
             self.learner.optimizer.zero_grad(set_to_none=True)
 
+    def share_rates(self, other: "Setting") -> None:
+        """Where a row costs the same, it is measured once for both: what their floors differ in is counted."""
+        same = ("model", "rewards", "resolution", "max_sequence_length", "dtype", "lora_rank", "lora_targets", "lora_path",
+                "full_finetune", "gradient_checkpointing", "compile", "rollout_batch", "train_batch")
+        if all(getattr(self.config, name) == getattr(other.config, name) for name in same):
+            self.rates, self.fastest = other.rates, other.fastest
+
     def choose_fastest(self) -> None:  # all ranks
         """Batch size and threads of each piece; measured anew later, since the best of several looks better than it is."""
         threads = {torch.get_num_threads()}
@@ -211,17 +218,18 @@ class Setting:
         for piece in PIECES:
             own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
             candidates = [(batch, n) for batch in sorted({-(-own // 4), -(-own // 2), own, 2 * own}) for n in sorted(threads)]
-            if self.rows[piece]:
+            if self.rows[piece] and piece not in self.fastest:
                 rates = {candidate: min(self.rate(piece, *candidate, 0.3) for _ in range(2)) for candidate in candidates}
                 self.fastest[piece] = min(rates, key=rates.get)
 
     def measure_floor(self) -> None:  # all ranks
         for piece, chosen in self.fastest.items():
-            self.rates[piece].append(self.rate(piece, *chosen, 1.0))
+            if self.rows[piece]:
+                self.rates[piece].append(self.rate(piece, *chosen, 1.0))
 
     def floor(self) -> dict[str, float]:
         """Piece -> this rank's seconds of an epoch."""
-        return {piece: statistics.median(rates) * self.rows[piece] for piece, rates in self.rates.items()}
+        return {piece: statistics.median(rates) * self.rows[piece] for piece, rates in self.rates.items() if self.rows[piece]}
 
     def flops(self) -> dict[str, float]:
         """Of one row, by piece: those of matrix products and attention, a multiplication and an addition being two."""
@@ -249,7 +257,7 @@ class Setting:
             "epoch_seconds": epoch, "epochs": self.seconds, "images_per_second": self.images / epoch,
             "floor_seconds": sum(slowest.values()), "efficiency": sum(slowest.values()) / epoch,
             "floor": {piece: {"seconds": slowest[piece], "batch": batch, "threads": threads}
-                      for piece, (batch, threads) in self.fastest.items()},
+                      for piece, (batch, threads) in self.fastest.items() if piece in slowest},
             "phases": phases, "phase_overhead": 1 - sum(phases[p] for p in NEEDED) / sum(phases.values()),
             "transformer_calls": {piece: total[piece] for piece in ("rollout", "replay", "reference")}, "flops": flops,
             "peak_memory_bytes": max(distributed.gather_objects(peak_memory(self.device)))}
@@ -333,6 +341,8 @@ def main() -> None:
     try:
         device = distributed.setup()
         settings = [Setting(words, device) for words in settings]
+        for setting in settings[1:]:
+            setting.share_rates(settings[0])
     except (ConfigError, ValueError, OSError, ImportError) as error:
         train.stop(error, everywhere=False)
     with ThreadPoolExecutor(1) as scorer:

@@ -679,7 +679,8 @@ def main() -> None:
         rewards = make_rewards(config, device)
         rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
         policy = make_policy(config, device)
-        config = choose_batches(policy, train_prompts, config)
+        with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution", describe(config, 1)):
+            config = choose_batches(policy, train_prompts, config)
         if is_main():
             write_settings(directory, config, preset)
     except (ValueError, OSError, ImportError, RewardError) as error:
