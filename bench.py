@@ -3,8 +3,9 @@
     python bench.py [PRESET] [--field value ...] [-- [PRESET] [--field value ...] ...] [--rounds 5] [--ranks N] [--json FILE]
 
 The epochs are those of train.py, sampling, scoring and training for real, timed by phase; on a GPU, where that means waiting for the
-device, every second one is timed as it is instead. The floor is measured in the same processes: forwards and backwards of the network, decoding
-and rewards, back to back on as many rows as the epoch had, each at the batch size and number of threads that are fastest here.
+device, every second one is timed as it is instead. The floor is measured in the same processes: forwards and backwards of the
+network, decoding and rewards, back to back on as many rows as the epoch had, each at the batch size and number of threads that are
+fastest here.
 
     efficiency = floor / epoch
 
@@ -14,6 +15,7 @@ image is, measured and by the ratio of floors. Under torchrun it runs on the ran
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -34,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distributed
 import train
 from config import ConfigError, batch_plan, describe
+from policy import is_out_of_memory
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "other")
 NEEDED = ("rollout", "decode", "reward exposed", "replay", "reference")            # transformer, VAE and rewards
@@ -121,6 +124,7 @@ class Setting:
         self.config = train.choose_batches(self.policy, self.prompts, self.config)
         self.learner = train.Learner(self.policy, self.config)
         self.images = self.config.groups_per_epoch * self.config.group_size
+        self.peak_memory = 0                                             # bytes
         self.seconds: list[float] = []                                   # of each timed epoch
         self.phases = defaultdict(list)                                  # phase -> seconds of each watched epoch
         self.fastest: dict[str, tuple[int, int]] = {}                    # piece -> batch of images, threads
@@ -129,12 +133,15 @@ class Setting:
     def run_epoch(self, scorer: ThreadPoolExecutor) -> float:  # all ranks
         """The next epoch; its seconds, until the last rank is done."""
         self.epoch += 1
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         distributed.wait_for_all()
         started = time.perf_counter()
         train.run_epoch(self.learner, self.rewards, self.prompts, self.config, self.epoch, scorer)
         synchronize(self.device)
         distributed.wait_for_all()
-        return time.perf_counter() - started
+        seconds, self.peak_memory = time.perf_counter() - started, max(self.peak_memory, peak_memory(self.device))
+        return seconds
 
     def watch(self, scorer: ThreadPoolExecutor) -> float:  # all ranks
         """The next epoch, by phase; its seconds."""
@@ -197,7 +204,9 @@ class Setting:
             call = self.pieces()[piece](batch)
             call()                               # warm
             return seconds_per_call(call, self.device, seconds) / rows
-        except torch.OutOfMemoryError:           # larger than what the trainer was given
+        except RuntimeError as error:            # larger than what the trainer was given
+            if not is_out_of_memory(error):
+                raise
             return math.inf
         finally:
             torch.set_num_threads(before)
@@ -218,14 +227,13 @@ class Setting:
         for piece in PIECES:
             own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
             candidates = [(batch, n) for batch in sorted({-(-own // 4), -(-own // 2), own, 2 * own}) for n in sorted(threads)]
-            if self.rows[piece] and piece not in self.fastest:
+            if distributed.any_rank(self.rows[piece] > 0) and piece not in self.fastest:
                 rates = {candidate: min(self.rate(piece, *candidate, 0.3) for _ in range(2)) for candidate in candidates}
                 self.fastest[piece] = min(rates, key=rates.get)
 
     def measure_floor(self) -> None:  # all ranks
         for piece, chosen in self.fastest.items():
-            if self.rows[piece]:
-                self.rates[piece].append(self.rate(piece, *chosen, 1.0))
+            self.rates[piece].append(self.rate(piece, *chosen, 1.0))
 
     def floor(self) -> dict[str, float]:
         """Piece -> this rank's seconds of an epoch."""
@@ -233,8 +241,8 @@ class Setting:
 
     def flops(self) -> dict[str, float]:
         """Of one row, by piece: those of matrix products and attention, a multiplication and an addition being two."""
-        counts = {}
-        for piece in ("rollout", "replay", "reference"):
+        counts = dict.fromkeys(("rollout", "replay", "reference"), 0.0)
+        for piece in counts:
             if self.rows[piece]:
                 call = self.pieces()[piece](1)
                 with FlopCounterMode(display=False) as counter:
@@ -248,7 +256,8 @@ class Setting:
         floors, ranks = distributed.gather_objects(self.floor()), distributed.world_size()
         rows = distributed.gather_objects(self.rows)
         total = {piece: sum(r[piece] for r in rows) for piece in PIECES}
-        flops = sum(total[piece] * count for piece, count in self.flops().items())
+        of_row = self.flops()
+        flops = sum(distributed.gather_objects(sum(self.rows[piece] * count for piece, count in of_row.items())))
         epoch, slowest = statistics.median(self.seconds), max(floors, key=lambda f: sum(f.values()))
         phases = {phase: statistics.median(seconds) for phase, seconds in self.phases.items()}
         result = {
@@ -260,12 +269,12 @@ class Setting:
                       for piece, (batch, threads) in self.fastest.items() if piece in slowest},
             "phases": phases, "phase_overhead": 1 - sum(phases[p] for p in NEEDED) / sum(phases.values()),
             "transformer_calls": {piece: total[piece] for piece in ("rollout", "replay", "reference")}, "flops": flops,
-            "peak_memory_bytes": max(distributed.gather_objects(peak_memory(self.device)))}
+            "peak_memory_bytes": max(distributed.gather_objects(self.peak_memory))}
         if self.device.type == "cuda":
             rate = matrix_product_rate(self.device)
             needed = sum(phases[phase] for phase in ("rollout", "replay", "reference"))
             result |= {"matrix_product_rate": rate, "transformer_share_of_rate": flops / ranks / needed / rate,
-                       "replay_share_of_rate": self.flops()["replay"] * self.rows["replay"] / phases["replay"] / rate}
+                       "replay_share_of_rate": of_row["replay"] * self.rows["replay"] / (phases["replay"] or math.inf) / rate}
         return result
 
 
@@ -328,13 +337,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ranks", type=int)
-    own, arguments = parser.parse_known_args()
-    settings = [[]]
-    for word in arguments:
-        if word == "--":
+    settings, own = [[]], argparse.Namespace()
+    for is_border, words in itertools.groupby(sys.argv[1:], lambda word: word == "--"):      # our own flags may stand anywhere
+        if is_border:
             settings.append([])
         else:
-            settings[-1].append(word)
+            own, settings[-1] = parser.parse_known_args(list(words), own)
+    own = parser.parse_args([], own)
     if "RANK" not in os.environ:
         ranks = own.ranks or torch.cuda.device_count() or os.cpu_count()
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *sys.argv])
@@ -345,7 +354,7 @@ def main() -> None:
             setting.share_rates(settings[0])
     except (ConfigError, ValueError, OSError, ImportError) as error:
         train.stop(error, everywhere=False)
-    with ThreadPoolExecutor(1) as scorer:
+    with train.scoring_thread(device) as scorer:
         for setting in settings:
             setting.run_epoch(scorer)            # warm
             setting.watch(scorer)

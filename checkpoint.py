@@ -116,12 +116,8 @@ def checkpoint_path(directory: Path, epoch: int) -> Path:
     return directory / "checkpoints" / f"epoch_{epoch:05d}"
 
 
-def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], None], state: dict, newest: int,
-                    best: int | None) -> None:
-    """Weights for use, which `save_weights` writes into a directory, the state from which training goes on, and checksums.
-
-    Of checkpoints before the `newest` ones, and other than that of epoch `best`, only the adapter is kept.
-    """
+def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
+    """Weights for use, which `save_weights` writes into a directory, the state from which training goes on, and checksums."""
     final = checkpoint_path(directory, epoch)
     partial = final.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -141,12 +137,16 @@ def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], 
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)                            # it may be what fills the disk
         raise
+
+
+def prune_checkpoints(directory: Path, newest: int, best: int | None) -> None:
+    """Of checkpoints before the `newest` ones, and other than that of epoch `best`, keep the adapter alone."""
     for older in checkpoints(directory)[:-newest]:
         if older != checkpoint_path(directory, best or 0):
+            (older / "state.pt").unlink()                                     # first: a full disk then has room for the rest
+            shutil.rmtree(older / "transformer", ignore_errors=True)
             kept = [line for line in (older / "SHA256SUMS").read_text().splitlines(keepends=True) if "  adapter/" in line]
             write_whole(older / "SHA256SUMS", "".join(kept))
-            (older / "state.pt").unlink()
-            shutil.rmtree(older / "transformer", ignore_errors=True)
 
 
 def checksum(path: Path) -> str:

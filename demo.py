@@ -18,6 +18,7 @@ import random
 import re
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -71,14 +72,19 @@ class Options:
 
 def newest_weights(run: Path) -> Path | None:
     """The last checkpoint of a run that holds an adapter."""
-    return max((p for p in run.glob("checkpoints/epoch_*") if (p / "adapter" / PEFT_FILES[1]).exists()), default=None)
+    return max((p for p in run.glob("checkpoints/epoch_*[0-9]") if (p / "adapter" / PEFT_FILES[1]).exists()), default=None)
 
 
 def newest_run(output_dir: str, model: str = "") -> Path | None:
     """The run whose newest adapter was written last, of those that trained `model`, if that is given."""
-    runs = [(weights.stat().st_mtime, run) for run in Path(output_dir).glob("*") if (weights := newest_weights(run))
-            and (run / "config.json").exists() and model in ("", run_config(run).model)]
-    return max(runs)[1] if runs else None
+    def trained(run: Path) -> str | None:
+        try:
+            return run_config(run).model
+        except (ValueError, OSError):                                      # not the one to show
+            return None
+
+    runs = [(weights.stat().st_mtime, run) for run in Path(output_dir).glob("*") if (weights := newest_weights(run))]
+    return next((run for _, run in sorted(runs, reverse=True) if trained(run) and model in ("", trained(run))), None)
 
 
 def run_of(adapter: str) -> Path | None:
@@ -102,7 +108,7 @@ def locate(adapter: str) -> tuple[str, str]:
         raise ValueError("no adapter given: give a run, a checkpoint, an adapter's directory or a hub id")
     place = Path(adapter)
     if (place / "checkpoints").is_dir():
-        weights = newest_weights(place) or max(place.glob("checkpoints/epoch_*/transformer"), default=None)
+        weights = newest_weights(place) or max(place.glob("checkpoints/epoch_*[0-9]/transformer"), default=None)
         if weights is None:
             raise ValueError(f"the run {adapter!r} has no checkpoint yet: it makes one after --save-every epochs")
         place = weights
@@ -111,7 +117,7 @@ def locate(adapter: str) -> tuple[str, str]:
                          "pipeline of its own, `pipe.transformer = ...; pipe.save_pretrained(...)`, and give that as --model")
     path = str(place) if place.exists() else adapter                       # a hub id, or a mistake
     find_adapter(path)
-    run, epoch = run_of(path), re.search(r"epoch_(\d+)", str(place.absolute()))
+    run, epoch = run_of(path), re.search(r".*epoch_(\d+)", str(place.absolute()))
     return (f"{run.name}, epoch {int(epoch[1])}" if run and epoch else adapter), path
 
 
@@ -120,6 +126,8 @@ def settings_for(options: Options) -> tuple[Config, tuple[str, ...]]:
 
     Raises ValueError in one line for what is not there. Loads nothing.
     """
+    if options.model and Path(options.model).exists():
+        options = dataclasses.replace(options, model=os.path.normpath(options.model))      # as runs and presets write it
     adapters = options.adapters
     if not adapters and (run := newest_run(options.output_dir, options.model)):
         adapters = (str(run),)
@@ -182,6 +190,7 @@ class Studio:
         self.policy, self.rewards = policy, rewards
         self.adapters: dict[str, str] = {}                               # name -> where it was loaded from
         self.kept: dict[tuple[str, Request], Picture] = {}
+        self.lock = threading.Lock()                                     # a cancelled request's thread goes on for a while
 
     def add(self, adapter: str) -> str:
         """Load an adapter; its name. Raises ValueError in one line, and is then as it was."""
@@ -189,8 +198,9 @@ class Studio:
         if path in self.adapters.values():
             raise ValueError(f"adapter {adapter!r} is here already")
         name = path if name in self.adapters else name                   # runs of one name in two places
-        self.policy.add_adapter(f"adapter{len(self.adapters)}", path)    # in torch, a name holds no dots
-        self.adapters[name] = path
+        with self.lock:
+            self.policy.add_adapter(f"adapter{len(self.adapters)}", path)    # in torch, a name holds no dots
+            self.adapters[name] = path
         return name
 
     def draw(self, name: str, request: Request, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -232,7 +242,8 @@ class Studio:
             request = dataclasses.replace(request, strength=0.0)
         if (name, request) in self.kept:
             return self.kept[name, request]
-        image = self.draw(name, request, on_step)
+        with self.lock:
+            image = self.draw(name, request, on_step)
         picture = Picture(name, image, *self.score(image, request.prompt))
         if not picture.unscored:
             self.kept[name, request] = picture
@@ -409,7 +420,8 @@ def make_studio(options: Options, config: Config, adapters: tuple[str, ...]) -> 
     try:
         if config.rewards:
             rewards = build_rewards(dict(config.rewards), device=str(device), models=dict(config.reward_models),
-                                    urls=dict(config.reward_urls), deadline=REWARD_DEADLINE)
+                                    urls={name: url for name, url in config.reward_urls if name in dict(config.rewards)},
+                                    deadline=REWARD_DEADLINE)
     except (ValueError, ImportError, OSError) as error:
         if options.rewards:
             raise
@@ -454,7 +466,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if not expected(error):
             raise
-        print(f"error: {in_words(error)}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

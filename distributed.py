@@ -124,6 +124,16 @@ def at_safe_point() -> None:
 
 
 @contextlib.contextmanager
+def taking_its_time() -> Iterator[None]:
+    """Within, a checkpoint is being written, which no signal cuts short."""
+    _safe.set()
+    try:
+        yield
+    finally:
+        _safe.clear()
+
+
+@contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:  # all ranks
     """Within, SIGTERM or Ctrl-C on any rank makes `stop_asked` true on every rank within a second, even on one that waits.
 
@@ -173,7 +183,7 @@ def _watch(reading: int, signals: tuple, key: str) -> None:
         except RuntimeError:                                         # the store is gone, and soon the collectives will tell
             store = None
         if _asked.is_set():
-            asked = asked or now
+            asked = now if _safe.is_set() else asked or now
             if now - asked > GRACE and not _safe.is_set():
                 print(f"rank {rank()}: no safe point within {GRACE:g} s of the signal; the last checkpoint stands",
                       file=sys.stderr, flush=True)

@@ -190,8 +190,11 @@ def write_page(runs: list[Path], output: Path) -> None:
     template = (ASSETS / "gallery.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)                  # what is put in is not searched
     partial = output.with_name(output.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, output)
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)                          # it may be what fills the disk
 
 
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
@@ -229,7 +232,8 @@ def read_evaluation(folder: Path, page_folder: Path) -> dict:
 
 def evaluation_folders(directory: Path) -> list[Path]:
     """Those of complete evaluations, oldest first."""
-    return sorted((directory / "images").glob("epoch_*"), key=epoch_of)
+    folders = (directory / "images").glob("epoch_*")
+    return sorted((folder for folder in folders if folder.name.removeprefix("epoch_").isdigit()), key=epoch_of)
 
 
 def epoch_of(folder: Path) -> int:

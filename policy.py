@@ -14,6 +14,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -337,6 +338,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
+    """Copies on their way to host memory. The call waits for them, and not for what a GPU was asked to do after this."""
+    if tensors[0].device.type != "cuda":
+        return lambda: list(tensors)
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
+    done = torch.cuda.Event()
+    done.record()
+
+    def arrived() -> list[Tensor]:
+        done.synchronize()
+        return copies
+
+    return arrived
+
+
 class Policy:
     """A pipeline's transformer, trained by an adapter or whole, and the frozen parts around it.
 
@@ -478,14 +494,16 @@ class Policy:
         starts empty, would batch other prompts together.
         """
         missing = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
-        if missing and self.offload_text_encoders:
-            self._move_text_encoders(self.device)
-        for prompt in missing:
-            text = (self.family.encode(prompt, self.max_sequence_length, self.device) if self.pipe.text_encoder is not None
-                    else self._random_text(prompt))
-            self._text_cache[prompt] = tuple(part[0].cpu() for part in text)
-        if missing and self.offload_text_encoders:
-            self._move_text_encoders(torch.device("cpu"))
+        try:
+            if missing and self.offload_text_encoders:
+                self._move_text_encoders(self.device)
+            for prompt in missing:
+                text = (self.family.encode(prompt, self.max_sequence_length, self.device) if self.pipe.text_encoder is not None
+                        else self._random_text(prompt))
+                self._text_cache[prompt] = tuple(part[0].cpu() for part in text)
+        finally:
+            if missing and self.offload_text_encoders:
+                self._move_text_encoders(torch.device("cpu"))
         for prompt in dict.fromkeys(prompts):                                    # what was wanted last is forgotten last
             self._text_cache[prompt] = self._text_cache.pop(prompt)
 

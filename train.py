@@ -32,21 +32,18 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import (
-    checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, save_checkpoint, write_metrics, write_settings,
-    written)
+    checkpoint_path, checkpoints, load_state, newest_whole, open_run, prune_checkpoints, read_metrics, save_checkpoint, write_metrics,
+    write_settings, written)
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
-from policy import Policy, Text, WeightAverage, check_model, find_adapter, is_out_of_memory, to_device
+from policy import Policy, Text, WeightAverage, check_model, find_adapter, is_out_of_memory, to_device, to_host
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
-from sampler import Trajectory, replay, rollout, timestep_schedule
+from sampler import Trajectory, Velocity, replay, rollout, timestep_schedule
 
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
-
-
-LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -92,6 +89,9 @@ def draw_windows(config: Config, epoch: int) -> Tensor:
                          generator=generator(config.seed, WINDOW, epoch))
 
 
+LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
+
+
 @contextlib.contextmanager
 def within_memory(way_out: str, plan: str) -> Iterator[None]:
     """Running out of memory ends in one line: where, the way out, and the batch plan."""
@@ -101,6 +101,7 @@ def within_memory(way_out: str, plan: str) -> Iterator[None]:
         if isinstance(error, RewardError) or not is_out_of_memory(error):
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
+        traceback.clear_frames(error.__traceback__)              # what failed lets go of its tensors: there is a state to save
         raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
 
 
@@ -131,8 +132,10 @@ class Learner:
         """Put everything back; the number of epochs done."""
         for p, value in zip(self.policy.parameters, state["trained"], strict=True):
             p.copy_(value)
-        self.average.average = [value.to(self.policy.device) for value in state["average"]]
+        for value, kept in zip(self.average.average, state["average"], strict=True):
+            value.copy_(kept)
         self.average.steps = state["average_steps"]
+        self.optimizer.state.clear()                             # the old moments go before the new ones come
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state["skipped"]
@@ -199,8 +202,9 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
 
     # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree. Where they go on
     # from their window's first step, it holds samples of one window; these are few, so in full precision of any update.
+    pooled = starts and policy.dtype.itemsize > 2
+
     def kind(i: int) -> tuple[int, int]:
-        pooled = starts and policy.dtype.itemsize > 2
         return 0 if pooled else i % config.updates_per_epoch, int(windows[i // config.group_size]) if starts else 0
 
     mine = sorted(mine, key=kind)
@@ -220,12 +224,12 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
         start, start_step = noise[0], 0
         if starts:
             start, start_step = torch.stack([starts[i // config.group_size] for i in batch]), int(first_step[0])
-        velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
+        velocity = stoppable(policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale))
         trajectory = rollout(velocity, start, sigmas, noise_levels, noise[1:], config.rule, first_step, plan.trained_steps,
                              start_step, keep_means=config.guard)
+        arrived = to_host(trajectory.final.isfinite().flatten(1).all(1), policy.decode(trajectory.final))
         evidence = {"samples": torch.tensor(batch), **tensors_of(trajectory)}
-        pending.append(scorer.submit(score, rewards, trajectory.final, policy.decode(trajectory.final), drawn, config,
-                                     f"epoch {epoch}", evidence))
+        pending.append(scorer.submit(score, rewards, arrived, drawn, config, f"epoch {epoch}", evidence))
         trajectories.append(trajectory)
         raise_failed(pending)
     if not mine:
@@ -242,9 +246,18 @@ def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windo
     for step in range(int(windows[groups].max())):
         under_way = [k for k, g in enumerate(groups) if windows[g] > step]
         for batch in batches(under_way, config.rollout_batch):
-            velocity = policy.velocity(policy.encode([chosen[groups[k]].text for k in batch]), config.guidance_scale)
+            velocity = stoppable(policy.velocity(policy.encode([chosen[groups[k]].text for k in batch]), config.guidance_scale))
             latents[batch] = rollout(velocity, latents[batch], sigmas[step:step + 2], 0.0, None).final
     return dict(zip(groups, latents))
+
+
+def stoppable(velocity: Velocity) -> Velocity:
+    """The same, but a signal waits for one call of a large network at most, not for a whole rollout."""
+    def checked(latents: Tensor, sigma: Tensor) -> Tensor:
+        if distributed.stop_asked():
+            raise Interrupted
+        return velocity(latents, sigma)
+    return checked
 
 
 def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -253,22 +266,22 @@ def join_scores(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
 
 
-def score(rewards: Rewards, latents: Tensor, images: Tensor, prompts: list[Prompt], config: Config, where: str,
+def score(rewards: Rewards, arrived: Callable[[], list[Tensor]], prompts: list[Prompt], config: Config, where: str,
           evidence: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """In a thread of its own, which waits for the device while the next micro-batch is on its way to it.
 
-    What is not finite is saved: for latents `evidence`, for scores the pictures. `where` is the epoch, or an evaluation.
+    arrived: which latents are finite (B,), and the images (B, H, W, 3). What is not finite is saved: for latents `evidence`, for
+    scores the pictures. `where` is the epoch, or an evaluation.
     """
-    finite = latents.isfinite().flatten(1).all(1)
+    finite, images = arrived()
     if not finite.all():
         path = save_evidence(config, where, prompts, **evidence)
         raise NonFinite(f"{where}: latents are not finite for prompt {prompts[int(finite.int().argmin())].text!r}; tensors are in "
                         f"{path}; lower --learning-rate, or in float16 use --dtype bfloat16")
-    pictures = images.cpu().numpy()
     try:
-        return rewards(pictures, [p.text for p in prompts], [p.metadata for p in prompts])
+        return rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
     except NonFiniteScore as error:
-        path = save_evidence(config, where, prompts, images=torch.from_numpy(pictures))
+        path = save_evidence(config, where, prompts, images=images)
         raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
 
 
@@ -279,6 +292,11 @@ def collect(pending: list[Future]) -> dict[str, np.ndarray]:
         if distributed.stop_asked():
             raise Interrupted
     return join_scores([future.result() for future in pending])
+
+
+def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
+    """In which rewards run beside the sampling, on this rank's GPU: what is current is each thread's own."""
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None, initargs=(device,))
 
 
 def raise_failed(pending: list[Future]) -> None:
@@ -320,7 +338,8 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
                 metrics["ratio_deviation_before"] = ratio_deviation
                 check_ratio(learner, ratio_deviation, config, epoch)
             grad_norm = update_weights(learner, config.max_grad_norm)
-            if not np.isfinite(grad_norm) and not learner.scaler.is_enabled():
+            overflow = learner.scaler.is_enabled() and learner.scaler.get_scale() >= 1        # below, scaling is not to blame
+            if not np.isfinite(grad_norm) and not overflow:
                 quantity = "gradient"
         if quantity:
             bar.clear()
@@ -374,6 +393,8 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
     reference_means = replay_reference(policy, trajectory, text, config) if config.beta else None
     A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
     for k in range(len(trajectory.log_probs)):
+        if distributed.stop_asked():             # what is missing is of no use then: see train_epoch
+            return
         log_prob, mean, std = replay(velocity, trajectory, k)                                            # (B,), (B, C, H, W)
         old_log_prob = trajectory.log_probs[k]
         step = trajectory.first_step + k
@@ -511,10 +532,11 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
                 raise Interrupted
             drawn = [prompts[i] for i in batch]
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
-            velocity = policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale)
+            velocity = stoppable(policy.velocity(policy.encode([p.text for p in drawn]), config.guidance_scale))
             latents = rollout(velocity, noise[0], sigmas, 0.0, None).final
             images = policy.decode(latents)
-            pending.append(scorer.submit(score, rewards, latents, images, drawn, config, "evaluation", {"latents": latents}))
+            arrived = to_host(latents.isfinite().flatten(1).all(1), images)
+            pending.append(scorer.submit(score, rewards, arrived, drawn, config, "evaluation", {"latents": latents}))
             raise_failed(pending)
             kept.append(images[:max(0, config.eval_images - batch[0])])
     return collect(pending), torch.cat(kept).cpu()
@@ -616,32 +638,42 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     largest = -(-plan.samples_per_rank // config.updates_per_epoch)
     sizes = sorted({largest, *(2**n for n in range(largest.bit_length()) if 2**n < largest)})
 
+    half = policy.dtype.itemsize == 2
+    later = 4 * sum(p.numel() * p.element_size() for p in policy.parameters)   # AdamW's moments, the average, the summed gradient
+
     def trial(size: int, training: bool) -> float:
         """Seconds of an image. Raises OutOfMemoryError, also where less than a fifth of a GPU is left for all else."""
         velocity = policy.velocity(policy.encode([prompts[i % len(prompts)].text for i in range(size)]), config.guidance_scale)
         latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
         sigma = latents.new_full((size,), 0.5)
+        if policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(policy.device)
         started = time.perf_counter()
-        with torch.set_grad_enabled(training):
-            v = velocity(latents, sigma)
-            if training:
-                v.sum().backward()
-        v.cpu()                                  # when it is done
-        seconds = (time.perf_counter() - started) / size
-        for p in policy.parameters:
-            p.grad = None
+        try:
+            with torch.set_grad_enabled(training):
+                v = velocity(latents, sigma)
+                if training:
+                    v.sum().backward()
+            v.cpu()                              # when it is done
+        finally:
+            for p in policy.parameters:
+                p.grad = None
         if policy.device.type == "cuda":
             total = torch.cuda.get_device_properties(policy.device).total_memory
-            if torch.cuda.max_memory_allocated(policy.device) > 0.8 * total:
+            if torch.cuda.max_memory_allocated(policy.device) + later > 0.8 * total:
                 raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
-        return seconds
+        return (time.perf_counter() - started) / size
 
     def choose(training: bool) -> int:
-        chosen = largest_that_fits if policy.device.type == "cuda" else fastest
-        return chosen(sizes, lambda size: trial(size, training))
+        if policy.device.type == "cuda":
+            return largest_that_fits(sizes, lambda size: trial(size, training))
+        return fastest(sizes, lambda size: distributed.sum_over_ranks(torch.tensor(trial(size, training))).item())
 
-    train_batch = config.train_batch or choose(training=True)
-    rollout_batch = config.rollout_batch or (train_batch if policy.dtype.itemsize == 2 else choose(training=False))
+    rollout_batch, train_batch = config.rollout_batch, config.train_batch
+    if half:
+        rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
+    train_batch = train_batch or choose(training=True)
+    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
     chosen = distributed.gather_objects((rollout_batch, train_batch))
     return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
 
@@ -650,10 +682,14 @@ def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
     """The last of the rising `sizes` before one for which `trial` runs out of memory; the first one must fit."""
     fitting = sizes[0]
     trial(fitting)
-    with contextlib.suppress(torch.OutOfMemoryError):
+    try:
         for size in sizes[1:]:
             trial(size)
             fitting = size
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
     torch.cuda.empty_cache()
     return fitting
 
@@ -689,7 +725,7 @@ def main() -> None:
         stop(error, everywhere=True)
     except LostRank as error:
         stop_without(error)
-    scorer = ThreadPoolExecutor(max_workers=1)
+    scorer = scoring_thread(device)
     try:
         with distributed.stopping_on_signals():
             run(config, directory, checkpoint, policy, rewards, train_prompts, test_prompts, scorer)
@@ -796,9 +832,9 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             scores = {m["epoch"]: m["eval/total"] for m in history if "eval/total" in m}
             best = max((e for e in scores if e == epoch or checkpoint_path(directory, e).exists()), key=scores.get, default=None)
             state = {**learner.state(epoch), "metrics": metrics}
-            if written(f"the checkpoint of epoch {epoch}", save_checkpoint, directory, epoch, learner.save_weights, state,
-                       config.keep_checkpoints, best):
+            if written(f"the checkpoint of epoch {epoch}", save_checkpoint, directory, epoch, learner.save_weights, state):
                 saved = epoch
+                written("what old checkpoints are reduced to", prune_checkpoints, directory, config.keep_checkpoints, best)
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
@@ -815,8 +851,9 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             metrics = {**metrics, **evaluate_after(epoch)}
         record(metrics)
         if epoch % config.save_every == 0 or epoch == config.epochs:
-            keep(epoch, metrics)
-            distributed.wait_for_all()           # nobody goes on, or ends the run, while it is written
+            with distributed.taking_its_time():
+                keep(epoch, metrics)
+                distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
 
     if config.eval_only:
         metrics = {"epoch": done, **evaluate_after(done)}

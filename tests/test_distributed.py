@@ -114,7 +114,7 @@ def test_sums_maxima_objects_and_parameters_agree_on_every_rank(found):
 def test_a_signal_to_one_rank_that_waits_in_a_collective_is_known_to_all_ranks_within_seconds(found):
     for rank in found:
         asked, seconds = rank["stopped"]
-        assert asked and seconds < 5 and rank["agreed"] == [True, False]
+        assert asked and seconds < 15 and rank["agreed"] == [True, False]
 
 
 def test_what_was_said_first_is_remembered_by_all(found):

