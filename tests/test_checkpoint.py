@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import checkpoints, defect, load_state, newest_whole, save_checkpoint, write_metrics, written
+from checkpoint import checkpoints, defect, load_state, newest_whole, prune_checkpoints, save_checkpoint, write_metrics, written
 
 
 def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, numbers: int = 100) -> None:
@@ -18,7 +18,8 @@ def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, 
             (partial / part).mkdir()
             save_file({"weight": torch.full((numbers,), float(epoch))}, partial / part / "model.safetensors")
 
-    save_checkpoint(directory, epoch, weights, {"epoch": epoch, "trained": [torch.full((numbers,), float(epoch))]}, newest, best)
+    save_checkpoint(directory, epoch, weights, {"epoch": epoch, "trained": [torch.full((numbers,), float(epoch))]})
+    prune_checkpoints(directory, newest, best)
 
 
 def epochs(paths) -> list[int]:

@@ -136,7 +136,7 @@ def test_settings_are_refused_in_one_line_or_taken_by_all_that_uses_them(changes
 class Recorder:
     """In place of a policy, for train.sample_epoch: latents of one number, a velocity of 0, and how many it was asked for."""
 
-    device, compute_dtype, latent_shape = torch.device("cpu"), torch.float64, (1, 1, 1)
+    device, dtype, compute_dtype, latent_shape = torch.device("cpu"), torch.float64, torch.float64, (1, 1, 1)
 
     def __init__(self):
         self.parameters, self.rows, self.batches = [torch.nn.Parameter(torch.zeros(()))], 0, []

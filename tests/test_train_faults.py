@@ -184,7 +184,9 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):
         distributed.setup()
 
 
-def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch(train_here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype, filled", [("float64", 1), ("bfloat16", 3)])
+def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch_in_half_precision(
+        train_here, tmp_path, monkeypatch, dtype, filled):
     (tmp_path / "some_equal.py").write_text(
         "from rewards import jpeg_incompressibility\n"
         "def score(images, prompts, metadata):\n"
@@ -199,9 +201,9 @@ def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch(trai
         return accumulate(policy, samples, batch, advantages, *rest)
 
     monkeypatch.setattr(train, "accumulate_gradients", counted)
-    train_here("some-equal", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0,
-               rollout_batch=12, train_batch=3, epochs=1)
-    assert sizes == [(3, 3), (3, 1)]                                                      # 12 samples, of which 4 count
+    train_here(f"some-equal-{dtype}", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1,
+               beta=0, rollout_batch=12, train_batch=3, epochs=1, dtype=dtype)
+    assert sizes == [(3, 3), (filled, 1)]                                                    # 12 samples, of which 4 count
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
