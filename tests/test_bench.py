@@ -1,0 +1,42 @@
+"""Claims about bench.py: what it counts is what the plan says, and its phases are the whole epoch."""
+
+import pytest
+
+import bench
+import distributed
+import train
+from config import batch_plan
+
+FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0 --timestep-fraction 0.7 --guidance-scale 4.5
+    --beta 0.1 --groups-per-epoch 2 --group-size 3 --updates-per-epoch 2 --rollout-batch 4 --train-batch 2""".split()
+
+
+@pytest.fixture
+def setting(model):
+    device = distributed.setup()
+    yield bench.Setting(["--model", model, *FLAGS], device)
+    distributed.shutdown()
+
+
+def test_the_rows_counted_are_the_plans_and_the_phases_add_up_to_the_epoch(setting):
+    with train.scoring_thread(setting.device) as scorer:
+        seconds = setting.watch(scorer)
+    plan = batch_plan(setting.config, 1, branches=2)
+    assert setting.rows == {"rollout": plan.rollout_calls, "replay": plan.replay_calls, "reference": plan.reference_calls,
+                            "decode": plan.samples, "reward": plan.samples}
+    phases = {phase: value for phase, (value,) in setting.phases.items()}
+    assert 0.9 * seconds < sum(phases.values()) < 1.1 * seconds
+    assert min(phases[phase] for phase in ("text", "rollout", "decode", "replay", "reference", "optimizer", "gather")) > 0
+
+    measured = setting.rate("replay", 2, 1, 0.0)
+    assert 0 < measured < seconds and all(p.grad is None for p in setting.policy.parameters)
+    flops = setting.flops()
+    assert flops["replay"] > 1.5 * flops["rollout"] > 1.5 * flops["reference"] > 0
+
+
+def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(setting, model):
+    like = bench.Setting(["--model", model, *FLAGS, "--num-steps", "4"], setting.device)
+    unlike = bench.Setting(["--model", model, *FLAGS, "--lora-rank", "2"], setting.device)
+    for other in (like, unlike):
+        other.share_rates(setting)
+    assert like.rates is setting.rates and unlike.rates is not setting.rates
