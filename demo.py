@@ -30,11 +30,10 @@ import torch
 from PIL import Image
 
 from config import PRESETS, Config, parse_options, refuse_unknown
-from policy import PEFT_FILES, Policy, check_model, find_adapter, is_out_of_memory
+from policy import FLUX, PEFT_FILES, Policy, check_model, find_adapter, is_out_of_memory
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule
 
-GRADIO = "gradio==6.31.0"
 KEPT = 32                                  # pictures that are not drawn again when they are asked for again
 MOST_STEPS, MOST_GUIDANCE, MOST_STRENGTH, MOST_PIXELS = 100, 15.0, 2.0, 2048
 REWARD_DEADLINE = 20.0                     # seconds for a served reward: somebody waits at the page
@@ -137,8 +136,7 @@ def settings_for(options: Options) -> tuple[Config, tuple[str, ...]]:
     else:
         model = options.model or Config.model
         presets = [preset for preset in PRESETS.values() if preset.model == model]
-        family = check_model(model).__name__
-        config = presets[0] if presets else PRESETS["flux_pickscore" if family == "FLUX" else "sd35m_ocr"]
+        config = presets[0] if presets else PRESETS["flux_pickscore" if check_model(model) is FLUX else "sd35m_ocr"]
         config = dataclasses.replace(config, model=model, rewards=config.rewards if model == Config.model else ())
     given = {name: getattr(options, name) for name in ("model", "rewards", "resolution", "max_sequence_length")}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value})
@@ -453,7 +451,7 @@ def main(arguments: list[str]) -> int:
         port = free_port(options.host, options.port)                       # taken, it is an error now, before a model loads
         config, adapters = settings_for(options)
         if importlib.util.find_spec("gradio") is None:
-            raise ImportError(f"the demo needs gradio: pip install {GRADIO}")
+            raise ImportError("the demo needs gradio: pip install -r requirements.txt")
         studio, notes = make_studio(options, config, adapters)
         page, served = build_page(studio, config, notes)
         if options.share or options.host not in ("127.0.0.1", "localhost"):

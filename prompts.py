@@ -114,7 +114,7 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
     stripped = ((number, line.strip()) for number, line in enumerate(StringIO(text, newline=None), start=1))
     lines = [(number, line) for number, line in stripped if line]
     if "\0" in text:
-        number = next((number for number, line in lines if "\0" in line), 1)
+        number = next(number for number, line in lines if "\0" in line)
         raise ValueError(f"{path}:{number}: holds a zero byte, as text in UTF-16 does; save it as UTF-8")
     return lines
 

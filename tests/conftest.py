@@ -1,4 +1,5 @@
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -62,6 +63,21 @@ def flux_model(tmp_path_factory) -> str:
 @pytest.fixture(params=["sd3", "flux"])
 def each_model(request, model, flux_model) -> str:
     return {"sd3": model, "flux": flux_model}[request.param]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium; what needs it is skipped where Chromium or the package playwright is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("Chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=[
+            "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"])
+        yield browser
+        browser.close()
 
 
 def wait_until(condition, seconds: float) -> None:

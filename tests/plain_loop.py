@@ -47,7 +47,7 @@ def full_length_model(directory: Path) -> Path:
     return directory / "model"
 
 
-def plain_epoch(learner, rewards, prompts, config, epoch: int, before_update=lambda: None) -> None:
+def plain_epoch(learner, rewards, prompts, config, epoch: int) -> None:
     """Sample, score and train, one image at a time; the equations are those of arXiv 2505.05470."""
     policy, T, K, a = learner.policy, config.num_steps, config.group_size, config.noise_level
     sigmas = train.timestep_schedule(T, **policy.schedule_arguments(T), dtype=policy.compute_dtype).tolist()
@@ -96,7 +96,6 @@ def plain_epoch(learner, rewards, prompts, config, epoch: int, before_update=lam
                 clipped = rho.clamp(1 - config.clip_range, 1 + config.clip_range)
                 loss = torch.maximum(-A[i] * rho, -A[i] * clipped) + config.beta * ((mean - reference) ** 2).mean() / (2 * s**2)
                 (loss / (len(mine) * trained)).backward()
-        before_update()
         train.update_weights(learner, config.max_grad_norm)
 
 
@@ -119,6 +118,11 @@ def prepared(model: Path, device: torch.device, **changes) -> tuple:
     return learner, train.make_rewards(config, device), prompts, config
 
 
+def images(prepared: tuple) -> int:
+    """Of an epoch."""
+    return prepared[-1].groups_per_epoch * prepared[-1].group_size
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
@@ -126,20 +130,25 @@ def main() -> None:
     if "RANK" not in os.environ:
         with tempfile.TemporaryDirectory() as directory:
             model, cores = full_length_model(Path(directory)), os.cpu_count()
-            sys.exit(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cores}", *sys.argv],
-                                    env={**os.environ, "MODEL": str(model)}).returncode)
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cores}"]
+            sys.exit(subprocess.run([*launcher, *sys.argv], env={**os.environ, "MODEL": str(model)}).returncode)
     device, model = distributed.setup(), Path(os.environ["MODEL"])
     with ThreadPoolExecutor(1) as scorer:
         for dtype in ("float64", "float32"):     # on fewer images, since the plain loop takes its time
             few = dict(dtype=dtype, groups_per_epoch=2, group_size=4)
             ours, plain = prepared(model, device, **few), prepared(model, device, **few)
-            first = {}
-            update_weights, kept = train.update_weights, lambda *args: (first.setdefault("ours", gradients(ours[0])), update_weights(*args))[1]
-            with mock.patch.object(train, "update_weights", kept):
+            first, update_weights = [], train.update_weights
+
+            def keep_gradients(learner, max_grad_norm):
+                first.append(gradients(learner))
+                return update_weights(learner, max_grad_norm)
+
+            with mock.patch.object(train, "update_weights", keep_gradients):
                 train.run_epoch(*ours, 1, scorer)
-            if distributed.is_main():
-                plain_epoch(*plain, 1, lambda: first.setdefault("plain", gradients(plain[0])))
-                print(f"{dtype}: first gradients differ by {largest_difference(first['ours'], first['plain']):.1e}, weights after "
+                if distributed.is_main():
+                    plain_epoch(*plain, 1)
+            if distributed.is_main():            # of two updates each
+                print(f"{dtype}: first gradients differ by {largest_difference(first[0], first[2]):.1e}, weights after "
                       f"an epoch by {largest_difference(ours[0].policy.parameters, plain[0].policy.parameters):.1e}", flush=True)
             distributed.wait_for_all()
         ours, plain, seconds = prepared(model, device), prepared(model, device, groups_per_epoch=2), {"ours": [], "plain": []}
@@ -148,12 +157,12 @@ def main() -> None:
             started = time.perf_counter()
             train.run_epoch(*ours, epoch, scorer)
             distributed.wait_for_all()
-            seconds["ours"].append((time.perf_counter() - started) / 64)
+            seconds["ours"].append((time.perf_counter() - started) / images(ours))
             if distributed.is_main():
                 torch.set_num_threads(os.cpu_count())
                 started = time.perf_counter()
                 plain_epoch(*plain, epoch)
-                seconds["plain"].append((time.perf_counter() - started) / 16)
+                seconds["plain"].append((time.perf_counter() - started) / images(plain))
                 torch.set_num_threads(1)
     if distributed.is_main():
         ours, plain = (1 / statistics.median(seconds[name][1:]) for name in ("ours", "plain"))      # the first round warms up

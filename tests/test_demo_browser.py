@@ -1,4 +1,4 @@
-"""The demo as people meet it: the real server, driven in headless Chromium. Skipped where gradio, playwright or it are missing.
+"""The demo as people meet it: the real server, driven in headless Chromium. Skipped where playwright or it is missing.
 
 Its screenshots are written to $DEMO_SCREENSHOTS, if that is set.
 """
@@ -6,7 +6,6 @@ Its screenshots are written to $DEMO_SCREENSHOTS, if that is set.
 import base64
 import io
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,15 +22,8 @@ from test_families import TOKENS
 from demo import Request
 from policy import Policy
 
-pytest.importorskip("gradio")
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-
 PROMPT, EVIL = 'the word "lamp"', '<script>window.ran = 1</script><img src=x onerror="window.ran = 1">${window.ran = 1}'
 EVIL_NAME = "<img src=x onerror=window.ran=1>"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 # The server as it is, which says besides what it looks up and connects to.
 SERVER = """import sys
 sys.addaudithook(lambda event, args: event in ("socket.getaddrinfo", "socket.connect")
@@ -75,14 +67,6 @@ def server(runs):
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class Visit:
@@ -196,6 +180,7 @@ def test_prompts_and_names_that_hold_markup_are_shown_and_not_run_and_the_page_f
     visit.end()
 
 
-def test_the_server_calls_nobody(server):
+def test_the_server_calls_nobody(browser, server):
+    Visit(browser, server[0])
     called = {line for line in server[1].read_text().splitlines() if line.startswith("NETWORK")}
     assert called and not [line for line in called if "127.0.0.1" not in line and "localhost" not in line], called

@@ -5,7 +5,6 @@ SCREENSHOTS=directory keeps what the tests see, at two widths, in light and dark
 """
 
 import os
-import shutil
 import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -18,20 +17,7 @@ from test_train import CHEAP, metrics_of, train_here  # noqa: F401  (a fixture)
 
 from gallery import save_images, write_page
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the PATH")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
