@@ -91,7 +91,8 @@ class Clock:
 
         functions = [
             (train, "rollout", "rollout", train.rollout), (train, "accumulate_gradients", "replay", accumulate_gradients),
-            (train, "collect", "reward exposed", train.collect), (train, "update_weights", "optimizer", train.update_weights),
+            (train, "wait_for_scores", "reward exposed", train.wait_for_scores),
+            (self.setting.learner, "update", "optimizer", self.setting.learner.update),
             (policy, "cache_text", "text", policy.cache_text), (policy, "encode", "text", policy.encode),
             (policy, "decode", "decode", decode_and_keep),
             *((distributed, name, "gather", getattr(distributed, name)) for name in (

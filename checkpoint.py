@@ -215,9 +215,46 @@ def write_metrics(directory: Path, metrics: dict) -> None:
 
 def read_metrics(directory: Path, epochs: int) -> list[dict]:
     """The lines of the first `epochs` epochs; those of epochs that a resumed run does again are dropped from the file."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]                   # a killed writer may leave half a line
-    metrics = [m for m in map(json.loads, whole) if m["epoch"] <= epochs]
+    path, metrics = directory / "metrics.jsonl", []
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            if line.endswith("\n"):              # else a killed writer left half a line
+                print(f"warning: line {number} of {path} is no JSON, and dropped: {line[:50]!r}", file=sys.stderr, flush=True)
+    metrics = [m for m in metrics if m["epoch"] <= epochs]
     write_whole(path, "".join(json.dumps(m) + "\n" for m in metrics))
     return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ both at once
+
+class Record:
+    """A run's metrics and checkpoints as they stand on the disk, and what a full disk has not taken yet."""
+
+    def __init__(self, directory: Path, saved: int, history: list[dict], newest: int):
+        """saved: the epoch of the newest checkpoint; history: the lines of metrics; newest: how many checkpoints are kept whole."""
+        self.directory, self.saved, self.history, self.newest = directory, saved, history, newest
+        self._waiting: list[dict] = []
+
+    def add(self, metrics: dict) -> None:
+        """An epoch's line, written when there is room for it."""
+        self.history.append(metrics)
+        self._waiting.append(metrics)
+        self._write_lines()
+
+    def _write_lines(self) -> bool:
+        while self._waiting and written("a line of metrics.jsonl", write_metrics, self.directory, self._waiting[0]):
+            self._waiting.pop(0)
+        return not self._waiting
+
+    def checkpoint(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
+        """Save an epoch that is not saved yet, but never before its line of metrics; older ones are reduced, save the best."""
+        if epoch == self.saved or not self._write_lines():
+            return
+        if written(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch, save_weights, state):
+            self.saved = epoch
+            scores = {m["epoch"]: m["eval/total"] for m in self.history if "eval/total" in m}
+            best = max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)
+            written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.newest, best)

@@ -10,7 +10,6 @@ What departs from the paper or from its authors' implementation:
 - Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on the micro-batches.
 """
 
-import contextlib
 import importlib.util
 import itertools
 import json
@@ -18,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -31,25 +30,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from checkpoint import (
-    checkpoint_path, checkpoints, load_state, newest_whole, open_run, prune_checkpoints, read_metrics, save_checkpoint, write_metrics,
-    write_settings, written)
+from checkpoint import Record, checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, write_settings, written
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
-from policy import Policy, Text, WeightAverage, check_model, find_adapter, is_out_of_memory, to_device, to_host
+from learner import Learner, learning_rate
+from memory import LESS_MEMORY, OutOfMemory, choose_batches, within_memory
+from policy import Policy, Text, check_model, find_adapter, to_device, to_host
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, Velocity, replay, rollout, timestep_schedule
 
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
-
-
-def learning_rate(config: Config, epoch: int) -> float:
-    """Of an epoch, from 1 on. It does not depend on how many there will be, so that a run can be made longer."""
-    half_life = config.learning_rate_half_life
-    return config.learning_rate * (0.5 ** ((epoch - 1) / half_life) if half_life else 1.0)
 
 
 class TrainingError(RuntimeError):
@@ -87,94 +80,6 @@ def draw_windows(config: Config, epoch: int) -> Tensor:
     first, last = config.window_range
     return torch.randint(first, last - config.window_size + 1, (config.groups_per_epoch,),
                          generator=generator(config.seed, WINDOW, epoch))
-
-
-LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
-
-
-@contextlib.contextmanager
-def within_memory(way_out: str, plan: str) -> Iterator[None]:
-    """Running out of memory ends in one line: where, the way out, and the batch plan."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RewardError) or not is_out_of_memory(error):
-            raise
-        reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
-        traceback.clear_frames(error.__traceback__)              # what failed lets go of its tensors: there is a state to save
-        raise TrainingError(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
-
-
-# -------------------------------------------------------------------------------------------------- what an update changes
-
-class Learner:
-    """The policy's trained weights and all that goes with them from update to update."""
-
-    def __init__(self, policy: Policy, config: Config):
-        self.policy = policy
-        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                           weight_decay=config.weight_decay, fused=True)
-        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
-        self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
-        self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite         # updates: so far, and at most
-        self.started = False                                                 # whether there was an update in this process
-        self._before: dict | None = None
-
-    def state(self, epoch: int) -> dict:
-        """Everything from which training goes on after `epoch`: tensors and plain data."""
-        return {"epoch": epoch, "trained": [p.detach() for p in self.policy.parameters], "average": self.average.average,
-                "average_steps": self.average.steps, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()}
-
-    @torch.no_grad()
-    def restore(self, state: dict) -> int:
-        """Put everything back; the number of epochs done."""
-        for p, value in zip(self.policy.parameters, state["trained"], strict=True):
-            p.copy_(value)
-        for value, kept in zip(self.average.average, state["average"], strict=True):
-            value.copy_(kept)
-        self.average.steps = state["average_steps"]
-        self.optimizer.state.clear()                             # the old moments go before the new ones come
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state["skipped"]
-        return state["epoch"]
-
-    def begin_updates(self, epoch: int) -> None:
-        """Keep the state after `epoch`, in host memory of the main rank, which saves: an epoch is whole or leaves nothing."""
-        self._before = on_host(self.state(epoch)) if is_main() else None
-
-    def end_updates(self) -> None:
-        self._before = None
-
-    def undo_updates(self) -> None:
-        """Back to the last whole epoch."""
-        if self._before is not None:
-            self.restore(self._before)
-            self._before = None
-
-    def skip(self, error: Exception, updates: int) -> None:
-        """Leave out what was not finite, where --skip-nonfinite allows it; else raise it."""
-        if self.skipped + updates > self.skip_nonfinite:
-            raise error
-        self.skipped += updates
-        if is_main():
-            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates", file=sys.stderr)
-
-    def save_weights(self, directory: Path) -> None:
-        """The averaged weights, for use."""
-        with self.average.applied():
-            self.policy.save(directory)
-
-
-def on_host(value):
-    """A copy of tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    return [on_host(item) for item in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- sampling
@@ -229,9 +134,9 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
                              start_step, keep_means=config.guard)
         arrived = to_host(trajectory.final.isfinite().flatten(1).all(1), policy.decode(trajectory.final))
         evidence = {"samples": torch.tensor(batch), **tensors_of(trajectory)}
-        pending.append(scorer.submit(score, rewards, arrived, drawn, config, f"epoch {epoch}", evidence))
         trajectories.append(trajectory)
-        raise_failed(pending)
+        pending.append(scorer.submit(score, rewards, arrived, drawn, config, f"epoch {epoch}", evidence))
+        look_after(pending, config)
     if not mine:
         return None
     return Samples(mine, [chosen[i // config.group_size] for i in mine], Trajectory.concatenate(trajectories),
@@ -286,12 +191,28 @@ def score(rewards: Rewards, arrived: Callable[[], list[Tensor]], prompts: list[P
 
 
 def collect(pending: list[Future]) -> dict[str, np.ndarray]:
-    """The scores of all micro-batches, as one; waits for those that are still under way, but a signal waits for no slow reward."""
+    """The scores of all micro-batches, as one."""
+    wait_for_scores(pending)
+    return join_scores([future.result() for future in pending])
+
+
+def wait_for_scores(pending: list[Future]) -> None:
+    """Until all that were asked for are there; a signal waits for no slow reward."""
     while wait(pending, timeout=0.2).not_done:
         raise_failed(pending)
         if distributed.stop_asked():
             raise Interrupted
-    return join_scores([future.result() for future in pending])
+
+
+def look_after(pending: list[Future], config: Config) -> None:
+    """A reward that failed stops the run now, not after all sampling is done.
+
+    Sampling goes on meanwhile, but not on a rank of one core whose rewards are computed on it too: there the two would only take
+    turns, in each other's cache.
+    """
+    if not torch.cuda.is_available() and torch.get_num_threads() == 1 and not config.reward_urls:
+        wait_for_scores(pending)
+    raise_failed(pending)
 
 
 def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
@@ -337,7 +258,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
             if update == 0:                                                   # the policy that sampled: the ratio must be 1
                 metrics["ratio_deviation_before"] = ratio_deviation
                 check_ratio(learner, ratio_deviation, config, epoch)
-            grad_norm = update_weights(learner, config.max_grad_norm)
+            grad_norm = learner.update(config.max_grad_norm)
             overflow = learner.scaler.is_enabled() and learner.scaler.get_scale() >= 1        # below, scaling is not to blame
             if not np.isfinite(grad_norm) and not overflow:
                 quantity = "gradient"
@@ -369,19 +290,6 @@ def check_ratio(learner: Learner, deviation: float, config: Config, epoch: int) 
         tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {deviation:.1e} from 1, more than clip_range "
                    f"{config.clip_range:g}; usual causes: in half precision, batches of other sizes in training than in the "
                    "rollout; another dtype here than there; dropout", file=sys.stderr)
-
-
-def update_weights(learner: Learner, max_grad_norm: float) -> float:
-    """One optimizer step on the accumulated gradients; their norm. Where it is not finite, the weights stay as they are."""
-    learner.scaler.unscale_(learner.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(learner.policy.parameters, max_grad_norm).item()
-    if np.isfinite(grad_norm) or learner.scaler.is_enabled():                 # the scaler skips the step by itself
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    if np.isfinite(grad_norm):
-        learner.average.step()
-    return grad_norm
 
 
 def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
@@ -537,7 +445,7 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
             images = policy.decode(latents)
             arrived = to_host(latents.isfinite().flatten(1).all(1), images)
             pending.append(scorer.submit(score, rewards, arrived, drawn, config, "evaluation", {"latents": latents}))
-            raise_failed(pending)
+            look_after(pending, config)
             kept.append(images[:max(0, config.eval_images - batch[0])])
     return collect(pending), torch.cat(kept).cpu()
 
@@ -629,78 +537,6 @@ def make_policy(config: Config, device: torch.device) -> Policy:
     return policy
 
 
-def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:
-    """Batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest, as measured now.
-
-    In half precision the rollout's is the training's, so that both run the same kernels and ratios start at 1.
-    """  # all ranks
-    plan = batch_plan(config, distributed.world_size())
-    largest = -(-plan.samples_per_rank // config.updates_per_epoch)
-    sizes = sorted({largest, *(2**n for n in range(largest.bit_length()) if 2**n < largest)})
-
-    half = policy.dtype.itemsize == 2
-    later = 4 * sum(p.numel() * p.element_size() for p in policy.parameters)   # AdamW's moments, the average, the summed gradient
-
-    def trial(size: int, training: bool) -> float:
-        """Seconds of an image. Raises OutOfMemoryError, also where less than a fifth of a GPU is left for all else."""
-        velocity = policy.velocity(policy.encode([prompts[i % len(prompts)].text for i in range(size)]), config.guidance_scale)
-        latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
-        sigma = latents.new_full((size,), 0.5)
-        if policy.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(policy.device)
-        started = time.perf_counter()
-        try:
-            with torch.set_grad_enabled(training):
-                v = velocity(latents, sigma)
-                if training:
-                    v.sum().backward()
-            v.cpu()                              # when it is done
-        finally:
-            for p in policy.parameters:
-                p.grad = None
-        if policy.device.type == "cuda":
-            total = torch.cuda.get_device_properties(policy.device).total_memory
-            if torch.cuda.max_memory_allocated(policy.device) + later > 0.8 * total:
-                raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
-        return (time.perf_counter() - started) / size
-
-    def choose(training: bool) -> int:
-        if policy.device.type == "cuda":
-            return largest_that_fits(sizes, lambda size: trial(size, training))
-        return fastest(sizes, lambda size: distributed.sum_over_ranks(torch.tensor(trial(size, training))).item())
-
-    rollout_batch, train_batch = config.rollout_batch, config.train_batch
-    if half:
-        rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
-    train_batch = train_batch or choose(training=True)
-    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
-    chosen = distributed.gather_objects((rollout_batch, train_batch))
-    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
-
-
-def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
-    """The last of the rising `sizes` before one for which `trial` runs out of memory; the first one must fit."""
-    fitting = sizes[0]
-    trial(fitting)
-    try:
-        for size in sizes[1:]:
-            trial(size)
-            fitting = size
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)
-    torch.cuda.empty_cache()
-    return fitting
-
-
-def fastest(sizes: list[int], trial: Callable[[int], float], most: int = 64) -> int:
-    """Of the `sizes` up to `most`, that with the fewest seconds of an image, by the better of two trials."""
-    sizes = [size for size in sizes if size <= most] or sizes[:1]
-    trial(sizes[0])                              # warm
-    return min(sizes[-4:], key=lambda size: min(trial(size), trial(size)))
-
-
 def main() -> None:
     try:
         preset, config, train_prompts, test_prompts = prepare(sys.argv[1:])
@@ -721,7 +557,7 @@ def main() -> None:
             write_settings(directory, config, preset)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
-    except TrainingError as error:
+    except OutOfMemory as error:
         stop(error, everywhere=True)
     except LostRank as error:
         stop_without(error)
@@ -734,7 +570,7 @@ def main() -> None:
         leave(0)
     except (RewardError, NonFinite) as error:
         stop(error, everywhere=False)
-    except TrainingError as error:
+    except (TrainingError, OutOfMemory) as error:
         stop(error, everywhere=True)
     except LostRank as error:
         stop_without(error)
@@ -799,6 +635,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
     done = learner.restore(state) if checkpoint else 0
     history = read_metrics(directory, done if checkpoint else -1) if is_main() and not config.eval_only else []
+    record = Record(directory, done, history, config.keep_checkpoints)        # the main rank's alone is written
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
@@ -806,35 +643,14 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         f"{plan}")
     if checkpoint:
         say(f"continuing after epoch {done}, from {checkpoint}")
-    saved, unwritten = done, []                  # the epoch of the newest checkpoint; lines for which the disk had no room
-
     known = done + bool(history and history[-1]["epoch"] == done)             # the first epoch that is not in the metrics yet
     display = Display(directory, None if config.eval_only else known, config.wandb) if is_main() else None
 
-    def record(metrics: dict) -> None:
+    def keep(metrics: dict) -> None:
+        """A checkpoint of the weights as they are, after the epoch of `metrics`."""
         if is_main():
-            history.append(metrics)
-            unwritten.append(metrics)
-            write_lines()
-            display.curves(metrics)
-            if "eval/total" in metrics:
-                display.page()
-
-    def write_lines() -> bool:
-        while unwritten and written("a line of metrics.jsonl", write_metrics, directory, unwritten[0]):
-            unwritten.pop(0)
-        return not unwritten
-
-    def keep(epoch: int, metrics: dict) -> None:
-        """A checkpoint of the weights as they are after `epoch`, unless there is one, and never before its lines of metrics."""
-        nonlocal saved
-        if is_main() and epoch != saved and write_lines():
-            scores = {m["epoch"]: m["eval/total"] for m in history if "eval/total" in m}
-            best = max((e for e in scores if e == epoch or checkpoint_path(directory, e).exists()), key=scores.get, default=None)
-            state = {**learner.state(epoch), "metrics": metrics}
-            if written(f"the checkpoint of epoch {epoch}", save_checkpoint, directory, epoch, learner.save_weights, state):
-                saved = epoch
-                written("what old checkpoints are reduced to", prune_checkpoints, directory, config.keep_checkpoints, best)
+            epoch = metrics["epoch"]
+            record.checkpoint(epoch, learner.save_weights, {**learner.state(epoch), "metrics": metrics})
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
@@ -849,17 +665,21 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         epoch = metrics["epoch"]
         if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics = {**metrics, **evaluate_after(epoch)}
-        record(metrics)
+        if is_main():
+            record.add(metrics)
+            display.curves(metrics)
+            if "eval/total" in metrics:
+                display.page()
         if epoch % config.save_every == 0 or epoch == config.epochs:
             with distributed.taking_its_time():
-                keep(epoch, metrics)
+                keep(metrics)
                 distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
 
     if config.eval_only:
         metrics = {"epoch": done, **evaluate_after(done)}
         if is_main():
             if not (directory / "metrics.jsonl").exists():
-                write_metrics(directory, metrics)
+                record.add(metrics)
             display.page()
         return
     training_rewards = rewards.subset(weights=dict(config.rewards))
@@ -875,22 +695,23 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     except (RewardError, NonFinite, Interrupted) as error:
         distributed.at_safe_point()
         learner.undo_updates()
-        keep(metrics["epoch"], metrics)
+        keep(metrics)
         distributed.wait_for_all()
         if isinstance(error, Interrupted):
-            what = f"; epoch {saved} is saved" if saved else " before the first epoch was whole"
+            what = f"; epoch {record.saved} is saved" if record.saved else " before the first epoch was whole"
             raise Interrupted(f"{error}{what}") from error
         raise
-    except (LostRank, TrainingError):            # this rank alone may be here: no collective
+    except (LostRank, OutOfMemory):            # this rank alone may be here: no collective
         distributed.at_safe_point()
         learner.undo_updates()
-        keep(metrics["epoch"], metrics)
+        keep(metrics)
         raise
     if is_main():
         display.close()
         report(directory, history, display)
-        if saved != config.epochs > done:
-            raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch {saved}")
+        if record.saved != config.epochs > done:
+            raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch "
+                                f"{record.saved}")
 
 
 def summary(metrics: dict, history: list[dict], config: Config) -> str:

@@ -96,7 +96,7 @@ def plain_epoch(learner, rewards, prompts, config, epoch: int) -> None:
                 clipped = rho.clamp(1 - config.clip_range, 1 + config.clip_range)
                 loss = torch.maximum(-A[i] * rho, -A[i] * clipped) + config.beta * ((mean - reference) ** 2).mean() / (2 * s**2)
                 (loss / (len(mine) * trained)).backward()
-        train.update_weights(learner, config.max_grad_norm)
+        learner.update(config.max_grad_norm)
 
 
 def largest_difference(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> float:
@@ -137,13 +137,13 @@ def main() -> None:
         for dtype in ("float64", "float32"):     # on fewer images, since the plain loop takes its time
             few = dict(dtype=dtype, groups_per_epoch=2, group_size=4)
             ours, plain = prepared(model, device, **few), prepared(model, device, **few)
-            first, update_weights = [], train.update_weights
+            first, update = [], train.Learner.update
 
             def keep_gradients(learner, max_grad_norm):
                 first.append(gradients(learner))
-                return update_weights(learner, max_grad_norm)
+                return update(learner, max_grad_norm)
 
-            with mock.patch.object(train, "update_weights", keep_gradients):
+            with mock.patch.object(train.Learner, "update", keep_gradients):
                 train.run_epoch(*ours, 1, scorer)
                 if distributed.is_main():
                     plain_epoch(*plain, 1)

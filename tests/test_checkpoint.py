@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import checkpoints, defect, load_state, newest_whole, prune_checkpoints, save_checkpoint, write_metrics, written
+from checkpoint import (
+    checkpoints, defect, load_state, newest_whole, prune_checkpoints, read_metrics, save_checkpoint, write_metrics, written)
 
 
 def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, numbers: int = 100) -> None:
@@ -126,3 +127,16 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all_when_the_disk_is_full(
 def test_only_the_disk_is_forgiven():
     with pytest.raises(ZeroDivisionError):
         written("a checkpoint", lambda: 1 / 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+@pytest.mark.parametrize("tail, warns", [(b'{"epoch": 4, "rew', False), (b"\0\0\0\0\n", True), (b"\xff\xfe\n", True), (b"", False)])
+def test_what_a_crash_left_and_epochs_that_will_be_done_again_are_dropped_from_the_metrics(tmp_path, capsys, tail, warns):
+    for epoch in range(4):
+        write_metrics(tmp_path, {"epoch": epoch})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(tail)
+    expected = [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
+    assert read_metrics(tmp_path, 2) == expected == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ("warning: line 5" in capsys.readouterr().err) == warns

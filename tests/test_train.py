@@ -344,14 +344,6 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again_and_has_each_epo
     assert without_times(metrics_of(directory)) == without_times(metrics_of(one_rank))
 
 
-def test_half_a_line_and_epochs_that_will_be_done_again_are_dropped_from_the_metrics(tmp_path):
-    for epoch in range(4):
-        train.write_metrics(tmp_path, {"epoch": epoch})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 4, "rew')
-    assert train.read_metrics(tmp_path, 2) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}] == metrics_of(tmp_path)
-
-
 def test_a_checkpoint_is_whole_or_is_not_there(one_rank, tmp_path):
     shutil.copytree(one_rank / "checkpoints", tmp_path / "checkpoints")
     for unfinished in ("partial", "epoch_00003"):
@@ -388,8 +380,6 @@ def test_the_learning_rate_halves_and_does_not_depend_on_how_long_the_run_will_b
     rates = {epochs: [m["learning_rate"] for m in metrics_of(train_here(f"rate-{epochs}", **{
         **CHEAP, "epochs": epochs, "learning_rate": 0.01, "learning_rate_half_life": 2})) if m["epoch"]] for epochs in (2, 4)}
     assert np.allclose(rates[4], [0.01 * 2 ** (-epoch / 2) for epoch in range(4)], rtol=1e-12) and rates[2] == rates[4][:2]
-    _, config = parse_config(["sd35m_ocr"])
-    assert {train.learning_rate(config, epoch) for epoch in (1, 1000)} == {3e-4}
 
 
 # ------------------------------------------------------------------------------------- law 7, and what an epoch computes
@@ -646,19 +636,6 @@ def test_the_bundled_model_draws_with_diffusers_alone_and_takes_a_trained_adapte
 
 
 # ------------------------------------------------------------------------------------------------------------ batch sizes
-
-def test_of_batch_sizes_the_largest_that_fits_or_the_fastest_is_chosen():
-    def trial(size):
-        if size > 12:
-            raise torch.OutOfMemoryError("out of memory")
-        return {1: 9.0, 2: 5.0, 4: 3.0, 8: 4.0, 12: 4.5}[size]
-
-    assert train.largest_that_fits([1, 2, 4, 8, 12, 16, 32], trial) == 12
-    assert train.fastest([1, 2, 4, 8, 12], trial) == 4
-    assert train.fastest([1, 2, 4, 8, 12, 16], trial, most=12) == 4
-    with pytest.raises(torch.OutOfMemoryError):
-        train.largest_that_fits([16, 32], trial)
-
 
 def test_batches_that_are_not_given_are_chosen_and_change_no_more_than_rounding(train_here, one_rank, capsys):
     directory = train_here("chosen", rollout_batch=0, train_batch=0)

@@ -1,0 +1,104 @@
+"""What an update changes: the trained weights, with AdamW's moments, float16's loss scale and the average over updates.
+
+All of it is one state, which is saved, restored, and taken back to the last whole epoch where an epoch does not end.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config
+from distributed import is_main
+from policy import Policy, WeightAverage
+
+
+def learning_rate(config: Config, epoch: int) -> float:
+    """Of an epoch, from 1 on. It does not depend on how many there will be, so that a run can be made longer."""
+    half_life = config.learning_rate_half_life
+    return config.learning_rate * (0.5 ** ((epoch - 1) / half_life) if half_life else 1.0)
+
+
+class Learner:
+    """The policy's trained weights and all that goes with them from update to update."""
+
+    def __init__(self, policy: Policy, config: Config):
+        self.policy = policy
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
+                                           weight_decay=config.weight_decay, fused=True)
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=config.dtype == "float16")
+        self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
+        self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
+        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite         # updates: so far, and at most
+        self.started = False                                                 # whether there was an update in this process
+        self._before: dict | None = None
+
+    def state(self, epoch: int) -> dict:
+        """Everything from which training goes on after `epoch`: tensors and plain data."""
+        return {"epoch": epoch, "trained": [p.detach() for p in self.policy.parameters], "average": self.average.average,
+                "average_steps": self.average.steps, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: dict) -> int:
+        """Put everything back; the number of epochs done."""
+        for p, value in zip(self.policy.parameters, state["trained"], strict=True):
+            p.copy_(value)
+        for value, kept in zip(self.average.average, state["average"], strict=True):
+            value.copy_(kept)
+        self.average.steps = state["average_steps"]
+        self.optimizer.state.clear()                             # the old moments go before the new ones come
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state["skipped"]
+        return state["epoch"]
+
+    def update(self, max_grad_norm: float) -> float:
+        """One optimizer step on the accumulated gradients; their norm. Where it is not finite, the weights stay as they are."""
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
+        if np.isfinite(grad_norm) or self.scaler.is_enabled():                # the scaler skips the step by itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if np.isfinite(grad_norm):
+            self.average.step()
+        return grad_norm
+
+    def begin_updates(self, epoch: int) -> None:
+        """Keep the state after `epoch`, in host memory of the main rank, which saves: an epoch is whole or leaves nothing."""
+        self._before = on_host(self.state(epoch)) if is_main() else None
+
+    def end_updates(self) -> None:
+        self._before = None
+
+    def undo_updates(self) -> None:
+        """Back to the last whole epoch."""
+        if self._before is not None:
+            self.restore(self._before)
+            self._before = None
+
+    def skip(self, error: Exception, updates: int) -> None:
+        """Leave out what was not finite, where --skip-nonfinite allows it; else raise it."""
+        if self.skipped + updates > self.skip_nonfinite:
+            raise error
+        self.skipped += updates
+        if is_main():
+            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates", file=sys.stderr)
+
+    def save_weights(self, directory: Path) -> None:
+        """The averaged weights, for use."""
+        with self.average.applied():
+            self.policy.save(directory)
+
+
+def on_host(value):
+    """A copy of tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    return [on_host(item) for item in value] if isinstance(value, list) else value
