@@ -100,7 +100,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
     plan = batch_plan(config, distributed.world_size())
     chosen = [prompts[i] for i in epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)]
     windows, steps = draw_windows(config, epoch), torch.arange(config.num_steps)
-    mine = distributed.share(plan.samples, distributed.rank(), distributed.world_size())
+    mine = share_of_samples(windows, config, distributed.rank(), distributed.world_size())
     groups = sorted({i // config.group_size for i in mine})
     policy.cache_text([chosen[g].text for g in groups], config.guidance_scale)
     starts = shared_starts(policy, chosen, groups, windows, sigmas, config, epoch) if config.shared_start_noise and mine else None
@@ -141,6 +141,18 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
         return None
     return Samples(mine, [chosen[i // config.group_size] for i in mine], Trajectory.concatenate(trajectories),
                    collect(pending))
+
+
+def share_of_samples(windows: Tensor, config: Config, rank: int, world_size: int) -> list[int]:
+    """This rank's samples. With a shared start the images of a group cost less the later its window (groups_per_epoch,) begins, so
+    groups are dealt out to the ranks in that order, to and fro."""
+    groups = list(range(config.groups_per_epoch))
+    if config.shared_start_noise:
+        dealt = [min(k % (2 * world_size), -(k + 1) % (2 * world_size)) for k in groups]                 # 0 1 2 2 1 0 0 1 ...
+        by_window = sorted(groups, key=lambda g: int(windows[g]))
+        groups = [g for _, g in sorted(zip(dealt, by_window))]
+    samples = [g * config.group_size + k for g in groups for k in range(config.group_size)]
+    return [samples[j] for j in distributed.share(len(samples), rank, world_size)]
 
 
 def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windows: Tensor, sigmas: Tensor, config: Config,
@@ -210,7 +222,7 @@ def look_after(pending: list[Future], config: Config) -> None:
     Sampling goes on meanwhile, but not on a rank of one core whose rewards are computed on it too: there the two would only take
     turns, in each other's cache.
     """
-    if not torch.cuda.is_available() and torch.get_num_threads() == 1 and not config.reward_urls:
+    if not torch.cuda.is_available() and torch.get_num_threads() == config.reward_threads == 1 and not config.reward_urls:
         wait_for_scores(pending)
     raise_failed(pending)
 

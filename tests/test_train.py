@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -374,6 +375,20 @@ def test_windows_are_drawn_for_each_group_and_epoch_within_their_range():
     first, second = train.draw_windows(config, 1), train.draw_windows(config, 2)
     assert set(first.tolist()) == {1, 2, 3, 4} and not torch.equal(first, second)
     assert torch.equal(first, train.draw_windows(config, 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 50])
+def test_ranks_hold_each_sample_once_and_with_shared_starts_about_equal_work(world_size):
+    _, config = parse_config("--groups-per-epoch 48 --group-size 6 --num-steps 10 --window-size 2 --shared-start-noise".split())
+    windows = train.draw_windows(config, 1)
+    shares = [train.share_of_samples(windows, config, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for share in shares for i in share) == list(range(48 * 6))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    if world_size in (2, 8):                     # which divide the groups
+        work = [sum(10 - int(windows[i // 6]) for i in share) for share in shares]
+        assert max(work) <= 1.02 * sum(work) / world_size
+    plain = replace(config, shared_start_noise=False)
+    assert [i for rank in range(world_size) for i in train.share_of_samples(windows, plain, rank, world_size)] == list(range(48 * 6))
 
 
 def test_the_learning_rate_halves_and_does_not_depend_on_how_long_the_run_will_be(train_here):
