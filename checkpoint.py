@@ -2,8 +2,8 @@
 
     runs/<name>/lock, config.json, metrics.jsonl, checkpoints/epoch_00010/{adapter/ or transformer/, state.pt, SHA256SUMS}
 
-Everything is written whole or not at all, and is on the disk before what relies on it. All of it is the main rank's, but for
-`load_state`.
+Everything is written whole or not at all, and is on the disk before what relies on it. All of it is the main rank's, but that the
+others load the state too.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from typing import IO
 import torch
 
 from config import PRESETS, Config, changed_fields, to_dict
+from gallery import read_metrics
 
 
 def open_run(config: Config) -> tuple[Path, IO, Config]:
@@ -141,12 +142,15 @@ def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], 
 
 def prune_checkpoints(directory: Path, newest: int, best: int | None) -> None:
     """Of checkpoints before the `newest` ones, and other than that of epoch `best`, keep the adapter alone."""
-    for older in checkpoints(directory)[:-newest]:
-        if older != checkpoint_path(directory, best or 0):
-            (older / "state.pt").unlink()                                     # first: a full disk then has room for the rest
+    kept = {*checkpoints(directory)[-newest:], checkpoint_path(directory, best or 0)}
+    for older in directory.glob("checkpoints/epoch_*[0-9]"):                  # also what a killed run began to prune
+        if older not in kept and (older / "SHA256SUMS").exists():
+            (older / "state.pt").unlink(missing_ok=True)                      # first: a full disk then has room for the rest
             shutil.rmtree(older / "transformer", ignore_errors=True)
-            kept = [line for line in (older / "SHA256SUMS").read_text().splitlines(keepends=True) if "  adapter/" in line]
-            write_whole(older / "SHA256SUMS", "".join(kept))
+            lines = (older / "SHA256SUMS").read_text().splitlines(keepends=True)
+            of_adapter = [line for line in lines if "  adapter/" in line]
+            if of_adapter != lines:
+                write_whole(older / "SHA256SUMS", "".join(of_adapter))
 
 
 def checksum(path: Path) -> str:
@@ -213,33 +217,25 @@ def write_metrics(directory: Path, metrics: dict) -> None:
             raise
 
 
-def read_metrics(directory: Path, epochs: int) -> list[dict]:
-    """The lines of the first `epochs` epochs; those of epochs that a resumed run does again are dropped from the file."""
-    path, metrics = directory / "metrics.jsonl", []
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            metrics.append(json.loads(line))
-        except ValueError:
-            if line.endswith("\n"):              # else a killed writer left half a line
-                print(f"warning: line {number} of {path} is no JSON, and dropped: {line[:50]!r}", file=sys.stderr, flush=True)
-    metrics = [m for m in metrics if m["epoch"] <= epochs]
-    write_whole(path, "".join(json.dumps(m) + "\n" for m in metrics))
+def cut_metrics(directory: Path, epochs: int) -> list[dict]:
+    """The lines of the first `epochs` epochs; all others, which a resumed run writes again, are dropped from the file."""
+    metrics = [m for m in read_metrics(directory / "metrics.jsonl") if m["epoch"] <= epochs]
+    write_whole(directory / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------ both at once
+# --------------------------------------------------------------------------------------------------- the record of a run
 
 class Record:
     """A run's metrics and checkpoints as they stand on the disk, and what a full disk has not taken yet."""
 
-    def __init__(self, directory: Path, saved: int, history: list[dict], newest: int):
-        """saved: the epoch of the newest checkpoint; history: the lines of metrics; newest: how many checkpoints are kept whole."""
-        self.directory, self.saved, self.history, self.newest = directory, saved, history, newest
+    def __init__(self, directory: Path, saved: int, history: list[dict], kept: int):
+        """saved: the epoch of the newest checkpoint; history: all lines of metrics; kept: how many checkpoints stay whole."""
+        self.directory, self.saved, self.history, self.kept = directory, saved, history, kept
         self._waiting: list[dict] = []
 
     def add(self, metrics: dict) -> None:
-        """An epoch's line, written when there is room for it."""
+        """An epoch's line, written as soon as there is room for it."""
         self.history.append(metrics)
         self._waiting.append(metrics)
         self._write_lines()
@@ -249,12 +245,11 @@ class Record:
             self._waiting.pop(0)
         return not self._waiting
 
-    def checkpoint(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
-        """Save an epoch that is not saved yet, but never before its line of metrics; older ones are reduced, save the best."""
-        if epoch == self.saved or not self._write_lines():
-            return
-        if written(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch, save_weights, state):
+    def save(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
+        """A checkpoint, but not before its line of metrics; of older ones, all but the best are reduced."""
+        if self._write_lines() and written(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch,
+                                           save_weights, state):
             self.saved = epoch
             scores = {m["epoch"]: m["eval/total"] for m in self.history if "eval/total" in m}
             best = max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)
-            written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.newest, best)
+            written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, best)

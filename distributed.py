@@ -200,6 +200,12 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def cores() -> int:
+    """CPU cores that this rank has to itself, of those that this machine grants to its ranks; 0 where there are fewer."""
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
     return rank() == 0
 

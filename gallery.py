@@ -214,8 +214,19 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]           # the last one may be half written
+    """The lines of a metrics.jsonl; what is none, as a crash may leave it, is left out with a warning."""
+    metrics = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []         # the last one may be half written
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict) and "epoch" in values:
+            metrics.append(values)
+        else:
+            print(f"warning: line {number} of {path} holds no metrics: {line[:50]!r}", file=sys.stderr, flush=True)
+    return metrics
 
 
 def read_evaluation(folder: Path, page_folder: Path) -> dict:

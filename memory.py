@@ -15,8 +15,8 @@ from prompts import Prompt
 from rewards import RewardError
 
 
-class OutOfMemory(RuntimeError):
-    """What did not fit, with the plan and the way out, in one line; on any rank alone."""
+class DoesNotFit(RuntimeError):
+    """Out of memory: where, the way out and the batch plan, in one line; on one rank, perhaps."""
 
 
 LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
@@ -24,7 +24,7 @@ LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders 
 
 @contextlib.contextmanager
 def within_memory(way_out: str, plan: str) -> Iterator[None]:
-    """Running out of memory ends in one line: where, the way out, and the batch plan."""
+    """Within, running out of memory raises DoesNotFit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -32,7 +32,7 @@ def within_memory(way_out: str, plan: str) -> Iterator[None]:
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
         traceback.clear_frames(error.__traceback__)              # what failed lets go of its tensors: there is a state to save
-        raise OutOfMemory(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
+        raise DoesNotFit(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
 
 
 def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:

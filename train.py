@@ -30,13 +30,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from checkpoint import Record, checkpoint_path, checkpoints, load_state, newest_whole, open_run, read_metrics, write_settings, written
+from checkpoint import (
+    Record, checkpoint_path, checkpoints, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from learner import Learner, learning_rate
-from memory import LESS_MEMORY, OutOfMemory, choose_batches, within_memory
+from memory import LESS_MEMORY, DoesNotFit, choose_batches, within_memory
 from policy import Policy, Text, check_model, find_adapter, to_device, to_host
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
@@ -96,7 +97,7 @@ class Samples:
 
 def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas: Tensor, config: Config, epoch: int,
                  scorer: ThreadPoolExecutor) -> Samples | None:
-    """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next."""
+    """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next, where they can."""
     plan = batch_plan(config, distributed.world_size())
     chosen = [prompts[i] for i in epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)]
     windows, steps = draw_windows(config, epoch), torch.arange(config.num_steps)
@@ -114,7 +115,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
 
     mine = sorted(mine, key=kind)
     parts = [list(part) for _, part in itertools.groupby(mine, kind)]
-    trajectories, pending = [], []
+    trajectories, pending, before_next = [], [], wait_for_scores if takes_turns(policy, config) else raise_failed
     for batch in progress([batch for part in parts for batch in batches(part, config.rollout_batch)], "sample"):
         if distributed.stop_asked():
             raise Interrupted
@@ -136,7 +137,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
         evidence = {"samples": torch.tensor(batch), **tensors_of(trajectory)}
         trajectories.append(trajectory)
         pending.append(scorer.submit(score, rewards, arrived, drawn, config, f"epoch {epoch}", evidence))
-        look_after(pending, config)
+        before_next(pending)
     if not mine:
         return None
     return Samples(mine, [chosen[i // config.group_size] for i in mine], Trajectory.concatenate(trajectories),
@@ -144,13 +145,16 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
 
 
 def share_of_samples(windows: Tensor, config: Config, rank: int, world_size: int) -> list[int]:
-    """This rank's samples. With a shared start the images of a group cost less the later its window (groups_per_epoch,) begins, so
-    groups are dealt out to the ranks in that order, to and fro."""
+    """The samples of a rank: a contiguous part of all, in which whole groups stay together as far as they can.
+
+    From a shared start a group is the less work, the later its window begins: there groups are dealt out in that order, to and fro.
+    Not so where an update takes unequal parts of the groups: ranks of equal work would then wait for each other in each update.
+    """
     groups = list(range(config.groups_per_epoch))
-    if config.shared_start_noise:
-        dealt = [min(k % (2 * world_size), -(k + 1) % (2 * world_size)) for k in groups]                 # 0 1 2 2 1 0 0 1 ...
-        by_window = sorted(groups, key=lambda g: int(windows[g]))
-        groups = [g for _, g in sorted(zip(dealt, by_window))]
+    if config.shared_start_noise and config.group_size % config.updates_per_epoch == 0:
+        in_order = sorted(groups, key=lambda g: int(windows[g]))
+        groups = [g for r in range(world_size) for k, g in enumerate(in_order)
+                  if r in (k % (2 * world_size), -(k + 1) % (2 * world_size))]                           # 0 1 2 2 1 0 0 1 2 ...
     samples = [g * config.group_size + k for g in groups for k in range(config.group_size)]
     return [samples[j] for j in distributed.share(len(samples), rank, world_size)]
 
@@ -202,34 +206,19 @@ def score(rewards: Rewards, arrived: Callable[[], list[Tensor]], prompts: list[P
         raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
 
 
-def collect(pending: list[Future]) -> dict[str, np.ndarray]:
-    """The scores of all micro-batches, as one."""
-    wait_for_scores(pending)
-    return join_scores([future.result() for future in pending])
+def takes_turns(policy: Policy, config: Config) -> bool:
+    """Whether sampling waits for scoring: on a rank of one core, which computes its rewards on it too, threads side by side
+    would only take turns, in each other's cache."""
+    return policy.device.type == "cpu" and distributed.cores() <= 1 and not config.reward_urls
 
 
 def wait_for_scores(pending: list[Future]) -> None:
-    """Until all that were asked for are there; a signal waits for no slow reward."""
+    """Until all scores are there, or one has failed, which is raised; a signal waits for no slow reward."""
     while wait(pending, timeout=0.2).not_done:
         raise_failed(pending)
         if distributed.stop_asked():
             raise Interrupted
-
-
-def look_after(pending: list[Future], config: Config) -> None:
-    """A reward that failed stops the run now, not after all sampling is done.
-
-    Sampling goes on meanwhile, but not on a rank of one core whose rewards are computed on it too: there the two would only take
-    turns, in each other's cache.
-    """
-    if not torch.cuda.is_available() and torch.get_num_threads() == config.reward_threads == 1 and not config.reward_urls:
-        wait_for_scores(pending)
     raise_failed(pending)
-
-
-def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
-    """In which rewards run beside the sampling, on this rank's GPU: what is current is each thread's own."""
-    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None, initargs=(device,))
 
 
 def raise_failed(pending: list[Future]) -> None:
@@ -237,6 +226,17 @@ def raise_failed(pending: list[Future]) -> None:
     for future in pending:
         if future.done():
             future.result()
+
+
+def collect(pending: list[Future]) -> dict[str, np.ndarray]:
+    """The scores of all micro-batches, as one."""
+    wait_for_scores(pending)
+    return join_scores([future.result() for future in pending])
+
+
+def scoring_thread(device: torch.device) -> ThreadPoolExecutor:
+    """In which rewards run beside the sampling, on this rank's GPU: what is current is each thread's own."""
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None, initargs=(device,))
 
 
 # ---------------------------------------------------------------------------------------------------------- training
@@ -446,6 +446,7 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
     sigmas = timestep_schedule(config.eval_num_steps, **policy.schedule_arguments(config.eval_num_steps),
                                dtype=policy.compute_dtype)
     kept, pending = [torch.zeros(0, *config.resolution, 3, dtype=torch.uint8, device=policy.device)], []
+    before_next = wait_for_scores if takes_turns(policy, config) else raise_failed
     with learner.average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
             if distributed.stop_asked():
@@ -457,7 +458,7 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
             images = policy.decode(latents)
             arrived = to_host(latents.isfinite().flatten(1).all(1), images)
             pending.append(scorer.submit(score, rewards, arrived, drawn, config, "evaluation", {"latents": latents}))
-            look_after(pending, config)
+            before_next(pending)
             kept.append(images[:max(0, config.eval_images - batch[0])])
     return collect(pending), torch.cat(kept).cpu()
 
@@ -569,7 +570,7 @@ def main() -> None:
             write_settings(directory, config, preset)
     except (ValueError, OSError, ImportError, RewardError) as error:
         stop(error, everywhere=False)
-    except OutOfMemory as error:
+    except DoesNotFit as error:
         stop(error, everywhere=True)
     except LostRank as error:
         stop_without(error)
@@ -582,7 +583,7 @@ def main() -> None:
         leave(0)
     except (RewardError, NonFinite) as error:
         stop(error, everywhere=False)
-    except (TrainingError, OutOfMemory) as error:
+    except (TrainingError, DoesNotFit) as error:
         stop(error, everywhere=True)
     except LostRank as error:
         stop_without(error)
@@ -646,8 +647,8 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     learner = Learner(policy, config)
     state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
     done = learner.restore(state) if checkpoint else 0
-    history = read_metrics(directory, done if checkpoint else -1) if is_main() and not config.eval_only else []
-    record = Record(directory, done, history, config.keep_checkpoints)        # the main rank's alone is written
+    history = cut_metrics(directory, done if checkpoint else -1) if is_main() and not config.eval_only else []
+    record = Record(directory, done, history, config.keep_checkpoints)                                   # other ranks' stays empty
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
@@ -655,14 +656,13 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         f"{plan}")
     if checkpoint:
         say(f"continuing after epoch {done}, from {checkpoint}")
-    known = done + bool(history and history[-1]["epoch"] == done)             # the first epoch that is not in the metrics yet
+    known = done + bool(history and history[-1]["epoch"] == done)                                       # the first epoch that is not in the metrics yet
     display = Display(directory, None if config.eval_only else known, config.wandb) if is_main() else None
 
     def keep(metrics: dict) -> None:
-        """A checkpoint of the weights as they are, after the epoch of `metrics`."""
-        if is_main():
-            epoch = metrics["epoch"]
-            record.checkpoint(epoch, learner.save_weights, {**learner.state(epoch), "metrics": metrics})
+        """A checkpoint of the weights as they are, after the epoch of `metrics`, unless there is one."""
+        if is_main() and (epoch := metrics["epoch"]) != record.saved:
+            record.save(epoch, learner.save_weights, {**learner.state(epoch), "metrics": metrics})
 
     def evaluate_after(epoch: int) -> dict[str, float]:
         with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
@@ -691,18 +691,18 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         metrics = {"epoch": done, **evaluate_after(done)}
         if is_main():
             if not (directory / "metrics.jsonl").exists():
-                record.add(metrics)
+                write_metrics(directory, metrics)
             display.page()
         return
     training_rewards = rewards.subset(weights=dict(config.rewards))
     metrics = state["metrics"]                                                # of the last whole epoch
     try:
         # An epoch may have been saved before it was evaluated.
-        if distributed.broadcast_object(not history or history[-1]["epoch"] != done):
+        if distributed.broadcast_object(not record.history or record.history[-1]["epoch"] != done):
             conclude(metrics)
         for epoch in range(done + 1, config.epochs + 1):
             metrics = run_epoch(learner, training_rewards, train_prompts, config, epoch, scorer)
-            say(summary(metrics, history, config))
+            say(summary(metrics, record.history, config))
             conclude(metrics)
     except (RewardError, NonFinite, Interrupted) as error:
         distributed.at_safe_point()
@@ -713,14 +713,14 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             what = f"; epoch {record.saved} is saved" if record.saved else " before the first epoch was whole"
             raise Interrupted(f"{error}{what}") from error
         raise
-    except (LostRank, OutOfMemory):            # this rank alone may be here: no collective
+    except (LostRank, DoesNotFit):               # this rank alone may be here: no collective
         distributed.at_safe_point()
         learner.undo_updates()
         keep(metrics)
         raise
     if is_main():
         display.close()
-        report(directory, history, display)
+        report(directory, record.history, display)
         if record.saved != config.epochs > done:
             raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch "
                                 f"{record.saved}")

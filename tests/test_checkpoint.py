@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint import (
-    checkpoints, defect, load_state, newest_whole, prune_checkpoints, read_metrics, save_checkpoint, write_metrics, written)
+    Record, checkpoints, defect, load_state, newest_whole, prune_checkpoints, cut_metrics, save_checkpoint, write_metrics, written)
+from gallery import read_metrics
 
 
 def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, numbers: int = 100) -> None:
@@ -131,12 +132,50 @@ def test_only_the_disk_is_forgiven():
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
-@pytest.mark.parametrize("tail, warns", [(b'{"epoch": 4, "rew', False), (b"\0\0\0\0\n", True), (b"\xff\xfe\n", True), (b"", False)])
+@pytest.mark.parametrize("tail, warns", [(b'{"epoch": 4, "rew', False), (b"", False), (b"\0\0\0\n", True), (b"\xff\xfe\n", True),
+                                         (b"5\n", True), (b"{}\n", True)])
 def test_what_a_crash_left_and_epochs_that_will_be_done_again_are_dropped_from_the_metrics(tmp_path, capsys, tail, warns):
     for epoch in range(4):
         write_metrics(tmp_path, {"epoch": epoch})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(tail)
-    expected = [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
-    assert read_metrics(tmp_path, 2) == expected == [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert ("warning: line 5" in capsys.readouterr().err) == warns
+    assert cut_metrics(tmp_path, 2) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == cut_metrics(tmp_path, 3)
+    assert ("line 5" in capsys.readouterr().err) == warns
+
+
+def test_lines_that_found_no_room_are_written_in_their_order_before_the_next_checkpoint_and_the_best_is_kept(tmp_path, monkeypatch):
+    record, room = Record(tmp_path, 0, [], 1), [True]
+
+    def write(directory: Path, metrics: dict) -> None:
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        write_metrics(directory, metrics)
+
+    def add_and_save(epoch: int, score: float) -> list[int]:
+        """The epochs whose lines are there."""
+        record.add({"epoch": epoch, "eval/total": score})
+        record.save(epoch, lambda partial: (partial / "adapter").mkdir(), {"epoch": epoch})
+        return [m["epoch"] for m in read_metrics(tmp_path / "metrics.jsonl")]
+
+    monkeypatch.setattr("checkpoint.write_metrics", write)
+    assert add_and_save(1, 0.9) == [1] and record.saved == 1
+    room[0] = False
+    assert add_and_save(2, 0.5) == [1] == [record.saved] and epochs(checkpoints(tmp_path)) == [1]
+    room[0] = True
+    assert add_and_save(3, 0.6) == [1, 2, 3] and record.saved == 3 and epochs(checkpoints(tmp_path)) == [1, 3]
+    assert add_and_save(4, 0.7) == [1, 2, 3, 4] and epochs(checkpoints(tmp_path)) == [1, 4]        # the best, and the newest
+
+
+def test_what_was_killed_while_pruning_is_pruned_by_the_next_checkpoint_and_its_sums_are_true(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **_: exit() if path.name == "transformer" else None)
+        with pytest.raises(SystemExit):
+            save(tmp_path, 3)
+    save(tmp_path, 4)
+    for epoch in (1, 2):
+        older = tmp_path / "checkpoints" / f"epoch_{epoch:05d}"
+        assert sorted(path.name for path in older.iterdir()) == ["SHA256SUMS", "adapter"]
+        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=older, check=True, stdout=subprocess.DEVNULL)

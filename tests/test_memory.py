@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memory import OutOfMemory, fastest, largest_that_fits, within_memory
+from memory import DoesNotFit, fastest, largest_that_fits, within_memory
 from rewards import RewardError
 
 
@@ -27,15 +27,16 @@ def test_the_fastest_batch_is_chosen_and_none_beyond_the_most():
     assert fastest([8, 12], trial, most=4) == 8
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"), MemoryError("bad_alloc"),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),
+                                   MemoryError("bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_running_out_of_memory_says_where_and_what_to_lower(error):
-    with pytest.raises(OutOfMemory, match="rank 0 .*; lower --train-batch; the plan was: 3 batches"), within_memory(
+    with pytest.raises(DoesNotFit, match="rank 0 .*; lower --train-batch; the plan was: 3 batches"), within_memory(
             "lower --train-batch", "3 batches"):
         raise error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), RewardError("the server says: CUDA out of memory"), ValueError("out of memory")])
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), RewardError("the server says: CUDA out of memory"),
+                                   ValueError("out of memory")])
 def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as caught, within_memory("lower --train-batch", "3 batches"):
         raise error

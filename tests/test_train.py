@@ -378,17 +378,24 @@ def test_windows_are_drawn_for_each_group_and_epoch_within_their_range():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 50])
-def test_ranks_hold_each_sample_once_and_with_shared_starts_about_equal_work(world_size):
-    _, config = parse_config("--groups-per-epoch 48 --group-size 6 --num-steps 10 --window-size 2 --shared-start-noise".split())
-    windows = train.draw_windows(config, 1)
-    shares = [train.share_of_samples(windows, config, rank, world_size) for rank in range(world_size)]
-    assert sorted(i for share in shares for i in share) == list(range(48 * 6))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    if world_size in (2, 8):                     # which divide the groups
-        work = [sum(10 - int(windows[i // 6]) for i in share) for share in shares]
-        assert max(work) <= 1.02 * sum(work) / world_size
-    plain = replace(config, shared_start_noise=False)
-    assert [i for rank in range(world_size) for i in train.share_of_samples(windows, plain, rank, world_size)] == list(range(48 * 6))
+@pytest.mark.parametrize("group_size", [6, 5])                               # which the two updates divide, or do not
+def test_ranks_hold_each_sample_once_and_shared_starts_even_out_their_work(world_size, group_size):
+    _, config = parse_config(["--groups-per-epoch", "48", "--group-size", f"{group_size}", "--updates-per-epoch", "2", "--num-steps", "10",
+                              "--window-size", "2", "--shared-start-noise"])
+    longest = {}
+    for dealt in (replace(config, shared_start_noise=False), config):
+        for epoch in range(20):
+            windows = train.draw_windows(config, epoch)
+            shares = [train.share_of_samples(windows, dealt, rank, world_size) for rank in range(world_size)]
+            assert sorted(i for share in shares for i in share) == list(range(48 * group_size))
+            for update in range(2):
+                assert max(counts := [sum(i % 2 == update for i in share) for share in shares]) - min(counts) <= 1
+            work = max(sum(10 - int(windows[i // group_size]) for i in share) for share in shares)
+            longest[dealt.shared_start_noise] = longest.get(dealt.shared_start_noise, 0) + work
+    if group_size == 5 or world_size in (1, 50):
+        assert longest[True] <= longest[False]
+    else:
+        assert longest[True] < 0.99 * longest[False]
 
 
 def test_the_learning_rate_halves_and_does_not_depend_on_how_long_the_run_will_be(train_here):
@@ -648,6 +655,26 @@ def test_the_bundled_model_draws_with_diffusers_alone_and_takes_a_trained_adapte
     assert not np.array_equal(draw(), base)
     with pipe.transformer.disable_adapter():
         assert np.array_equal(draw(), base)
+
+
+@pytest.mark.parametrize("cores, order", [(1, "sample score sample score"), (2, "sample sample score score")])
+def test_scores_are_computed_beside_the_next_batch_but_by_a_rank_of_one_core_before_it(train_here, monkeypatch, cores, order):
+    order, events, rollout, score = 3 * order.split(), [], train.rollout, train.score      # evaluation, epoch, evaluation
+
+    def sampled(*arguments, **options):
+        events.append("sample")
+        return rollout(*arguments, **options)
+
+    def scored(*arguments):
+        wait_until(lambda: order[:len(events) + 1] == [*events, "score"], 20)
+        events.append("score")
+        return score(*arguments)
+
+    monkeypatch.setattr(train, "rollout", sampled)
+    monkeypatch.setattr(train, "score", scored)
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    train_here(f"cores-{cores}", **{**CHEAP, "epochs": 1, "rollout_batch": 2, "eval_prompts": 4})
+    assert events == order
 
 
 # ------------------------------------------------------------------------------------------------------------ batch sizes
