@@ -250,6 +250,10 @@ class Record:
         if self._write_lines() and written(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch,
                                            save_weights, state):
             self.saved = epoch
-            scores = {m["epoch"]: m["eval/total"] for m in self.history if "eval/total" in m}
-            best = max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)
-            written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, best)
+            self.reduce_older()
+
+    def reduce_older(self) -> None:
+        """Also at a run's start, to end what a killed one began."""
+        scores = {m["epoch"]: m["eval/total"] for m in self.history if "eval/total" in m}
+        best = max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)
+        written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, best)

@@ -656,6 +656,8 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         f"{plan}")
     if checkpoint:
         say(f"continuing after epoch {done}, from {checkpoint}")
+        if is_main() and not config.eval_only:
+            record.reduce_older()
     known = done + bool(history and history[-1]["epoch"] == done)                                       # the first epoch that is not in the metrics yet
     display = Display(directory, None if config.eval_only else known, config.wandb) if is_main() else None
 

@@ -161,21 +161,20 @@ def test_lines_that_found_no_room_are_written_in_their_order_before_the_next_che
     monkeypatch.setattr("checkpoint.write_metrics", write)
     assert add_and_save(1, 0.9) == [1] and record.saved == 1
     room[0] = False
-    assert add_and_save(2, 0.5) == [1] == [record.saved] and epochs(checkpoints(tmp_path)) == [1]
+    assert add_and_save(2, 0.95) == [1] == [record.saved] and epochs(checkpoints(tmp_path)) == [1]
     room[0] = True
     assert add_and_save(3, 0.6) == [1, 2, 3] and record.saved == 3 and epochs(checkpoints(tmp_path)) == [1, 3]
     assert add_and_save(4, 0.7) == [1, 2, 3, 4] and epochs(checkpoints(tmp_path)) == [1, 4]        # the best, and the newest
 
 
-def test_what_was_killed_while_pruning_is_pruned_by_the_next_checkpoint_and_its_sums_are_true(tmp_path, monkeypatch):
+def test_what_was_killed_while_pruning_is_pruned_at_the_next_start_and_its_sums_are_true(tmp_path, monkeypatch):
     save(tmp_path, 1)
     save(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda path, **_: exit() if path.name == "transformer" else None)
         with pytest.raises(SystemExit):
             save(tmp_path, 3)
-    save(tmp_path, 4)
-    for epoch in (1, 2):
-        older = tmp_path / "checkpoints" / f"epoch_{epoch:05d}"
-        assert sorted(path.name for path in older.iterdir()) == ["SHA256SUMS", "adapter"]
-        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=older, check=True, stdout=subprocess.DEVNULL)
+    Record(tmp_path, 3, [], 2).reduce_older()
+    older = tmp_path / "checkpoints" / "epoch_00001"
+    assert sorted(path.name for path in older.iterdir()) == ["SHA256SUMS", "adapter"]
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=older, check=True, stdout=subprocess.DEVNULL)

@@ -194,16 +194,17 @@ def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch_in_h
             "from", "import numpy as np\nfrom", 1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    sizes, accumulate = [], train.accumulate_gradients
+    sizes, seen, accumulate = [], [], train.accumulate_gradients
 
     def counted(policy, samples, batch, advantages, *rest):
         sizes.append((len(batch), sum(bool(advantages[samples.indices[j]]) for j in batch)))
+        seen.extend(batch)
         return accumulate(policy, samples, batch, advantages, *rest)
 
     monkeypatch.setattr(train, "accumulate_gradients", counted)
     train_here(f"some-equal-{dtype}", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1,
                beta=0, rollout_batch=12, train_batch=3, epochs=1, dtype=dtype)
-    assert sizes == [(3, 3), (filled, 1)]                                                    # 12 samples, of which 4 count
+    assert sizes == [(3, 3), (filled, 1)] and len(set(seen)) == len(seen)                    # 12 samples, of which 4 count
 
 
 # ------------------------------------------------------------------------------------------------------------- signals

@@ -105,7 +105,7 @@ def run_here(model: str, folder: Path, names: list[str]) -> None:
         seen.append((rewards, advantages_of(rewards, *args)))
         return seen[-1][1]
 
-    distributed.setup, distributed.shutdown = lambda: device, lambda: None              # one process group for all runs
+    distributed.setup, distributed.shutdown = lambda *_: device, lambda: None            # one process group for all runs
     train.make_policy, train.group_advantages = kept_policy, kept_advantages
     for name in names:
         for size, place in cases(name, ranks):
