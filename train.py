@@ -207,8 +207,8 @@ def score(rewards: Rewards, arrived: Callable[[], list[Tensor]], prompts: list[P
 
 
 def takes_turns(policy: Policy, config: Config) -> bool:
-    """Whether sampling waits for scoring: on a rank of one core, which computes its rewards on it too, threads side by side
-    would only take turns, in each other's cache."""
+    """Whether sampling waits for scoring: on a rank of one core that computes its rewards itself, the two at once would only share
+    the core, and slow each other down."""
     return policy.device.type == "cpu" and distributed.cores() <= 1 and not config.reward_urls
 
 

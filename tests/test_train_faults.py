@@ -190,7 +190,7 @@ def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch_in_h
     (tmp_path / "some_equal.py").write_text(
         "from rewards import jpeg_incompressibility\n"
         "def score(images, prompts, metadata):\n"
-        "    return jpeg_incompressibility(images, prompts, metadata) * (np.array(prompts) == max(prompts))\n".replace(
+        "    return jpeg_incompressibility(images, prompts, metadata) * (np.array(prompts) == min(prompts))\n".replace(
             "from", "import numpy as np\nfrom", 1))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
