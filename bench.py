@@ -227,7 +227,9 @@ class Setting:
             threads |= {1, max(1, os.cpu_count() // distributed.world_size())}
         for piece in PIECES:
             own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
-            candidates = [(batch, n) for batch in sorted({-(-own // 4), -(-own // 2), own, 2 * own}) for n in sorted(threads)]
+            most = -(-self.images // distributed.world_size())               # a rank has no more to put into a batch
+            batches = {min(most, batch) for batch in (-(-own // 4), -(-own // 2), own, 2 * own)}
+            candidates = [(batch, n) for batch in sorted(batches) for n in sorted(threads)]
             if distributed.any_rank(self.rows[piece] > 0) and piece not in self.fastest:
                 rates = {candidate: min(self.rate(piece, *candidate, 0.3) for _ in range(2)) for candidate in candidates}
                 self.fastest[piece] = min(rates, key=rates.get)
@@ -253,14 +255,15 @@ class Setting:
         return counts
 
     def report(self) -> dict:  # all ranks
-        """Everything measured, on every rank: the slowest rank's floor, phases as the main rank saw them, sums over the ranks."""
+        """Everything measured, on every rank: the slowest rank's floor, means of the ranks' phases, sums over the ranks."""
         floors, ranks = distributed.gather_objects(self.floor()), distributed.world_size()
         rows = distributed.gather_objects(self.rows)
         total = {piece: sum(r[piece] for r in rows) for piece in PIECES}
         of_row = self.flops()
         flops = sum(distributed.gather_objects(sum(self.rows[piece] * count for piece, count in of_row.items())))
         epoch, slowest = statistics.median(self.seconds), max(floors, key=lambda f: sum(f.values()))
-        phases = {phase: statistics.median(seconds) for phase, seconds in self.phases.items()}
+        medians = distributed.gather_objects({phase: statistics.median(seconds) for phase, seconds in self.phases.items()})
+        phases = {phase: statistics.mean(of_rank[phase] for of_rank in medians) for phase in PHASES}
         result = {
             "setting": self.name, "ranks": ranks, "device": device_name(self.device), "images": self.images,
             "plan": describe(self.config, ranks, self.policy.branches(self.config.guidance_scale)).splitlines(),

@@ -217,22 +217,31 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
     preset, arguments = ("tiny_ocr", arguments) if not arguments or arguments[0].startswith("-") else (arguments[0], arguments[1:])
     if preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}{_closest(preset, PRESETS)}: one of {', '.join(PRESETS)}")
-    config, unknown = parse_options(PRESETS[preset], arguments, "train.py [PRESET]", quiet)
+    about = f"{Config.__doc__} These are the values of {preset}; the presets are {', '.join(PRESETS)}."
+    config, unknown = parse_options(PRESETS[preset], arguments, "train.py [PRESET]", about, quiet)
     if unknown and unknown[0] in PRESETS:
         raise ConfigError(f"the preset {unknown[0]!r} must come first: train.py {unknown[0]} [--field value ...]")
     refuse_unknown(unknown, Config)
     return preset, config
 
 
-def parse_options(default, arguments: list[str], prog: str, quiet: bool = False) -> tuple:
+# The library's words for a mistake, and plainer ones.
+PLAINER = {r"^(Value error|Invalid choice|Missing argument) ": "", r"^Error parsing ": "", r"^invalid choice": "not a choice:",
+           r"invalid literal for int\(\) with base 10:": "not a whole number:", r"could not convert string to float:": "not a number:",
+           r"Could not find valid parse for arguments:": "expected name value [name value ...], not"}
+
+
+def parse_options(default, arguments: list[str], prog: str, about: str, quiet: bool = False) -> tuple:
     """A dataclass like `default` with what the command line changes, and the arguments that it does not know.
 
+    prog, about: what --help calls the program, and says of it.
     Raises ConfigError for a value that does not parse.
     """
     boxes, help_text = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(boxes), contextlib.redirect_stdout(help_text):
-            return tyro.cli(type(default), default=default, args=arguments, prog=prog, return_unknown_args=True)
+            return tyro.cli(type(default), default=default, args=arguments, prog=prog, description=about,
+                            return_unknown_args=True)
     except SystemExit as stop:
         if stop.code in (0, None):
             if not quiet:
@@ -241,6 +250,8 @@ def parse_options(default, arguments: list[str], prog: str, quiet: bool = False)
         # The library draws a box around its message; one line says the same.
         text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]+|-{3,}", " ", boxes.getvalue() + help_text.getvalue())
         message = " ".join(text.partition("Argument helptext:")[0].partition("For full helptext")[0].split())
+        for theirs, ours in PLAINER.items():
+            message = re.sub(theirs, ours, message)
         raise ConfigError(f"{message} (given: {' '.join(arguments)}; --help lists all options)") from None
 
 
@@ -299,8 +310,8 @@ def validate(config: Config) -> None:
     require(not (config.lora_path and config.full_finetune), "lora_path", "an adapter and --full-finetune exclude each other")
     if config.window_size:
         first, last = config.window_range
-        require(0 <= first and last <= config.num_steps, "window_range", f"it must lie in 0 to num_steps = {config.num_steps}")
-        require(config.window_size <= last - first, "window_size", f"it does not fit the window_range {first} to {last}")
+        require(0 <= first and last <= config.num_steps, "window_range", f"with --num-steps {config.num_steps} it must lie in 0 to {config.num_steps}")
+        require(config.window_size <= last - first, "window_size", f"it does not fit --window-range {first} {last}")
     trained = batch_plan(config, 1).trained_steps
     require(trained >= 1, "timestep_fraction", f"of {config.num_steps} steps it trains none; raise it")
     last_trained = config.window_range[1] if config.window_size else trained
@@ -357,7 +368,7 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
     about = "about " if config.shared_start_noise else ""                 # by where windows lie, and how ranks share groups
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
             f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
-            f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of "
+            f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of up to "
             f"{config.rollout_batch or 'any number'}, {p.train_batches} training batches of up to "
             f"{config.train_batch or 'any number'}\n"
             f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "

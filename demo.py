@@ -446,7 +446,7 @@ def free_port(host: str, port: int) -> int:
 
 def main(arguments: list[str]) -> int:
     try:
-        options, unknown = parse_options(Options(), arguments, "demo.py")
+        options, unknown = parse_options(Options(), arguments, "demo.py", Options.__doc__)
         refuse_unknown(unknown, Options)
         port = free_port(options.host, options.port)                       # taken, it is an error now, before a model loads
         config, adapters = settings_for(options)
@@ -464,7 +464,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         if not expected(error):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}".replace("--lora-path", "--adapters"), file=sys.stderr)
         return 2
     return 0
 

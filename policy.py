@@ -190,7 +190,7 @@ def from_hub(option: str, repository: str, name: str) -> Path | None:
                          "token with `hf auth login` or in HF_TOKEN") from error
     except Exception as error:
         raise ValueError(f"{option} {repository!r} is neither a directory here nor could it be had from the hub "
-                         f"({type(error).__name__}); give a directory, or go on line") from error
+                         f"({type(error).__name__}); give a directory, or go online") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import (
-    Record, checkpoint_path, checkpoints, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
+    Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
 from config import Config, batch_plan, describe, parse_config, validate
 from distributed import LostRank, is_main
 from gallery import Display
@@ -652,10 +652,11 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
-        f"{len(test_prompts)} for evaluation, rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}\n"
-        f"{plan}")
+        f"{len(test_prompts)} for evaluation, rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}")
+    if not config.eval_only:
+        say(plan)
     if checkpoint:
-        say(f"continuing after epoch {done}, from {checkpoint}")
+        say(f"{'evaluating' if config.eval_only else 'continuing after'} epoch {done}, from {checkpoint}")
         if is_main() and not config.eval_only:
             record.reduce_older()
     known = done + bool(history and history[-1]["epoch"] == done)                                       # the first epoch that is not in the metrics yet
@@ -695,6 +696,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             if not (directory / "metrics.jsonl").exists():
                 write_metrics(directory, metrics)
             display.page()
+            say(f"images: {directory / 'index.html'}")
         return
     training_rewards = rewards.subset(weights=dict(config.rewards))
     metrics = state["metrics"]                                                # of the last whole epoch
@@ -752,11 +754,11 @@ def report(directory: Path, history: list[dict], display: Display) -> None:
         say(f"images and curves: {directory / 'index.html'}")
     if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
-    best = max(evaluated, key=lambda m: m["eval/total"])
-    if best is not last and checkpoint_path(directory, best["epoch"]).exists():
-        say(f"best: eval/total {best['eval/total']:.4f} after {best['epoch']} epochs: {checkpoint_path(directory, best['epoch'])}")
-    if found := checkpoints(directory):
-        say(f"weights for use: {next(path for path in found[-1].iterdir() if path.is_dir())}")       # adapter or transformer
+    best = max(evaluated, key=lambda m: m["eval/total"])["epoch"]
+    for epoch, which in ((best, "best"), (last["epoch"], "last")):
+        weights = [path for path in checkpoint_path(directory, epoch).glob("*") if path.is_dir()]        # adapter or transformer
+        if weights:
+            say(f"the {which} weights, of epoch {epoch}: {weights[0]}")
     say(f"metrics: {directory / 'metrics.jsonl'}")
 
 

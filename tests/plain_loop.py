@@ -1,6 +1,7 @@
 """An epoch as one writes it first, one image and one step after another, beside train.py's: the same numbers, and how much sooner.
 
     python tests/plain_loop.py [--rounds 3]
+    python tests/plain_loop.py --only-model DIR    # writes DIR/model, the copy of the bundled model that this uses
 
 The setting is the full algorithm on the bundled model, its tokenizers padding to Stable Diffusion 3's 77 + 128 text tokens: 10 steps of
 which 9 are trained, guidance 4.5, KL, 8 groups of 8, two updates. The loop here shares with the project the pipeline, the noise and the
@@ -126,7 +127,12 @@ def images(prepared: tuple) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only-model", type=Path, metavar="DIR")
+    given = parser.parse_args()
+    if given.only_model:
+        full_length_model(given.only_model)
+        return
+    rounds = given.rounds
     if "RANK" not in os.environ:
         with tempfile.TemporaryDirectory() as directory:
             model, cores = full_length_model(Path(directory)), os.cpu_count()

@@ -276,8 +276,8 @@ def test_a_pipeline_without_a_readable_index_is_refused_with_the_file(tmp_path, 
 @pytest.mark.parametrize("error, hint", [
     (GatedRepoError("401\nlong", response=RESPONSE), "is gated: accept its licence"),
     (RepositoryNotFoundError("401\nlong", response=RESPONSE), "neither here nor on the hub"),
-    (LocalEntryNotFoundError("off line\nlong"), "go on line"),
-    (OSError("several\nlines"), "go on line"),
+    (LocalEntryNotFoundError("off line\nlong"), "go online"),
+    (OSError("several\nlines"), "go online"),
     (RemoteEntryNotFoundError("404\nlong", response=RESPONSE), "has neither|has no model_index.json")])
 def test_what_the_hub_does_not_give_is_told_in_one_line_with_the_way_out(look, option, error, hint, monkeypatch):
     def download(*_):

@@ -22,6 +22,7 @@ from PIL import Image
 
 import distributed
 import train
+from checkpoint import checkpoints
 from config import batch_plan, parse_config
 from policy import Policy
 
@@ -349,7 +350,7 @@ def test_a_checkpoint_is_whole_or_is_not_there(one_rank, tmp_path):
     shutil.copytree(one_rank / "checkpoints", tmp_path / "checkpoints")
     for unfinished in ("partial", "epoch_00003"):
         (tmp_path / "checkpoints" / unfinished / "adapter").mkdir(parents=True)
-    assert [p.name for p in train.checkpoints(tmp_path)] == ["epoch_00001", "epoch_00002"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["epoch_00001", "epoch_00002"]
 
 
 def test_every_adapter_is_kept_and_the_state_of_the_newest_two_and_of_the_best(two_ranks):

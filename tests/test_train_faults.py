@@ -19,6 +19,7 @@ from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, t
 
 import distributed
 import train
+from checkpoint import checkpoints
 from config import parse_config
 
 
@@ -149,14 +150,14 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_one_line_after_a_checkpoi
                                       updates_per_epoch=1, save_every=100)
     (line,) = errors_in(err.replace("\r", "\n"))
     assert code != 0 and "failing:score" in line and "nan" in line and 'the word "' in line
-    assert [p.name for p in train.checkpoints(directory)] == ["epoch_00001"]
+    assert [p.name for p in checkpoints(directory)] == ["epoch_00001"]
 
 
 def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower_after_a_checkpoint(train_here, unbroken, monkeypatch):
     at_call(monkeypatch, "accumulate_gradients", 2, lambda _: torch.empty(2**55, dtype=torch.uint8))      # in epoch 2
     with pytest.raises(Stopped) as stop:
         train_here("too-large", **CHEAP, epochs=2, save_every=100)
-    assert [p.name for p in train.checkpoints(unbroken.with_name("too-large"))] == ["epoch_00001"]
+    assert [p.name for p in checkpoints(unbroken.with_name("too-large"))] == ["epoch_00001"]
     message = str(stop.value)
     assert "out of memory on rank 0" in message and "lower --train-batch" in message and "training batches of up to 8" in message
 
@@ -239,7 +240,7 @@ def unbroken(train_here) -> Path:
 
 def assert_same_bits(one: Path, other: Path) -> None:
     assert without_times(metrics_of(one)) == without_times(metrics_of(other))
-    states = [train.load_state(train.checkpoints(directory)[-1]) for directory in (one, other)]
+    states = [train.load_state(checkpoints(directory)[-1]) for directory in (one, other)]
     assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal_states(*states)
 
 
@@ -267,7 +268,7 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
             train_here("signalled", **THREE_EPOCHS)
         out = capsys.readouterr().out
         assert "stopped by a signal" in out and says in out and "to go on: " in out, (name, out)
-        newest = [p.name for p in train.checkpoints(unbroken.with_name("signalled"))][-1:]
+        newest = [p.name for p in checkpoints(unbroken.with_name("signalled"))][-1:]
         assert newest == ([f"epoch_0000{says[6]}"] if says.startswith("epoch") else [])
     assert left == [0] * len(phases)
     assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
@@ -344,7 +345,7 @@ def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_stops_by_name_wi
     assert len(prompts) == 4 and ({"images"} if quantity == "reward" else {"samples", "latents", "log_probs"}) <= names
     directory = Path(evidence).parent.parent
     assert [m.get("skipped_updates") for m in metrics_of(directory)] == [None, 1, 1]
-    state = train.load_state(train.checkpoints(directory)[-1])
+    state = train.load_state(checkpoints(directory)[-1])
     assert state["epoch"] == 2 and state["skipped"] == 2 and not state["optimizer"]["state"]
     assert all(p.isfinite().all() for p in state["trained"])
 
