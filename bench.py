@@ -217,7 +217,7 @@ class Setting:
         """Where a row costs the same, it is measured once for both: what their floors differ in is counted."""
         same = ("model", "rewards", "resolution", "max_sequence_length", "dtype", "lora_rank", "lora_targets", "lora_path",
                 "full_finetune", "gradient_checkpointing", "compile", "rollout_batch", "train_batch")
-        if all(getattr(self.config, name) == getattr(other.config, name) for name in same):
+        if self.images == other.images and all(getattr(self.config, name) == getattr(other.config, name) for name in same):
             self.rates, self.fastest = other.rates, other.fastest
 
     def choose_fastest(self) -> None:  # all ranks

@@ -2,8 +2,8 @@
 
     runs/<name>/lock, config.json, metrics.jsonl, checkpoints/epoch_00010/{adapter/ or transformer/, state.pt, SHA256SUMS}
 
-Everything is written whole or not at all, and is on the disk before what relies on it. All of it is the main rank's, but that the
-others load the state too.
+Everything is written whole or not at all, and is on the disk before what relies on it. Only the main rank does any of it, except
+`load_state`, which every rank calls.
 """
 
 import contextlib
@@ -254,6 +254,9 @@ class Record:
 
     def reduce_older(self) -> None:
         """Also at a run's start, to end what a killed one began."""
+        written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, self.best())
+
+    def best(self) -> int | None:
+        """The epoch that evaluation liked best, of those with a checkpoint."""
         scores = {m["epoch"]: m["eval/total"] for m in self.history if "eval/total" in m}
-        best = max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)
-        written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, best)
+        return max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)

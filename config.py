@@ -310,7 +310,8 @@ def validate(config: Config) -> None:
     require(not (config.lora_path and config.full_finetune), "lora_path", "an adapter and --full-finetune exclude each other")
     if config.window_size:
         first, last = config.window_range
-        require(0 <= first and last <= config.num_steps, "window_range", f"with --num-steps {config.num_steps} it must lie in 0 to {config.num_steps}")
+        require(0 <= first and last <= config.num_steps, "window_range",
+                f"with --num-steps {config.num_steps} it must lie in 0 to {config.num_steps}")
         require(config.window_size <= last - first, "window_size", f"it does not fit --window-range {first} {last}")
     trained = batch_plan(config, 1).trained_steps
     require(trained >= 1, "timestep_fraction", f"of {config.num_steps} steps it trains none; raise it")

@@ -201,7 +201,10 @@ def world_size() -> int:
 
 
 def cores() -> int:
-    """CPU cores that this rank has to itself, of those that this machine grants to its ranks; 0 where there are fewer."""
+    """CPU cores for each rank of this machine, out of those granted to this process; 0 where ranks share a core.
+
+    Ranks that their launcher pinned to cores of their own seem to share them.
+    """
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 

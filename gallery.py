@@ -214,7 +214,7 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; what is none, as a crash may leave it, is left out with a warning."""
+    """The lines of a metrics.jsonl; one that holds no metrics, as a crash may leave it, is left out with a warning."""
     metrics = []
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []         # the last one may be half written
     for number, line in enumerate(lines, 1):

@@ -97,7 +97,7 @@ class Samples:
 
 def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas: Tensor, config: Config, epoch: int,
                  scorer: ThreadPoolExecutor) -> Samples | None:
-    """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next, where they can."""
+    """Sample and score this rank's share; rewards of one micro-batch are computed beside the sampling of the next, where that is faster."""
     plan = batch_plan(config, distributed.world_size())
     chosen = [prompts[i] for i in epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)]
     windows, steps = draw_windows(config, epoch), torch.arange(config.num_steps)
@@ -145,7 +145,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
 
 
 def share_of_samples(windows: Tensor, config: Config, rank: int, world_size: int) -> list[int]:
-    """The samples of a rank: a contiguous part of all, in which whole groups stay together as far as they can.
+    """The samples of a rank: a contiguous part of all in the groups' order, so that whole groups stay together as far as they can.
 
     From a shared start a group is the less work, the later its window begins: there groups are dealt out in that order, to and fro.
     Not so where an update takes unequal parts of the groups: ranks of equal work would then wait for each other in each update.
@@ -724,7 +724,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         raise
     if is_main():
         display.close()
-        report(directory, record.history, display)
+        report(directory, record, display)
         if record.saved != config.epochs > done:
             raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch "
                                 f"{record.saved}")
@@ -743,9 +743,9 @@ def summary(metrics: dict, history: list[dict], config: Config) -> str:
         f"{metrics['images_per_second']:.1f} images/s, {timedelta(seconds=round(left))} left")
 
 
-def report(directory: Path, history: list[dict], display: Display) -> None:
+def report(directory: Path, record: Record, display: Display) -> None:
     """The score before and after, and where things are."""
-    evaluated = [m for m in history if "eval/total" in m]
+    evaluated = [m for m in record.history if "eval/total" in m]
     if not evaluated:
         return say(f"no evaluation in {directory / 'metrics.jsonl'}")
     first, last = evaluated[0], evaluated[-1]
@@ -754,11 +754,9 @@ def report(directory: Path, history: list[dict], display: Display) -> None:
         say(f"images and curves: {directory / 'index.html'}")
     if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
-    best = max(evaluated, key=lambda m: m["eval/total"])["epoch"]
-    for epoch, which in ((best, "best"), (last["epoch"], "last")):
-        weights = [path for path in checkpoint_path(directory, epoch).glob("*") if path.is_dir()]        # adapter or transformer
-        if weights:
-            say(f"the {which} weights, of epoch {epoch}: {weights[0]}")
+    for which, epoch in (("best", record.best()), ("last", record.saved)):
+        for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):            # adapter or transformer
+            say(f"the {which} weights, of epoch {epoch}: {weights}")
     say(f"metrics: {directory / 'metrics.jsonl'}")
 
 

@@ -40,7 +40,7 @@ SETTING = """--rewards rapidocr_line 1 --max-sequence-length 128 --num-steps 10 
 
 def full_length_model(directory: Path) -> Path:
     """The bundled model, with CLIP tokenizers that pad to 77 tokens as the published ones do."""
-    shutil.copytree(ROOT / "assets" / "tiny-sd3", directory / "model")
+    shutil.copytree(ROOT / "assets" / "tiny-sd3", directory / "model", dirs_exist_ok=True)
     for settings in directory.glob("model/tokenizer*/tokenizer_config.json"):
         content = json.loads(settings.read_text())
         if content["model_max_length"] < 77 and "CLIP" in content["tokenizer_class"]:

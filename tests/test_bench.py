@@ -36,7 +36,8 @@ def test_the_rows_counted_are_the_plans_and_the_phases_add_up_to_the_epoch(setti
 
 def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(setting, model):
     like = bench.Setting(["--model", model, *FLAGS, "--num-steps", "4"], setting.device)
-    unlike = bench.Setting(["--model", model, *FLAGS, "--lora-rank", "2"], setting.device)
-    for other in (like, unlike):
+    unlike = [bench.Setting(["--model", model, *FLAGS, *words], setting.device)
+              for words in (["--lora-rank", "2"], ["--groups-per-epoch", "1", "--group-size", "2"])]
+    for other in (like, *unlike):
         other.share_rates(setting)
-    assert like.rates is setting.rates and unlike.rates is not setting.rates
+    assert like.rates is setting.rates and all(other.rates is not setting.rates for other in unlike)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint import (
-    Record, checkpoints, defect, load_state, newest_whole, prune_checkpoints, cut_metrics, save_checkpoint, write_metrics, written)
+    Record, checkpoints, cut_metrics, defect, load_state, newest_whole, prune_checkpoints, save_checkpoint, write_metrics, written)
 from gallery import read_metrics
 
 
@@ -159,12 +159,13 @@ def test_lines_that_found_no_room_are_written_in_their_order_before_the_next_che
         return [m["epoch"] for m in read_metrics(tmp_path / "metrics.jsonl")]
 
     monkeypatch.setattr("checkpoint.write_metrics", write)
-    assert add_and_save(1, 0.9) == [1] and record.saved == 1
+    record.add({"epoch": 0, "eval/total": 1.0})                              # never a checkpoint, hence never the best one
+    assert add_and_save(1, 0.9) == [0, 1] and record.saved == record.best() == 1
     room[0] = False
-    assert add_and_save(2, 0.95) == [1] == [record.saved] and epochs(checkpoints(tmp_path)) == [1]
+    assert add_and_save(2, 0.95) == [0, 1] and record.saved == 1 and epochs(checkpoints(tmp_path)) == [1]
     room[0] = True
-    assert add_and_save(3, 0.6) == [1, 2, 3] and record.saved == 3 and epochs(checkpoints(tmp_path)) == [1, 3]
-    assert add_and_save(4, 0.7) == [1, 2, 3, 4] and epochs(checkpoints(tmp_path)) == [1, 4]        # the best, and the newest
+    assert add_and_save(3, 0.6) == [0, 1, 2, 3] and record.saved == 3 and epochs(checkpoints(tmp_path)) == [1, 3]
+    assert add_and_save(4, 0.7) == [0, 1, 2, 3, 4] and epochs(checkpoints(tmp_path)) == [1, 4]        # the best, and the newest
 
 
 def test_what_was_killed_while_pruning_is_pruned_at_the_next_start_and_its_sums_are_true(tmp_path, monkeypatch):

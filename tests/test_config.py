@@ -41,6 +41,7 @@ def test_every_field_is_explained_in_the_help(capsys):
         assert len(explained[field.name]) > 5, field.name
         assert "--" + field.name.replace("_", "-") in shown
         assert explained[field.name].split()[0] in shown
+    assert all(name in shown for name in PRESETS) and "values of tiny_ocr" in shown
 
 
 def test_help_is_printed_once_when_several_ranks_are_asked_for_it(capsys):
@@ -52,12 +53,13 @@ def test_help_is_printed_once_when_several_ranks_are_asked_for_it(capsys):
 @pytest.mark.parametrize("arguments, named", [
     (["--group-sise", "4"], ["--group-sise", "--group-size"]),
     (["tiny_orc"], ["tiny_orc", "tiny_ocr"]),
-    (["--epochs", "many"], ["--epochs", "many"]),
-    (["--epochs"], ["--epochs"]),
-    (["--rule", "euler"], ["euler", "flow_sde", "cps"]),
+    (["--epochs", "many"], ["--epochs: not a whole number: 'many'"]),
+    (["--beta", "much"], ["--beta: not a number: 'much'"]),
+    (["--epochs"], ["Missing value for argument '--epochs'"]),
+    (["--rule", "euler"], ["not a choice: 'euler'", "flow_sde", "cps"]),
     (["--resolution", "16"], ["--resolution", "16"]),
     (["--rewards", "rapidocr", "much"], ["--rewards", "much"]),
-    (["--rewards", "rapidocr"], ["--rewards", "rapidocr"]),
+    (["--rewards", "rapidocr"], ["--rewards: expected name value [name value ...], not ['rapidocr']"]),
     (["sd35m_ocr", "tiny_ocr"], ["tiny_ocr"]),
 ])
 def test_what_the_command_line_cannot_read_is_named_in_one_line(arguments, named):
@@ -65,7 +67,7 @@ def test_what_the_command_line_cannot_read_is_named_in_one_line(arguments, named
         parse_config(arguments)
     message = str(error.value)
     assert all(word in message for word in named), message
-    assert "\n" not in message and not any(c in message for c in "╭╮╰╯│─\x1b")
+    assert "\n" not in message and not any(c in message for c in "╭╮╰╯│─\x1b") and " error " not in message
 
 
 # ---------------------------------------------------------------------------------------------------------- validation

@@ -660,7 +660,7 @@ def test_the_bundled_model_draws_with_diffusers_alone_and_takes_a_trained_adapte
 
 @pytest.mark.parametrize("cores, order", [(1, "sample score sample score"), (2, "sample sample score score")])
 def test_scores_are_computed_beside_the_next_batch_but_by_a_rank_of_one_core_before_it(train_here, monkeypatch, cores, order):
-    order, events, rollout, score = 3 * order.split(), [], train.rollout, train.score      # evaluation, epoch, evaluation
+    order, events, rollout, score = 3 * order.split(), [], train.rollout, train.score                    # evaluation, epoch, evaluation
 
     def sampled(*arguments, **options):
         events.append("sample")
@@ -668,6 +668,7 @@ def test_scores_are_computed_beside_the_next_batch_but_by_a_rank_of_one_core_bef
 
     def scored(*arguments):
         wait_until(lambda: order[:len(events) + 1] == [*events, "score"], 20)
+        time.sleep(0.3)                          # for who does not wait to go on
         events.append("score")
         return score(*arguments)
 

@@ -5,8 +5,8 @@
 Every run is train.py's own main, three epochs in as many torchrun processes as it says, on a small random
 StableDiffusion3Pipeline. Each is compared to the same settings on one rank with everything in one batch: the rewards and
 advantages of every sample in every epoch, the trained weights at the end, and what training changed of them. Samples lie on the
-ranks as they do in training, in contiguous parts that split groups, and also "scattered" over them, so that nothing can depend on
-who holds what. It prints the relative differences, and ends with 1 where one in float64 is above 1e-8; those in float32 are
+ranks as they do in training, in contiguous parts that split groups (from a shared start, groups are dealt out first), and also
+"scattered" over them, so that nothing can depend on who holds what. It prints the relative differences, and ends with 1 where one in float64 is above 1e-8; those in float32 are
 for information.
 """
 
@@ -43,7 +43,7 @@ BASE = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_step
 SETTINGS = {
     "base": {},
     "window, guidance": dict(window_size=2, window_range=(0, 3), guidance_scale=2, updates_per_epoch=4),
-    "window, shared start noise": dict(window_size=1, window_range=(0, 3), shared_start_noise=True, beta=0),
+    "window, shared start noise": dict(window_size=1, window_range=(0, 3), shared_start_noise=True, beta=0, updates_per_epoch=1),
     "Guard": dict(guard=True, clip_range=1e-4, beta=0, advantage_std="group"),
     "one group equal": dict(rewards=("world_sizes:equal_in_first_group", 1), beta=0),
     "a rank's every group equal": dict(rewards=("world_sizes:equal_but_in_last_group", 1), beta=0),
