@@ -754,7 +754,8 @@ def report(directory: Path, record: Record, display: Display) -> None:
         say(f"images and curves: {directory / 'index.html'}")
     if picture := display.comparison(first["epoch"], last["epoch"]):
         say(f"before above after: {picture}")
-    for which, epoch in (("best", record.best()), ("last", record.saved)):
+    best, newest = record.best(), record.saved
+    for which, epoch in [("best and last", best)] if best == newest else [("best", best), ("last", newest)]:
         for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):            # adapter or transformer
             say(f"the {which} weights, of epoch {epoch}: {weights}")
     say(f"metrics: {directory / 'metrics.jsonl'}")
