@@ -28,7 +28,8 @@ from config import parse_config
 @pytest.mark.parametrize("changes", [dict(epochs=0), dict(epochs=1, eval_images=0), dict(epochs=1, eval_images=100)])
 def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_ends_well(train_here, changes, capsys):
     directory = train_here("-".join(f"{k}-{v}" for k, v in changes.items()), **{**CHEAP, **changes})
-    assert "before training" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "before training" in out and ("the best and last weights, of epoch 1: " in out) == bool(changes["epochs"])
     assert len(metrics_of(directory)) == 1 + changes["epochs"]
 
 
