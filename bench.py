@@ -38,7 +38,7 @@ import train
 from config import ConfigError, batch_plan, describe
 from policy import is_out_of_memory
 
-PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "other")
+PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "waiting", "other")
 NEEDED = ("rollout", "decode", "reward exposed", "replay", "reference")            # transformer, VAE and rewards
 PIECES = {"rollout": "forward", "replay": "forward + backward", "reference": "reference forward", "decode": "VAE decode",
           "reward": "reward"}
@@ -55,6 +55,7 @@ class Clock:
     def __init__(self, setting: "Setting"):
         self.setting, self.stack = setting, ["other"]
         self.seconds, self.rows = defaultdict(float), defaultdict(int)
+        self.collectives: list[float] = []       # seconds of each
 
     def switch(self) -> None:
         synchronize(self.setting.device)
@@ -72,6 +73,26 @@ class Clock:
                 self.switch()
                 self.stack.pop()
         return inside
+
+    def collective(self, function: Callable) -> Callable:
+        timed = self.timed("gather", function)
+
+        def inside(*args):
+            if self.stack[-1] == "gather":       # part of another
+                return function(*args)
+            started = time.perf_counter()
+            try:
+                return timed(*args)
+            finally:
+                self.collectives.append(time.perf_counter() - started)
+        return inside
+
+    def tell_waiting(self) -> None:  # all ranks
+        """In a collective, the last rank to come waits for none: what the others spend there beyond its time is waiting for it."""
+        waiting = sum(mine - min(all_ranks) for mine, all_ranks in zip(
+            self.collectives, zip(*distributed.gather_objects(self.collectives), strict=True)))
+        self.seconds["gather"] -= waiting
+        self.seconds["waiting"] += waiting
 
     @contextlib.contextmanager
     def watching(self):
@@ -94,14 +115,15 @@ class Clock:
             (train, "wait_for_scores", "reward exposed", train.wait_for_scores),
             (self.setting.learner, "update", "optimizer", self.setting.learner.update),
             (policy, "cache_text", "text", policy.cache_text), (policy, "encode", "text", policy.encode),
-            (policy, "decode", "decode", decode_and_keep),
-            *((distributed, name, "gather", getattr(distributed, name)) for name in (
-                "sum_gradients", "gather_rows", "gather_objects", "sum_over_ranks", "max_over_ranks"))]
+            (policy, "decode", "decode", decode_and_keep)]
+        collectives = ("sum_gradients", "gather_rows", "gather_objects", "sum_over_ranks", "max_over_ranks")
         hooks = [network.register_forward_pre_hook(self.count, with_kwargs=True)
                  for network in (policy.pipe.transformer, policy.reference) if network is not None]
         with contextlib.ExitStack() as stack:
             for place, name, phase, function in functions:
                 stack.enter_context(mock.patch.object(place, name, self.timed(phase, function)))
+            for name in collectives:
+                stack.enter_context(mock.patch.object(distributed, name, self.collective(getattr(distributed, name))))
             stack.enter_context(mock.patch.object(
                 policy, "reference_velocity", lambda *args: self.timed("reference", reference(*args))))
             for hook in hooks:
@@ -149,6 +171,7 @@ class Setting:
         clock = Clock(self)
         with clock.watching():
             seconds = self.run_epoch(scorer)
+        clock.tell_waiting()
         for phase in PHASES:
             self.phases[phase].append(clock.seconds[phase])
         branches = self.policy.branches(self.config.guidance_scale)
@@ -325,7 +348,9 @@ def show(result: dict, first: dict | None) -> None:
     print(f"epoch             {result['epoch_seconds']:.3f} s, median of {len(result['epochs'])}: "
           f"{result['images_per_second']:.2f} images/s, {1000 / result['images_per_second']:.1f} ms an image")
     print(f"floor             {result['floor_seconds']:.3f} s")
-    print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%})")
+    waiting = result["phases"]["waiting"] / sum(result["phases"].values())
+    print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%}, of "
+          f"which one rank waiting for another's: {waiting:.1%})")
     if "matrix_product_rate" in result:
         print(f"bf16 products     {result['matrix_product_rate'] / 1e12:.0f} TFLOP/s; of that, replay "
               f"{result['replay_share_of_rate']:.1%}, all of the transformer {result['transformer_share_of_rate']:.1%}")

@@ -116,10 +116,10 @@ class Config:
     """A run is a function of it: prompts, noise, windows and the adapter's start."""
 
     # ----------------------------------------------------------------------------------------------------- machine
-    rollout_batch: int = 32
+    rollout_batch: int = 48
     """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the fastest."""
-    train_batch: int = 32
-    """Images replayed at once, per rank; 0 likewise."""
+    train_batch: int = 48
+    """Images replayed at once, per rank; 0 likewise. In full precision several steps of fewer images fill it."""
     gradient_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
@@ -166,6 +166,11 @@ class Config:
     """Send the metrics to Weights & Biases too; TensorBoard has them in the run's directory anyway."""
     run_name: str = ""
     """Directory of the run under output_dir; naming one that exists continues it. Empty: preset and time of day."""
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the network's bits depend on the batch so much that replay has to meet the rollout's."""
+        return self.dtype in ("bfloat16", "float16")
 
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
@@ -347,17 +352,18 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     per_rank = -(-samples // world_size)
     in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
 
-    def batches(size: int) -> int:
+    def by_update(size: int) -> int:
         return more * -(-(in_update + 1) // size) + (config.updates_per_epoch - more) * -(-in_update // size)
 
+    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples        # 0: not chosen yet
     steps = samples * config.num_steps
     if config.shared_start_noise and config.window_size:                  # on average over where the windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=batches(config.rollout_batch or samples),             # 0: not chosen yet
-        train_batches=batches(config.train_batch or samples),
+        rollout_batches=by_update(rollout_batch) if config.half_precision else -(-per_rank // rollout_batch),
+        train_batches=by_update(train_batch),
         rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)

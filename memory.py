@@ -40,11 +40,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
 
     In half precision the rollout's is the training's, so that both run the same kernels and ratios start at 1.
     """  # all ranks
-    plan = batch_plan(config, distributed.world_size())
-    largest = -(-plan.samples_per_rank // config.updates_per_epoch)
-    sizes = sorted({largest, *(2**n for n in range(largest.bit_length()) if 2**n < largest)})
-
-    half = policy.dtype.itemsize == 2
+    plan, half = batch_plan(config, distributed.world_size()), config.half_precision
+    in_update = -(-plan.samples_per_rank // config.updates_per_epoch)
     later = 4 * sum(p.numel() * p.element_size() for p in policy.parameters)   # AdamW's moments, the average, the summed gradient
 
     def trial(size: int, training: bool) -> float:
@@ -71,6 +68,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         return (time.perf_counter() - started) / size
 
     def choose(training: bool) -> int:
+        most = in_update if half else in_update * plan.trained_steps if training else plan.samples_per_rank
+        sizes = sorted({most, *(2**n for n in range(most.bit_length()) if 2**n < most)})
         if policy.device.type == "cuda":
             return largest_that_fits(sizes, lambda size: trial(size, training))
         return fastest(sizes, lambda size: distributed.sum_over_ranks(torch.tensor(trial(size, training))).item())

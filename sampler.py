@@ -144,6 +144,15 @@ class Trajectory:
         return Trajectory(self.final[indices], self.latents[:, indices], self.log_probs[:, indices],
                           self.means[:, indices], self.first_step[indices], self.sigmas, self.noise_levels[:, indices], self.rule)
 
+    def single_steps(self, k: int, count: int = 1) -> "Trajectory":
+        """The trained steps k ... k + count - 1, each as a sample of one trained step: count B samples, step after step."""
+        before, after, means = (part.flatten(0, 1) for part in (
+            self.latents[k:k + count], self.latents[k + 1:k + 1 + count], self.means[k:k + count]))
+        steps = torch.arange(k, k + count, device=self.first_step.device)
+        return Trajectory(torch.cat([self.final] * count), torch.stack([before, after]), self.log_probs[k:k + count].reshape(1, -1),
+                          means[None] if len(self.means) else self.means, (self.first_step + steps[:, None]).flatten(),
+                          self.sigmas, self.noise_levels.repeat(1, count), self.rule)
+
     @staticmethod
     def concatenate(parts: list["Trajectory"]) -> "Trajectory":
         """One trajectory of several that share schedule and rule."""
@@ -211,19 +220,16 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     return Trajectory(x, stored, log_probs, means, first_step, sigmas, noise_levels, rule)
 
 
-def replay(velocity: Velocity, trajectory: Trajectory, k: int, count: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+def replay(velocity: Velocity, trajectory: Trajectory, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k-th trained step again, under the present network: (log_prob (B,), mean (B, C, H, W), std (B, 1, 1, 1)).
 
-    With a `count`, so many steps from the k-th on, in one call of `velocity` on count B rows, step after step; so are the results.
     Differentiable through `velocity`. With the network that sampled, log_prob equals trajectory.log_probs[k].
     """
-    t, steps = trajectory, torch.arange(k, k + count, device=trajectory.first_step.device)
-    x, x_next = t.latents[k:k + count].flatten(0, 1), t.latents[k + 1:k + 1 + count].flatten(0, 1)
-    step = (t.first_step + steps[:, None]).flatten()           # (count B,)
-    sigma = t.sigmas[step]
-    a = t.noise_levels[step, torch.arange(len(t.first_step), device=step.device).repeat(count)]
+    t, step = trajectory, trajectory.first_step + k
+    sigma, a = t.sigmas[step], t.noise_levels[step, torch.arange(len(step), device=step.device)]           # (B,)
+    x = t.latents[k]
     mean, std = sde_transition(velocity(x, sigma), x, sigma, t.sigmas[step + 1], a, t.rule, t.sigmas[1])
-    return log_prob(x_next, mean, std, t.rule), mean, std
+    return log_prob(t.latents[k + 1], mean, std, t.rule), mean, std
 
 
 def _per_sample(value, latents: Tensor) -> Tensor:

@@ -106,12 +106,10 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
     policy.cache_text([chosen[g].text for g in groups], config.guidance_scale)
     starts = shared_starts(policy, chosen, groups, windows, sigmas, config, epoch) if config.shared_start_noise and mine else None
 
-    # A batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree. Where they go on
-    # from their window's first step, it holds samples of one window; these are few, so in full precision of any update.
-    pooled = starts and policy.dtype.itemsize > 2
-
+    # In half precision a batch holds samples of one update, so that replay meets the batches of the rollout where their sizes agree;
+    # where samples go on from their window's first step, it holds those of one window.
     def kind(i: int) -> tuple[int, int]:
-        return 0 if pooled else i % config.updates_per_epoch, int(windows[i // config.group_size]) if starts else 0
+        return i % config.updates_per_epoch if config.half_precision else 0, int(windows[i // config.group_size]) if starts else 0
 
     mine = sorted(mine, key=kind)
     parts = [list(part) for _, part in itertools.groupby(mine, kind)]
@@ -253,7 +251,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
         mine = [] if samples is None else [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
         if not config.beta:      # what has no advantage adds nothing, but in half precision a batch of another size changes bits
             live, idle = ([j for j in mine if (advantages[samples.indices[j]] != 0) == wanted] for wanted in (True, False))
-            mine = live + (idle[:-len(live) % config.train_batch] if policy.dtype.itemsize == 2 else [])
+            mine = live + (idle[:-len(live) % config.train_batch] if config.half_precision else [])
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
             if distributed.stop_asked():
@@ -309,27 +307,28 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
     """Add one micro-batch's part to the gradient of the mean over `terms` (sample, step) pairs, all ranks."""
     policy, trajectory = learner.policy, samples.trajectory.select(batch)
     text = policy.encode([samples.prompts[j].text for j in batch])
-    velocity = policy.velocity(text, config.guidance_scale)
     reference_means = replay_reference(policy, trajectory, text, config) if config.beta else None
     A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
-    for k in range(len(trajectory.log_probs)):
+    # Half precision takes one step at a time, as the rollout did: a batch of another size would change the ratio.
+    for steps in calls(trajectory, 1 if config.half_precision else config.train_batch):
         if distributed.stop_asked():             # what is missing is of no use then: see train_epoch
             return
-        log_prob, mean, std = replay(velocity, trajectory, k)                                            # (B,), (B, C, H, W)
-        old_log_prob = trajectory.log_probs[k]
-        step = trajectory.first_step + k
-        delta = trajectory.sigmas[step] - trajectory.sigmas[step + 1]                                    # (B,)
+        taken = trajectory.single_steps(steps[0], len(steps))                                            # of len(steps) B samples
+        velocity = policy.velocity(repeated(text, len(steps)), config.guidance_scale)
+        log_prob, mean, std = replay(velocity, taken, 0)                                                 # (B,), (B, C, H, W)
+        old_log_prob = taken.log_probs[0]
+        delta = taken.sigmas[taken.first_step] - taken.sigmas[taken.first_step + 1]                      # (B,)
         if config.guard:
-            log_prob = guard_log_ratio(trajectory.latents[k + 1], mean, trajectory.means[k], std)
+            log_prob = guard_log_ratio(taken.latents[1], mean, taken.means[0], std)
             old_log_prob = torch.zeros_like(log_prob)
-        policy_loss = clipped_loss(log_prob, old_log_prob, A, config.clip_range)                         # (B,)
+        policy_loss = clipped_loss(log_prob, old_log_prob, A.repeat(len(steps)), config.clip_range)      # (B,)
         if config.guard:
             policy_loss = policy_loss / delta
         loss, kl = policy_loss, torch.zeros_like(policy_loss)
         if reference_means is not None:
             if config.kl == "per_time":                                                                  # s = std / sqrt(D)
                 std = std / delta.sqrt().view_as(std)
-            kl = gaussian_kl(mean, reference_means[k], std)                                              # (B,)
+            kl = gaussian_kl(mean, reference_means[steps.start:steps.stop].flatten(0, 1), std)         # (B,)
             loss = policy_loss + config.beta * kl
         learner.scaler.scale(loss.sum() / terms).backward()
         statistics.add(policy_loss=policy_loss, kl=kl, **ratio_statistics(log_prob, old_log_prob, config.clip_range))
@@ -338,13 +337,21 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
 @torch.no_grad()
 def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config: Config) -> Tensor:
     """Means (S, B, C, H, W) of the trained steps under the reference; as many steps in one call as make up a rollout's batch."""
-    S, B = trajectory.log_probs.shape
     means = []
-    for steps in batches(range(S), max(1, config.rollout_batch // B)):
-        repeated = tuple(part.repeat(len(steps), *[1] * (part.ndim - 1)) for part in text)
-        velocity = policy.reference_velocity(repeated, config.guidance_scale)
-        means.append(replay(velocity, trajectory, steps[0], len(steps))[1])
-    return torch.cat(means).view(S, B, *policy.latent_shape)
+    for steps in calls(trajectory, config.rollout_batch):
+        velocity = policy.reference_velocity(repeated(text, len(steps)), config.guidance_scale)
+        means.append(replay(velocity, trajectory.single_steps(steps[0], len(steps)), 0)[1])
+    return torch.cat(means).view(-1, *trajectory.final.shape)
+
+
+def calls(trajectory: Trajectory, rows: int) -> list[range]:
+    """The trained steps, divided so that a call takes up to so many of all samples, or one step."""
+    steps, images = trajectory.log_probs.shape
+    return batches(range(steps), max(1, rows // images))
+
+
+def repeated(text: Text, count: int) -> Text:
+    return tuple(torch.cat([part] * count) for part in text)
 
 
 # ------------------------------------------------------------------------------------------------- what is not finite

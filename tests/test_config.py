@@ -149,8 +149,9 @@ PLANS = [(groups, size, updates, ranks, batch) for groups, size, updates in
 
 @pytest.mark.parametrize("groups, size, updates, ranks, batch", PLANS)
 def test_every_sample_is_drawn_once_and_trained_once_and_the_plan_counts_the_batches(groups, size, updates, ranks, batch):
-    plan = batch_plan(dataclasses.replace(Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=updates,
-                                          rollout_batch=batch, train_batch=batch), ranks)
+    config = dataclasses.replace(Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=updates, rollout_batch=batch,
+                                 train_batch=batch)
+    plan, in_half = batch_plan(config, ranks), batch_plan(dataclasses.replace(config, dtype="bfloat16"), ranks)
     assert plan.samples == groups * size
     held = [share(plan.samples, rank, ranks) for rank in range(ranks)]
     assert sorted(itertools.chain(*held)) == list(range(plan.samples))
@@ -158,7 +159,9 @@ def test_every_sample_is_drawn_once_and_trained_once_and_the_plan_counts_the_bat
     assert max(len(mine) for mine in held) == plan.samples_per_rank
     trained = [[batches([i for i in mine if i % updates == u], batch) for u in range(updates)] for mine in held]
     assert sorted(i for rank in trained for update in rank for b in update for i in b) == list(range(plan.samples))
-    assert max(sum(len(update) for update in rank) for rank in trained) == plan.train_batches == plan.rollout_batches
+    assert max(sum(len(update) for update in rank) for rank in trained) == plan.train_batches == in_half.train_batches
+    assert in_half.rollout_batches == in_half.train_batches                            # each has its part in the rollout
+    assert max(len(batches(mine, batch)) for mine in held) == plan.rollout_batches
     assert all(any(rank[u] for rank in trained) for u in range(updates))              # no update is without samples
 
 

@@ -163,13 +163,13 @@ def score(images, prompts, metadata):
 
 @fuzz(15, data=st.data(), groups=st.integers(1, 6), size=st.integers(2, 7), ranks=st.integers(1, 9),
       rollout_batch=st.integers(1, 12), train_batch=st.integers(1, 12), beta=st.sampled_from([0.0, 0.1]),
-      window_size=st.integers(0, 2), shared=st.booleans())
+      window_size=st.integers(0, 2), shared=st.booleans(), dtype=st.sampled_from(["float32", "bfloat16"]))
 def test_every_sample_is_drawn_once_and_trained_once_in_its_update_and_the_plan_counts_right(
-        data, groups, size, ranks, rollout_batch, train_batch, beta, window_size, shared):
+        data, groups, size, ranks, rollout_batch, train_batch, beta, window_size, shared, dtype):
     config = dataclasses.replace(
         Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=data.draw(st.integers(1, groups * size)), num_steps=4,
         rollout_batch=rollout_batch, train_batch=train_batch, beta=beta, window_size=window_size, window_range=(0, 4),
-        shared_start_noise=shared)
+        shared_start_noise=shared, dtype=dtype)
     validate(config)
     N, U, plan = groups * size, config.updates_per_epoch, batch_plan(config, ranks)
     advantages = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, -1.0]), min_size=N, max_size=N)))

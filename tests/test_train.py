@@ -197,7 +197,7 @@ def two_ranks(command) -> Path:
 # ------------------------------------------------------------------------------- law 4: before an update the ratio is 1
 
 def test_the_ratio_before_the_first_update_is_exactly_one_where_the_batches_coincide(train_here):
-    directory = train_here("coincide", dtype="float32", rollout_batch=4, train_batch=4)
+    directory = train_here("coincide", dtype="bfloat16", rollout_batch=4, train_batch=4)
     for m in metrics_of(directory)[1:]:
         assert m["ratio_deviation_before"] == 0
         assert m["ratio_deviation"] > 1e-6                                             # the second update's ratios have moved
@@ -205,7 +205,7 @@ def test_the_ratio_before_the_first_update_is_exactly_one_where_the_batches_coin
 
 def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_composition_and_beyond_the_clip_range_it_warns(
         train_here, capsys):
-    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=2, rule="dance_sde", clip_range=1e-9)
+    directory = train_here("differ", dtype="float32", rollout_batch=3, train_batch=1, rule="dance_sde", clip_range=1e-9)
     out, err = capsys.readouterr()
     measured = [f"{m['ratio_deviation_before']:.1e}" for m in metrics_of(directory)[1:]]
     assert out.count("before the first update, max |ratio - 1| is ") == 1 and f"| is {measured[0]}; clip_range is 1e-09" in out
@@ -286,7 +286,7 @@ def test_with_guard_and_shared_noise_three_ranks_that_split_groups_do_what_one_d
 
 
 def test_on_policy_a_guarded_ratio_is_one(train_here):
-    assert all(m["ratio_deviation_before"] == 0 < m["ratio_deviation"] for m in metrics_of(train_here("guard", **GUARD))[1:])
+    assert all(m["ratio_deviation_before"] < 1e-12 < 1e-6 < m["ratio_deviation"] for m in metrics_of(train_here("guard", **GUARD))[1:])
 
 
 def test_metrics_of_rewards_and_rewards_for_evaluation_alone_are_logged_and_not_trained_on(odd_run, train_here):
