@@ -294,7 +294,8 @@ class Setting:
             "floor_seconds": sum(slowest.values()), "efficiency": sum(slowest.values()) / epoch,
             "floor": {piece: {"seconds": slowest[piece], "batch": batch, "threads": threads}
                       for piece, (batch, threads) in self.fastest.items() if piece in slowest},
-            "phases": phases, "phase_overhead": 1 - sum(phases[p] for p in NEEDED) / sum(phases.values()),
+            "phases": phases, "phase_overhead": 1 - sum(phases[p] for p in (*NEEDED, "waiting")) / sum(phases.values()),
+            "phase_waiting": phases["waiting"] / sum(phases.values()),
             "transformer_calls": {piece: total[piece] for piece in ("rollout", "replay", "reference")}, "flops": flops,
             "peak_memory_bytes": max(distributed.gather_objects(self.peak_memory))}
         if self.device.type == "cuda":
@@ -348,9 +349,8 @@ def show(result: dict, first: dict | None) -> None:
     print(f"epoch             {result['epoch_seconds']:.3f} s, median of {len(result['epochs'])}: "
           f"{result['images_per_second']:.2f} images/s, {1000 / result['images_per_second']:.1f} ms an image")
     print(f"floor             {result['floor_seconds']:.3f} s")
-    waiting = result["phases"]["waiting"] / sum(result["phases"].values())
-    print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%}, of "
-          f"which one rank waiting for another's: {waiting:.1%})")
+    print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%}, and "
+          f"waiting for a rank that is still at one of these: {result['phase_waiting']:.1%})")
     if "matrix_product_rate" in result:
         print(f"bf16 products     {result['matrix_product_rate'] / 1e12:.0f} TFLOP/s; of that, replay "
               f"{result['replay_share_of_rate']:.1%}, all of the transformer {result['transformer_share_of_rate']:.1%}")
