@@ -36,7 +36,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import distributed
 import train
 from config import ConfigError, batch_plan, describe
+from memory import DoesNotFit
 from policy import is_out_of_memory
+from rewards import RewardError
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "waiting", "other")
 NEEDED = ("rollout", "decode", "reward exposed", "replay", "reference")            # transformer, VAE and rewards
@@ -360,42 +362,69 @@ def show(result: dict, first: dict | None) -> None:
         print(f"against the first {measured:.2f} times as fast; the floors say {predicted:.2f}: {measured / predicted:.2f} of that")
 
 
-def main() -> None:
-    os.environ["TQDM_DISABLE"] = "1"
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--ranks", type=int)
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
+    """The bench's own flags, which may stand anywhere, and a command line of train.py for each setting."""
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__, epilog="The settings are train.py's: python train.py [PRESET] --help.",
+                                     usage="bench.py [PRESET] [--field value ...] [-- ...] [--rounds 5] [--ranks N] [--json FILE]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--rounds", type=positive, default=5, help="timed epochs of each setting")
+    parser.add_argument("--ranks", type=positive, help="processes; one per GPU, or CPU core, where it is not given")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where all that was measured is kept")
     settings, own = [[]], argparse.Namespace()
-    for is_border, words in itertools.groupby(sys.argv[1:], lambda word: word == "--"):      # our own flags may stand anywhere
+    for is_border, words in itertools.groupby(arguments, lambda word: word == "--"):
         if is_border:
             settings.append([])
         else:
             own, settings[-1] = parser.parse_known_args(list(words), own)
     own = parser.parse_args([], own)
-    if "RANK" not in os.environ:
-        ranks = own.ranks or torch.cuda.device_count() or os.cpu_count()
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *sys.argv])
-    try:
-        device = distributed.setup()
-        settings = [Setting(words, device) for words in settings]
-        for setting in settings[1:]:
-            setting.share_rates(settings[0])
-    except (ConfigError, ValueError, OSError, ImportError) as error:
-        train.stop(error, everywhere=False)
-    with train.scoring_thread(device) as scorer:
+    if own.json and not own.json.parent.is_dir():
+        parser.error(f"--json {str(own.json)!r} cannot be written: {str(own.json.parent)!r} is no directory")
+    return own, settings
+
+
+def measure(settings: list[Setting], rounds: int) -> None:  # all ranks
+    """Everything, the settings taking turns."""
+    with train.scoring_thread(settings[0].device) as scorer:
         for setting in settings:
             setting.run_epoch(scorer)            # warm
             setting.watch(scorer)
             setting.choose_fastest()
-        for _ in range(own.rounds):
-            for setting in settings:
-                if device.type == "cuda":        # watching waits for the device, and an epoch without that is faster
-                    setting.seconds.append(setting.run_epoch(scorer))
-                    setting.watch(scorer)
-                else:
-                    setting.seconds.append(setting.watch(scorer))
-                setting.measure_floor()
+        for _, setting in itertools.product(range(rounds), settings):
+            if setting.device.type == "cuda":    # watching waits for the device, and an epoch without that is faster
+                setting.seconds.append(setting.run_epoch(scorer))
+                setting.watch(scorer)
+            else:
+                setting.seconds.append(setting.watch(scorer))
+            setting.measure_floor()
+
+
+def main() -> None:
+    os.environ["TQDM_DISABLE"] = "1"
+    own, settings = parse(sys.argv[1:])
+    try:
+        if "RANK" not in os.environ:
+            for words in settings:
+                train.prepare(words)             # what is wrong ends here, without the launcher's own words
+            ranks = own.ranks or torch.cuda.device_count() or os.cpu_count()
+            os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                                      *sys.argv])
+        device = distributed.setup()
+        settings = [Setting(words, device) for words in settings]
+    except (ConfigError, ValueError, OSError, ImportError) as error:
+        train.stop(error, everywhere=False)
+    except DoesNotFit as error:
+        train.stop(error, everywhere=True)
+    for setting in settings[1:]:
+        setting.share_rates(settings[0])
+    try:
+        measure(settings, own.rounds)
+    except (RewardError, train.TrainingError, DoesNotFit) as error:
+        train.stop(error, everywhere=True)
     results = [setting.report() for setting in settings]
     if distributed.is_main():
         for result in results:

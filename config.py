@@ -119,7 +119,7 @@ class Config:
     rollout_batch: int = 48
     """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the fastest."""
     train_batch: int = 48
-    """Images replayed at once, per rank; 0 likewise. In full precision several steps of fewer images fill it."""
+    """Images replayed at once, per rank; in full precision, several steps of fewer images. 0 likewise."""
     gradient_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False

@@ -10,6 +10,7 @@ What departs from the paper or from its authors' implementation:
 - Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on the micro-batches.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -307,28 +308,28 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
     """Add one micro-batch's part to the gradient of the mean over `terms` (sample, step) pairs, all ranks."""
     policy, trajectory = learner.policy, samples.trajectory.select(batch)
     text = policy.encode([samples.prompts[j].text for j in batch])
+    velocity = of_several_steps(policy.velocity, text, config)
     reference_means = replay_reference(policy, trajectory, text, config) if config.beta else None
     A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
     # Half precision takes one step at a time, as the rollout did: a batch of another size would change the ratio.
-    for steps in calls(trajectory, 1 if config.half_precision else config.train_batch):
+    for steps in divide_steps(trajectory, 1 if config.half_precision else config.train_batch):
         if distributed.stop_asked():             # what is missing is of no use then: see train_epoch
             return
-        taken = trajectory.single_steps(steps[0], len(steps))                                            # of len(steps) B samples
-        velocity = policy.velocity(repeated(text, len(steps)), config.guidance_scale)
-        log_prob, mean, std = replay(velocity, taken, 0)                                                 # (B,), (B, C, H, W)
+        taken = trajectory.single_steps(steps[0], len(steps))                                            # M = len(steps) B samples
+        log_prob, mean, std = replay(velocity(len(steps)), taken, 0)                                     # (M,), (M, C, H, W)
         old_log_prob = taken.log_probs[0]
-        delta = taken.sigmas[taken.first_step] - taken.sigmas[taken.first_step + 1]                      # (B,)
+        delta = taken.sigmas[taken.first_step] - taken.sigmas[taken.first_step + 1]                      # (M,)
         if config.guard:
             log_prob = guard_log_ratio(taken.latents[1], mean, taken.means[0], std)
             old_log_prob = torch.zeros_like(log_prob)
-        policy_loss = clipped_loss(log_prob, old_log_prob, A.repeat(len(steps)), config.clip_range)      # (B,)
+        policy_loss = clipped_loss(log_prob, old_log_prob, A.repeat(len(steps)), config.clip_range)      # (M,)
         if config.guard:
             policy_loss = policy_loss / delta
         loss, kl = policy_loss, torch.zeros_like(policy_loss)
         if reference_means is not None:
             if config.kl == "per_time":                                                                  # s = std / sqrt(D)
                 std = std / delta.sqrt().view_as(std)
-            kl = gaussian_kl(mean, reference_means[steps.start:steps.stop].flatten(0, 1), std)         # (B,)
+            kl = gaussian_kl(mean, reference_means[steps.start:steps.stop].flatten(0, 1), std)           # (M,)
             loss = policy_loss + config.beta * kl
         learner.scaler.scale(loss.sum() / terms).backward()
         statistics.add(policy_loss=policy_loss, kl=kl, **ratio_statistics(log_prob, old_log_prob, config.clip_range))
@@ -337,21 +338,21 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
 @torch.no_grad()
 def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config: Config) -> Tensor:
     """Means (S, B, C, H, W) of the trained steps under the reference; as many steps in one call as make up a rollout's batch."""
-    means = []
-    for steps in calls(trajectory, config.rollout_batch):
-        velocity = policy.reference_velocity(repeated(text, len(steps)), config.guidance_scale)
-        means.append(replay(velocity, trajectory.single_steps(steps[0], len(steps)), 0)[1])
+    velocity = of_several_steps(policy.reference_velocity, text, config)
+    means = [replay(velocity(len(steps)), trajectory.single_steps(steps[0], len(steps)), 0)[1]
+             for steps in divide_steps(trajectory, config.rollout_batch)]
     return torch.cat(means).view(-1, *trajectory.final.shape)
 
 
-def calls(trajectory: Trajectory, rows: int) -> list[range]:
-    """The trained steps, divided so that a call takes up to so many of all samples, or one step."""
-    steps, images = trajectory.log_probs.shape
-    return batches(range(steps), max(1, rows // images))
+def divide_steps(trajectory: Trajectory, size: int) -> list[range]:
+    """The trained steps, as many together as make up a batch of that size with all the samples; one at least."""
+    S, B = trajectory.log_probs.shape
+    return batches(range(S), max(1, size // B))
 
 
-def repeated(text: Text, count: int) -> Text:
-    return tuple(torch.cat([part] * count) for part in text)
+def of_several_steps(velocity: Callable[[Text, float], Velocity], text: Text, config: Config) -> Callable[[int], Velocity]:
+    """Number of steps -> the velocity of all the text's samples at so many of them in one call."""
+    return functools.cache(lambda count: velocity(tuple(torch.cat([part] * count) for part in text), config.guidance_scale))
 
 
 # ------------------------------------------------------------------------------------------------- what is not finite

@@ -41,3 +41,20 @@ def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(s
     for other in (like, *unlike):
         other.share_rates(setting)
     assert like.rates is setting.rates and all(other.rates is not setting.rates for other in unlike)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--rounds", "0"], "'0' is not a whole number of at least 1"), (["--ranks", "1.5"], "'1.5' is not a whole number"),
+    (["--json", "nowhere/bench.json"], "'nowhere' is no directory"), (["--", "--model", "nowhere"], "nowhere/model_index.json"),
+    (["--guidance-scale", "0.5"], "--guidance-scale is 0.5"), (["--", "--windowsize", "2"], "did you mean '--window-size'")])
+def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words, said):
+    def leave(code: int):
+        raise SystemExit(code)
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(bench.sys, "argv", ["bench.py", *words])
+    monkeypatch.setattr(bench.os, "execv", lambda *arguments: pytest.fail("started"))
+    monkeypatch.setattr(train, "leave", leave)
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
