@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
 import train
-from config import ConfigError, batch_plan, describe
+from config import batch_plan
 from memory import DoesNotFit
 from policy import is_out_of_memory
 from rewards import RewardError
@@ -65,28 +65,18 @@ class Clock:
         self.seconds[self.stack[-1]] += now - self.since
         self.since = now
 
-    def timed(self, phase: str, function: Callable) -> Callable:
+    def timed(self, phase: str, function: Callable, durations: list[float] | None = None) -> Callable:
         def inside(*args, **kwargs):
             self.switch()
+            started = self.since
             self.stack.append(phase)
             try:
                 return function(*args, **kwargs)
             finally:
                 self.switch()
                 self.stack.pop()
-        return inside
-
-    def collective(self, function: Callable) -> Callable:
-        timed = self.timed("gather", function)
-
-        def inside(*args):
-            if self.stack[-1] == "gather":       # part of another
-                return function(*args)
-            started = time.perf_counter()
-            try:
-                return timed(*args)
-            finally:
-                self.collectives.append(time.perf_counter() - started)
+                if durations is not None:
+                    durations.append(self.since - started)
         return inside
 
     def tell_waiting(self) -> None:  # all ranks
@@ -125,7 +115,8 @@ class Clock:
             for place, name, phase, function in functions:
                 stack.enter_context(mock.patch.object(place, name, self.timed(phase, function)))
             for name in collectives:
-                stack.enter_context(mock.patch.object(distributed, name, self.collective(getattr(distributed, name))))
+                stack.enter_context(mock.patch.object(
+                    distributed, name, self.timed("gather", getattr(distributed, name), self.collectives)))
             stack.enter_context(mock.patch.object(
                 policy, "reference_velocity", lambda *args: self.timed("reference", reference(*args))))
             for hook in hooks:
@@ -171,6 +162,7 @@ class Setting:
     def watch(self, scorer: ThreadPoolExecutor) -> float:  # all ranks
         """The next epoch, by phase; its seconds."""
         clock = Clock(self)
+        distributed.wait_for_all()               # the last measurement is over on every rank
         with clock.watching():
             seconds = self.run_epoch(scorer)
         clock.tell_waiting()
@@ -252,7 +244,9 @@ class Setting:
             threads |= {1, max(1, os.cpu_count() // distributed.world_size())}
         for piece in PIECES:
             own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
-            most = -(-self.images // distributed.world_size())               # a rank has no more to put into a batch
+            most = -(-self.images // distributed.world_size())               # a rank has no more to put into a batch,
+            if piece in ("replay", "reference") and not self.config.half_precision:
+                most *= batch_plan(self.config, 1).trained_steps             # or where several steps go in one
             batches = {min(most, batch) for batch in (-(-own // 4), -(-own // 2), own, 2 * own)}
             candidates = [(batch, n) for batch in sorted(batches) for n in sorted(threads)]
             if distributed.any_rank(self.rows[piece] > 0) and piece not in self.fastest:
@@ -291,7 +285,7 @@ class Setting:
         phases = {phase: statistics.mean(of_rank[phase] for of_rank in medians) for phase in PHASES}
         result = {
             "setting": self.name, "ranks": ranks, "device": device_name(self.device), "images": self.images,
-            "plan": describe(self.config, ranks, self.policy.branches(self.config.guidance_scale)).splitlines(),
+            "plan": train.in_words(self.config, self.policy).splitlines(),
             "epoch_seconds": epoch, "epochs": self.seconds, "images_per_second": self.images / epoch,
             "floor_seconds": sum(slowest.values()), "efficiency": sum(slowest.values()) / epoch,
             "floor": {piece: {"seconds": slowest[piece], "batch": batch, "threads": threads}
@@ -352,7 +346,7 @@ def show(result: dict, first: dict | None) -> None:
           f"{result['images_per_second']:.2f} images/s, {1000 / result['images_per_second']:.1f} ms an image")
     print(f"floor             {result['floor_seconds']:.3f} s")
     print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%}, and "
-          f"waiting for a rank that is still at one of these: {result['phase_waiting']:.1%})")
+          f"one rank waiting for another: {result['phase_waiting']:.1%})")
     if "matrix_product_rate" in result:
         print(f"bf16 products     {result['matrix_product_rate'] / 1e12:.0f} TFLOP/s; of that, replay "
               f"{result['replay_share_of_rate']:.1%}, all of the transformer {result['transformer_share_of_rate']:.1%}")
@@ -363,15 +357,19 @@ def show(result: dict, first: dict | None) -> None:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
-    """The bench's own flags, which may stand anywhere, and a command line of train.py for each setting."""
+    """The bench's own flags, which may stand anywhere, and a command line of train.py for each setting. Raises ValueError."""
     def positive(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
         return int(text)
 
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
     parser = argparse.ArgumentParser(description=__doc__, epilog="The settings are train.py's: python train.py [PRESET] --help.",
                                      usage="bench.py [PRESET] [--field value ...] [-- ...] [--rounds 5] [--ranks N] [--json FILE]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = refuse
     parser.add_argument("--rounds", type=positive, default=5, help="timed epochs of each setting")
     parser.add_argument("--ranks", type=positive, help="processes; one per GPU, or CPU core, where it is not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all that was measured is kept")
@@ -383,7 +381,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
             own, settings[-1] = parser.parse_known_args(list(words), own)
     own = parser.parse_args([], own)
     if own.json and not own.json.parent.is_dir():
-        parser.error(f"--json {str(own.json)!r} cannot be written: {str(own.json.parent)!r} is no directory")
+        raise ValueError(f"--json {str(own.json)!r} cannot be written: {str(own.json.parent)!r} is no directory")
     return own, settings
 
 
@@ -405,8 +403,8 @@ def measure(settings: list[Setting], rounds: int) -> None:  # all ranks
 
 def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
-    own, settings = parse(sys.argv[1:])
     try:
+        own, settings = parse(sys.argv[1:])
         if "RANK" not in os.environ:
             for words in settings:
                 train.prepare(words)             # what is wrong ends here, without the launcher's own words
@@ -415,7 +413,7 @@ def main() -> None:
                                       *sys.argv])
         device = distributed.setup()
         settings = [Setting(words, device) for words in settings]
-    except (ConfigError, ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         train.stop(error, everywhere=False)
     except DoesNotFit as error:
         train.stop(error, everywhere=True)
@@ -423,9 +421,13 @@ def main() -> None:
         setting.share_rates(settings[0])
     try:
         measure(settings, own.rounds)
-    except (RewardError, train.TrainingError, DoesNotFit) as error:
+        results = [setting.report() for setting in settings]
+    except (RewardError, train.NonFinite) as error:
+        train.stop(error, everywhere=False)
+    except DoesNotFit as error:
         train.stop(error, everywhere=True)
-    results = [setting.report() for setting in settings]
+    except distributed.LostRank as error:
+        train.stop_without(error)
     if distributed.is_main():
         for result in results:
             show(result, results[0])

@@ -119,7 +119,7 @@ class Config:
     rollout_batch: int = 48
     """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the fastest."""
     train_batch: int = 48
-    """Images replayed at once, per rank; in full precision, several steps of fewer images. 0 likewise."""
+    """Images replayed at once, per rank, in full precision at several of their steps if they are fewer; 0 finds it out likewise."""
     gradient_checkpointing: bool = False
     """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
@@ -169,7 +169,7 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether the network's bits depend on the batch so much that replay has to meet the rollout's."""
+        """Whether rounding, which depends on a batch's size, would take ratios past a clip range: replay then meets the rollout's."""
         return self.dtype in ("bfloat16", "float16")
 
 

@@ -68,7 +68,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         return (time.perf_counter() - started) / size
 
     def choose(training: bool) -> int:
-        most = in_update if half else in_update * plan.trained_steps if training else plan.samples_per_rank
+        # In full precision steps and updates share batches; two rollouts at least, so that one is scored beside the other.
+        most = in_update if half else in_update * plan.trained_steps if training else -(-plan.samples_per_rank // 2)
         sizes = sorted({most, *(2**n for n in range(most.bit_length()) if 2**n < most)})
         if policy.device.type == "cuda":
             return largest_that_fits(sizes, lambda size: trial(size, training))

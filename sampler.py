@@ -144,14 +144,14 @@ class Trajectory:
         return Trajectory(self.final[indices], self.latents[:, indices], self.log_probs[:, indices],
                           self.means[:, indices], self.first_step[indices], self.sigmas, self.noise_levels[:, indices], self.rule)
 
-    def single_steps(self, k: int, count: int = 1) -> "Trajectory":
-        """The trained steps k ... k + count - 1, each as a sample of one trained step: count B samples, step after step."""
-        before, after, means = (part.flatten(0, 1) for part in (
-            self.latents[k:k + count], self.latents[k + 1:k + 1 + count], self.means[k:k + count]))
-        steps = torch.arange(k, k + count, device=self.first_step.device)
-        return Trajectory(torch.cat([self.final] * count), torch.stack([before, after]), self.log_probs[k:k + count].reshape(1, -1),
-                          means[None] if len(self.means) else self.means, (self.first_step + steps[:, None]).flatten(),
-                          self.sigmas, self.noise_levels.repeat(1, count), self.rule)
+    def single_steps(self, steps: range) -> "Trajectory":
+        """Consecutive trained steps, of 0 ... S - 1, each as a sample of one trained step: len(steps) B samples, step after step."""
+        k, end = steps.start, steps.stop
+        before, after = self.latents[k:end].flatten(0, 1), self.latents[k + 1:end + 1].flatten(0, 1)
+        means = self.means[k:end].flatten(0, 1)[None] if len(self.means) else before.new_empty(0, *before.shape)
+        first_step = self.first_step + torch.arange(k, end, device=self.first_step.device)[:, None]
+        return Trajectory(torch.cat([self.final] * len(steps)), torch.stack([before, after]), self.log_probs[k:end].reshape(1, -1),
+                          means, first_step.flatten(), self.sigmas, self.noise_levels.repeat(1, len(steps)), self.rule)
 
     @staticmethod
     def concatenate(parts: list["Trajectory"]) -> "Trajectory":

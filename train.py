@@ -299,8 +299,8 @@ def check_ratio(learner: Learner, deviation: float, config: Config, epoch: int) 
         say(f"before the first update, max |ratio - 1| is {deviation:.1e}; clip_range is {config.clip_range:g}")
     if deviation > config.clip_range and is_main():
         tqdm.write(f"warning: before the first update of epoch {epoch} a ratio is {deviation:.1e} from 1, more than clip_range "
-                   f"{config.clip_range:g}; usual causes: in half precision, batches of other sizes in training than in the "
-                   "rollout; another dtype here than there; dropout", file=sys.stderr)
+                   f"{config.clip_range:g}; usual causes: batches of other sizes in training than in the rollout, above all in "
+                   "half precision; another dtype here than there; dropout", file=sys.stderr)
 
 
 def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], advantages: Tensor, terms: int,
@@ -315,7 +315,7 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
     for steps in divide_steps(trajectory, 1 if config.half_precision else config.train_batch):
         if distributed.stop_asked():             # what is missing is of no use then: see train_epoch
             return
-        taken = trajectory.single_steps(steps[0], len(steps))                                            # M = len(steps) B samples
+        taken = trajectory.single_steps(steps)                                                           # M = len(steps) B samples
         log_prob, mean, std = replay(velocity(len(steps)), taken, 0)                                     # (M,), (M, C, H, W)
         old_log_prob = taken.log_probs[0]
         delta = taken.sigmas[taken.first_step] - taken.sigmas[taken.first_step + 1]                      # (M,)
@@ -339,15 +339,16 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
 def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config: Config) -> Tensor:
     """Means (S, B, C, H, W) of the trained steps under the reference; as many steps in one call as make up a rollout's batch."""
     velocity = of_several_steps(policy.reference_velocity, text, config)
-    means = [replay(velocity(len(steps)), trajectory.single_steps(steps[0], len(steps)), 0)[1]
+    means = [replay(velocity(len(steps)), trajectory.single_steps(steps), 0)[1]
              for steps in divide_steps(trajectory, config.rollout_batch)]
     return torch.cat(means).view(-1, *trajectory.final.shape)
 
 
 def divide_steps(trajectory: Trajectory, size: int) -> list[range]:
-    """The trained steps, as many together as make up a batch of that size with all the samples; one at least."""
+    """The trained steps in parts, of equal length as far as they go, each of one step or fitting a batch with all the samples."""
     S, B = trajectory.log_probs.shape
-    return batches(range(S), max(1, size // B))
+    parts = -(-S // max(1, size // B))
+    return batches(range(S), -(-S // parts))
 
 
 def of_several_steps(velocity: Callable[[Text, float], Velocity], text: Text, config: Config) -> Callable[[int], Velocity]:
@@ -517,6 +518,11 @@ def batches(items: Sequence, size: int) -> list[Sequence]:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
+def in_words(config: Config, policy: Policy) -> str:
+    """The batch plan."""
+    return describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
+
+
 def progress(items: list | None, what: str, total: int | None = None) -> tqdm:
     return tqdm(items, desc=what, total=total, leave=False, disable=None if is_main() else True)     # None: only on a terminal
 
@@ -624,7 +630,7 @@ def run_epoch(learner: Learner, rewards: Rewards, prompts: list[Prompt], config:
               scorer: ThreadPoolExecutor) -> dict[str, float]:
     """Sample, reward, advantage, update; the epoch's metrics."""  # all ranks
     started, policy = time.perf_counter(), learner.policy
-    plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
+    plan = in_words(config, policy)
     sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)               # (N,)
     try:
@@ -646,6 +652,57 @@ def run_epoch(learner: Learner, rewards: Rewards, prompts: list[Prompt], config:
             "learning_rate": learning_rate(config, epoch), "seconds": seconds, "images_per_second": len(group_ids) / seconds}
 
 
+class AfterEpoch:
+    """What follows an epoch: evaluate, record and save, as far as they are due. Only the main rank writes anything."""
+
+    def __init__(self, config: Config, directory: Path, learner: Learner, rewards: Rewards, test_prompts: list[Prompt],
+                 scorer: ThreadPoolExecutor, done: int, continued: bool):
+        self.config, self.directory, self.learner, self.scorer = config, directory, learner, scorer
+        self.rewards, self.test_prompts = rewards, test_prompts
+        history = cut_metrics(directory, done if continued else -1) if is_main() and not config.eval_only else []
+        self.record = Record(directory, done, history, config.keep_checkpoints)                          # other ranks' stays empty
+        known = done + bool(history and history[-1]["epoch"] == done)        # the first epoch that is not in the metrics yet
+        self.display = Display(directory, None if config.eval_only else known, config.wandb) if is_main() else None
+
+    def conclude(self, metrics: dict) -> None:  # all ranks
+        """An epoch of which these are the metrics."""
+        epoch, config = metrics["epoch"], self.config
+        if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
+            metrics = {**metrics, **self.evaluate(epoch)}
+        if is_main():
+            self.record.add(metrics)
+            self.display.curves(metrics)
+            if "eval/total" in metrics:
+                self.display.page()
+        if epoch % config.save_every == 0 or epoch == config.epochs:
+            with distributed.taking_its_time():
+                self.keep(metrics)
+                distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
+
+    def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
+        """Metrics; the images go to the page."""
+        with within_memory(LESS_MEMORY.format("rollout-batch"), in_words(self.config, self.learner.policy)):
+            metrics, images, scores = evaluate(self.learner, self.rewards, self.test_prompts, self.config, self.scorer)
+        if is_main():
+            self.display.pictures(epoch, images, [p.text for p in self.test_prompts[:len(images)]], scores)
+        say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics
+
+    def evaluate_only(self, epoch: int) -> None:  # all ranks
+        """The scores and the page; nothing that was recorded changes."""
+        metrics = {"epoch": epoch, **self.evaluate(epoch)}
+        if is_main():
+            if not (self.directory / "metrics.jsonl").exists():
+                write_metrics(self.directory, metrics)
+            self.display.page()
+            say(f"images: {self.directory / 'index.html'}")
+
+    def keep(self, metrics: dict) -> None:
+        """A checkpoint of the weights as they are, after the epoch of `metrics`, unless there is one."""
+        if is_main() and (epoch := metrics["epoch"]) != self.record.saved:
+            self.record.save(epoch, self.learner.save_weights, {**self.learner.state(epoch), "metrics": metrics})
+
+
 def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy, rewards: Rewards, train_prompts: list[Prompt],
         test_prompts: list[Prompt], scorer: ThreadPoolExecutor) -> None:
     """Flow-GRPO, from `checkpoint` or the start to the last epoch.
@@ -654,72 +711,33 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     """  # all ranks
     learner = Learner(policy, config)
     state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
-    done = learner.restore(state) if checkpoint else 0
-    history = cut_metrics(directory, done if checkpoint else -1) if is_main() and not config.eval_only else []
-    record = Record(directory, done, history, config.keep_checkpoints)                                   # other ranks' stays empty
-    plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
+    done, metrics = learner.restore(state) if checkpoint else 0, state["metrics"]        # of the last whole epoch
+    after = AfterEpoch(config, directory, learner, rewards, test_prompts, scorer, done, bool(checkpoint))
+    record = after.record
     say(f"{directory}: {config.model} on {distributed.world_size()} x {policy.device}, "
         f"{sum(p.numel() for p in policy.parameters):,} trained weights, {len(train_prompts)} prompts, "
         f"{len(test_prompts)} for evaluation, rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}")
     if not config.eval_only:
-        say(plan)
+        say(in_words(config, policy))
     if checkpoint:
         say(f"{'evaluating' if config.eval_only else 'continuing after'} epoch {done}, from {checkpoint}")
-        if is_main() and not config.eval_only:
-            record.reduce_older()
-    known = done + bool(history and history[-1]["epoch"] == done)                                       # the first epoch that is not in the metrics yet
-    display = Display(directory, None if config.eval_only else known, config.wandb) if is_main() else None
-
-    def keep(metrics: dict) -> None:
-        """A checkpoint of the weights as they are, after the epoch of `metrics`, unless there is one."""
-        if is_main() and (epoch := metrics["epoch"]) != record.saved:
-            record.save(epoch, learner.save_weights, {**learner.state(epoch), "metrics": metrics})
-
-    def evaluate_after(epoch: int) -> dict[str, float]:
-        with within_memory(LESS_MEMORY.format("rollout-batch"), plan):
-            metrics, images, scores = evaluate(learner, rewards, test_prompts, config, scorer)
-        if is_main():
-            display.pictures(epoch, images, [p.text for p in test_prompts[:len(images)]], scores)
-        say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        return metrics
-
-    def conclude(metrics: dict) -> None:
-        """Evaluate, record and save, as far as they are due after an epoch."""
-        epoch = metrics["epoch"]
-        if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
-            metrics = {**metrics, **evaluate_after(epoch)}
-        if is_main():
-            record.add(metrics)
-            display.curves(metrics)
-            if "eval/total" in metrics:
-                display.page()
-        if epoch % config.save_every == 0 or epoch == config.epochs:
-            with distributed.taking_its_time():
-                keep(metrics)
-                distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
-
     if config.eval_only:
-        metrics = {"epoch": done, **evaluate_after(done)}
-        if is_main():
-            if not (directory / "metrics.jsonl").exists():
-                write_metrics(directory, metrics)
-            display.page()
-            say(f"images: {directory / 'index.html'}")
-        return
+        return after.evaluate_only(done)
+    if is_main() and checkpoint:
+        record.reduce_older()
     training_rewards = rewards.subset(weights=dict(config.rewards))
-    metrics = state["metrics"]                                                # of the last whole epoch
     try:
         # An epoch may have been saved before it was evaluated.
         if distributed.broadcast_object(not record.history or record.history[-1]["epoch"] != done):
-            conclude(metrics)
+            after.conclude(metrics)
         for epoch in range(done + 1, config.epochs + 1):
             metrics = run_epoch(learner, training_rewards, train_prompts, config, epoch, scorer)
             say(summary(metrics, record.history, config))
-            conclude(metrics)
+            after.conclude(metrics)
     except (RewardError, NonFinite, Interrupted) as error:
         distributed.at_safe_point()
         learner.undo_updates()
-        keep(metrics)
+        after.keep(metrics)
         distributed.wait_for_all()
         if isinstance(error, Interrupted):
             what = f"; epoch {record.saved} is saved" if record.saved else " before the first epoch was whole"
@@ -728,11 +746,11 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
     except (LostRank, DoesNotFit):               # this rank alone may be here: no collective
         distributed.at_safe_point()
         learner.undo_updates()
-        keep(metrics)
+        after.keep(metrics)
         raise
     if is_main():
-        display.close()
-        report(directory, record, display)
+        after.display.close()
+        report(directory, record, after.display)
         if record.saved != config.epochs > done:
             raise TrainingError(f"epoch {config.epochs} is not saved: make room, and the same command goes on from epoch "
                                 f"{record.saved}")

@@ -36,7 +36,7 @@ from prompts import epoch_prompt_indices
 
 SETTING = """--rewards rapidocr_line 1 --max-sequence-length 128 --num-steps 10 --guidance-scale 4.5 --window-size 0 --timestep-fraction 0.9
     --noise-level 0.7 --beta 0.04 --groups-per-epoch 8 --group-size 8 --updates-per-epoch 2 --clip-range 1e-4
-    --rollout-batch 0 --train-batch 0""".split()
+    --rollout-batch 16 --train-batch 16""".split()
 
 
 def full_length_model(directory: Path) -> Path:
@@ -114,9 +114,7 @@ def gradients(learner) -> list[torch.Tensor]:
 def prepared(model: Path, device: torch.device, **changes) -> tuple:
     words = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     _, config, prompts, _ = train.prepare(["--model", str(model), *SETTING, *words])
-    policy = train.make_policy(config, device)
-    config = train.choose_batches(policy, prompts, config)
-    learner = train.Learner(policy, config)
+    learner = train.Learner(train.make_policy(config, device), config)
     for group in learner.optimizer.param_groups:
         group["lr"] = train.learning_rate(config, 1)
     return learner, train.make_rewards(config, device), prompts, config

@@ -45,16 +45,26 @@ def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(s
 
 @pytest.mark.parametrize("words, said", [
     (["--rounds", "0"], "'0' is not a whole number of at least 1"), (["--ranks", "1.5"], "'1.5' is not a whole number"),
-    (["--json", "nowhere/bench.json"], "'nowhere' is no directory"), (["--", "--model", "nowhere"], "nowhere/model_index.json"),
+    (["--rounds"], "expected one argument"), (["--json", "nowhere/bench.json"], "'nowhere' is no directory"), (["--", "--model", "nowhere"], "nowhere/model_index.json"),
     (["--guidance-scale", "0.5"], "--guidance-scale is 0.5"), (["--", "--windowsize", "2"], "did you mean '--window-size'")])
 def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words, said):
     def leave(code: int):
         raise SystemExit(code)
 
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(bench.sys, "argv", ["bench.py", *words])
     monkeypatch.setattr(bench.os, "execv", lambda *arguments: pytest.fail("started"))
     monkeypatch.setattr(train, "leave", leave)
     with pytest.raises(SystemExit) as stopped:
         bench.main()
-    assert stopped.value.code == 2 and said in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_what_ranks_spend_in_a_collective_beyond_the_last_to_come_is_waiting(monkeypatch):
+    clock = bench.Clock(None)
+    clock.collectives, clock.seconds["gather"] = [0.5, 0.25, 2.0], 3.0
+    monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, [0.125, 0.5, 1.0]])
+    clock.tell_waiting()
+    assert clock.seconds == {"gather": 3.0 - 0.375 - 1.0, "waiting": 0.375 + 1.0}

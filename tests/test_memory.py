@@ -1,9 +1,15 @@
 """How much one call takes: what is chosen, and what is said where it was too much."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from memory import DoesNotFit, fastest, largest_that_fits, within_memory
+import distributed
+import memory
+from config import Config
+from memory import DoesNotFit, choose_batches, fastest, largest_that_fits, within_memory
 from rewards import RewardError
 
 
@@ -25,6 +31,17 @@ def test_the_fastest_batch_is_chosen_and_none_beyond_the_most():
     assert fastest([1, 2, 4, 8, 12], trial) == 4
     assert fastest([1, 2, 4, 8, 12, 16], trial, most=12) == 4
     assert fastest([8, 12], trial, most=4) == 8
+
+
+@pytest.mark.parametrize("dtype, chosen", [("float32", (48, 72)), ("bfloat16", (24, 24))])
+def test_batches_hold_as_much_as_a_rank_has_for_one_call_and_leave_two_rollouts(monkeypatch, dtype, chosen):
+    """96 images on each of two ranks, four updates, three trained steps."""
+    monkeypatch.setattr(memory, "fastest", lambda sizes, trial: sizes[-1])
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value])
+    config = dataclasses.replace(Config(), rollout_batch=0, train_batch=0, dtype=dtype)
+    found = choose_batches(SimpleNamespace(parameters=[], device=torch.device("cpu")), [], config)
+    assert (found.rollout_batch, found.train_batch) == chosen
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),

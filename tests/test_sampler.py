@@ -548,7 +548,7 @@ def test_neither_sampling_nor_replay_looks_at_a_value_on_the_device(rule):
 
     t = rollout(velocity, empty(4, *SHAPE), timestep_schedule(6), 0.7, empty(6, 4, *SHAPE), rule, torch.tensor([0, 1, 2, 1]), 2,
                 keep_means=True)
-    log_probs, means, std = replay(velocity, t.single_steps(0, 2), 0)
+    log_probs, means, std = replay(velocity, t.single_steps(range(2)), 0)
     assert all(value.device.type == "meta" for value in (t.final, t.sigmas, t.first_step, log_probs, means, std))
 
 
@@ -560,7 +560,7 @@ def test_several_steps_replayed_in_one_call_are_those_replayed_one_by_one(rule):
     first = [0, 2, 1]
     t = rollout(velocity, normal(3, *SHAPE), timestep_schedule(6, dtype=F64), windowed_levels(first, 3, 6, 0.7),
                 normal(6, 3, *SHAPE, seed=1), rule, torch.tensor(first), 3, keep_means=True)
-    steps = t.single_steps(1, 2)
+    steps = t.single_steps(range(1, 3))
     for one, two, both in zip(replay(velocity, t, 1), replay(velocity, t, 2), replay(velocity, steps, 0)):
         assert torch.equal(torch.cat([one, two]), both)
     assert torch.equal(steps.log_probs, t.log_probs[1:].view(1, 6)) and torch.equal(steps.means, t.means[1:].flatten(0, 1)[None])

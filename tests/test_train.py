@@ -197,7 +197,7 @@ def two_ranks(command) -> Path:
 # ------------------------------------------------------------------------------- law 4: before an update the ratio is 1
 
 def test_the_ratio_before_the_first_update_is_exactly_one_where_the_batches_coincide(train_here):
-    directory = train_here("coincide", dtype="bfloat16", rollout_batch=4, train_batch=4)
+    directory = train_here("coincide", dtype="bfloat16", rollout_batch=8, train_batch=8)      # an update has four samples
     for m in metrics_of(directory)[1:]:
         assert m["ratio_deviation_before"] == 0
         assert m["ratio_deviation"] > 1e-6                                             # the second update's ratios have moved
@@ -214,6 +214,28 @@ def test_the_ratio_before_the_first_update_is_one_to_1e_5_at_any_batch_compositi
     assert all(cause in err for cause in ("batches of other sizes", "another dtype", "dropout"))
     for m in metrics_of(directory)[1:]:
         assert m["ratio_deviation_before"] < 1e-5 < m["ratio_deviation"]
+
+
+@pytest.mark.parametrize("dtype, forward, replayed", [("float64", 4, 8), ("bfloat16", 8, 10)])
+def test_full_precision_fills_batches_and_half_precision_replays_those_of_the_rollout(train_here, monkeypatch, dtype, forward, replayed):
+    """Two updates of four samples, four steps of which three are trained, batches of eight: two steps of an update go in one call."""
+    sizes, replay, rollout = [], train.replay, train.rollout
+
+    def counted(function, sampled: bool):
+        def inside(velocity, *arguments, **options):
+            def counting(latents, sigma):
+                sizes.append((sampled, len(latents)))
+                return velocity(latents, sigma)
+            return function(counting, *arguments, **options)
+        return inside
+
+    monkeypatch.setattr(train, "rollout", counted(rollout, True))
+    monkeypatch.setattr(train, "replay", counted(replay, False))
+    train_here(f"calls-{dtype}", dtype=dtype, rollout_batch=8, train_batch=8, epochs=1, eval_prompts=1)
+    rollouts = [size for sampled, size in sizes if sampled and size > 1]                   # one held-out prompt besides
+    replays = [size for sampled, size in sizes if not sampled]
+    assert len(rollouts) == forward and sum(rollouts) == 8 * 4
+    assert len(replays) == replayed and sum(replays) == 8 * 3 * 2 and max(replays) == 8    # policy and reference
 
 
 # ----------------------------------------------------------------------------- law 6: a run is a function of its seed
