@@ -342,7 +342,8 @@ def show(result: dict, first: dict | None) -> None:
     calls = result["transformer_calls"]
     print(f"network rows      {calls['rollout']:,} forward, {calls['replay']:,} forward + backward, {calls['reference']:,} "
           f"reference: {result['flops'] / 1e12:.3f} TFLOP, peak memory {result['peak_memory_bytes'] / 2**30:.2f} GiB")
-    print(f"epoch             {result['epoch_seconds']:.3f} s, median of {len(result['epochs'])}: "
+    print(f"epoch             {result['epoch_seconds']:.3f} s, median of {len(result['epochs'])} ({min(result['epochs']):.3f} to "
+          f"{max(result['epochs']):.3f}): "
           f"{result['images_per_second']:.2f} images/s, {1000 / result['images_per_second']:.1f} ms an image")
     print(f"floor             {result['floor_seconds']:.3f} s")
     print(f"efficiency        {result['efficiency']:.3f}   (neither transformer, VAE nor reward: {result['phase_overhead']:.1%}, and "
@@ -399,6 +400,8 @@ def measure(settings: list[Setting], rounds: int) -> None:  # all ranks
             else:
                 setting.seconds.append(setting.watch(scorer))
             setting.measure_floor()
+            if distributed.is_main():
+                print(f"{setting.name}: epoch {setting.epoch}, {setting.seconds[-1]:.2f} s", file=sys.stderr)
 
 
 def main() -> None:
@@ -409,6 +412,8 @@ def main() -> None:
             for words in settings:
                 train.prepare(words)             # what is wrong ends here, without the launcher's own words
             ranks = own.ranks or torch.cuda.device_count() or os.cpu_count()
+            if ranks > 1:
+                os.environ.setdefault("OMP_NUM_THREADS", "1")            # as the launcher would, at greater length
             os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                                       *sys.argv])
         device = distributed.setup()
@@ -432,7 +437,7 @@ def main() -> None:
         for result in results:
             show(result, results[0])
         if own.json:
-            own.json.write_text(json.dumps(results, indent=1))
+            own.json.write_text(json.dumps(results, indent=1) + "\n")
     distributed.shutdown()
 
 

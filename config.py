@@ -328,6 +328,11 @@ def validate(config: Config) -> None:
     require(not re.search(r"[/\\]|^\.{1,2}$", config.run_name), "run_name", "it names one directory under --output-dir")
 
 
+def steps_at_once(steps: int, images: int, size: int) -> int:
+    """How many trained steps of so many images are replayed in one call: in even parts, none larger than a batch of `size`."""
+    return math.ceil(steps / max(1, math.ceil(steps / max(1, size // images))))
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """What the settings come to on `world_size` ranks; counts are per epoch."""
@@ -337,6 +342,9 @@ class BatchPlan:
     samples_per_rank: int   # of the busiest rank
     rollout_batches: int    # likewise
     train_batches: int      # likewise, over all updates
+    rollout_images: int     # in the largest rollout batch
+    train_images: int       # in the largest training batch
+    steps_at_once: int      # of these images, in one call
     rollout_calls: int      # transformer forwards of one image, global
     replay_calls: int       # forward and backward, global
     reference_calls: int    # forward, global
@@ -356,14 +364,18 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
         return more * -(-(in_update + 1) // size) + (config.updates_per_epoch - more) * -(-in_update // size)
 
     rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples        # 0: not chosen yet
+    largest_update, half = in_update + bool(more), config.half_precision
+    train_images = min(train_batch, largest_update)
     steps = samples * config.num_steps
     if config.shared_start_noise and config.window_size:                  # on average over where the windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=by_update(rollout_batch) if config.half_precision else -(-per_rank // rollout_batch),
+        rollout_batches=by_update(rollout_batch) if half else -(-per_rank // rollout_batch),
         train_batches=by_update(train_batch),
+        rollout_images=min(rollout_batch, largest_update if half else per_rank), train_images=train_images,
+        steps_at_once=1 if half else steps_at_once(trained, train_images, train_batch),
         rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
@@ -375,9 +387,9 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
     about = "about " if config.shared_start_noise else ""                 # by where windows lie, and how ranks share groups
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
             f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
-            f"per rank ({world_size}): up to {p.samples_per_rank} images, {p.rollout_batches} rollout batches of up to "
-            f"{config.rollout_batch or 'any number'}, {p.train_batches} training batches of up to "
-            f"{config.train_batch or 'any number'}\n"
+            f"per rank ({world_size}): up to {p.samples_per_rank} images; rollout batches: {p.rollout_batches} of up to "
+            f"{p.rollout_images if config.rollout_batch else 'any number'}; training batches: {p.train_batches} of up to "
+            f"{p.train_images if config.train_batch else 'any number'}, steps at once: {p.steps_at_once}\n"
             f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
             f"{p.reference_calls:,} reference")
 

@@ -41,7 +41,7 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     In half precision the rollout's is the training's, so that both run the same kernels and ratios start at 1.
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
-    in_update = -(-plan.samples_per_rank // config.updates_per_epoch)
+    in_update = -(-plan.samples_per_rank // config.updates_per_epoch)                   # images
     later = 4 * sum(p.numel() * p.element_size() for p in policy.parameters)   # AdamW's moments, the average, the summed gradient
 
     def trial(size: int, training: bool) -> float:

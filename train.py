@@ -33,7 +33,7 @@ from tqdm import tqdm
 import distributed
 from checkpoint import (
     Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
-from config import Config, batch_plan, describe, parse_config, validate
+from config import Config, batch_plan, describe, parse_config, steps_at_once, validate
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
@@ -345,10 +345,9 @@ def replay_reference(policy: Policy, trajectory: Trajectory, text: Text, config:
 
 
 def divide_steps(trajectory: Trajectory, size: int) -> list[range]:
-    """The trained steps in parts, of equal length as far as they go, each of one step or fitting a batch with all the samples."""
+    """The trained steps, as they go together into calls of up to `size` samples, or of one step."""
     S, B = trajectory.log_probs.shape
-    parts = -(-S // max(1, size // B))
-    return batches(range(S), -(-S // parts))
+    return batches(range(S), steps_at_once(S, B, size))
 
 
 def of_several_steps(velocity: Callable[[Text, float], Velocity], text: Text, config: Config) -> Callable[[int], Velocity]:
@@ -723,6 +722,8 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         say(f"{'evaluating' if config.eval_only else 'continuing after'} epoch {done}, from {checkpoint}")
     if config.eval_only:
         return after.evaluate_only(done)
+    if checkpoint and done >= config.epochs:
+        say(f"nothing is left to train: epoch {done} of --epochs {config.epochs} is done; a higher --epochs goes on")
     if is_main() and checkpoint:
         record.reduce_older()
     training_rewards = rewards.subset(weights=dict(config.rewards))
@@ -775,7 +776,8 @@ def report(directory: Path, record: Record, display: Display) -> None:
     if not evaluated:
         return say(f"no evaluation in {directory / 'metrics.jsonl'}")
     first, last = evaluated[0], evaluated[-1]
-    say(f"eval/total {first['eval/total']:.4f} before training, {last['eval/total']:.4f} after {last['epoch']} epochs")
+    after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else "; no later evaluation"
+    say(f"eval/total {first['eval/total']:.4f} before training{after}")
     if (directory / "index.html").exists():
         say(f"images and curves: {directory / 'index.html'}")
     if picture := display.comparison(first["epoch"], last["epoch"]):
