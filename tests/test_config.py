@@ -167,13 +167,13 @@ def test_every_sample_is_drawn_once_and_trained_once_and_the_plan_counts_the_bat
     assert plan.train_images == in_half.train_images == in_half.rollout_images == largest and in_half.steps_at_once == 1
     assert plan.rollout_images == max(len(b) for mine in held for b in batches(mine, batch))
     assert plan.steps_at_once == 1 or plan.steps_at_once * largest <= batch
+    assert all(any(rank[u] for rank in trained) for u in range(updates))              # no update is without samples
 
 
 @pytest.mark.parametrize("steps, images, size, parts", [(9, 16, 64, [3, 3, 3]), (9, 16, 32, [2, 2, 2, 2, 1]), (3, 24, 48, [2, 1]),
                                                         (3, 24, 72, [3]), (3, 30, 48, [1, 1, 1]), (9, 1, 8, [5, 4]), (2, 64, 48, [1, 1])])
 def test_steps_share_calls_in_even_parts(steps, images, size, parts):
     assert [len(part) for part in batches(range(steps), steps_at_once(steps, images, size))] == parts
-    assert all(any(rank[u] for rank in trained) for u in range(updates))              # no update is without samples
 
 
 def test_untrained_steps_are_floor_of_the_fraction_or_the_window():
