@@ -169,7 +169,7 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether rounding, which depends on a batch's size, would take ratios past a clip range: replay then meets the rollout's."""
+        """Whether ratios start at 1 only where replay meets the rollout's batches: elsewhere their rounding is below any clip range."""
         return self.dtype in ("bfloat16", "float16")
 
 
