@@ -169,7 +169,7 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether ratios start at 1 only where replay meets the rollout's batches: elsewhere their rounding is below any clip range."""
+        """Whether ratios start at 1 only where replay meets the rollout's batches; in full precision they are within 1e-5 anyway."""
         return self.dtype in ("bfloat16", "float16")
 
 
