@@ -31,6 +31,7 @@ from torch import Tensor
 LAUNCHER = os.getppid()      # as early as can be: a launcher that dies later is one whom its workers must not outlive
 LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer: it was there before its workers
 GRACE = 20.0                 # seconds from a signal to a safe point; torchrun kills after 30
+DRIVER = "/proc/driver/nvidia/version"       # is there where a driver of NVIDIA's is
 REPEATED = 1.0               # seconds in which a signal counts once: a scheduler and the launcher may both send it
 
 
@@ -41,13 +42,39 @@ class LostRank(RuntimeError):
 _store: dist.Store           # the launcher's, which outlives its workers
 
 
+def own_device() -> torch.device:
+    """This rank's device: the GPU of its local rank, made the current one of this thread, or the CPU where there is no GPU.
+
+    Call it before any code of others runs, because what says only "cuda" means the current GPU, which is number 0 until then.
+    Raises ValueError where there are GPUs, but fewer than processes, or one that this PyTorch cannot use.
+    """
+    if not torch.cuda.is_available():
+        if os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise ValueError(f"this machine has an NVIDIA driver, but torch {torch.__version__} can use no GPU with it (a CPU build, "
+                             "or a driver older than the build's CUDA): install the build of PyTorch for your driver, or set "
+                             "CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU")
+        return torch.device("cpu")
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if processes > devices:
+        raise ValueError(f"{processes} processes but {devices} GPUs here: lower --nproc_per_node, or set "
+                         "CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU")
+    # A launcher may give each process one visible GPU, which is then number 0 whatever the local rank.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % devices)
+    torch.cuda.set_device(device)
+    # From cuDNN 9.15 on, Hopper's default attention is cuDNN's. It plans the forward with and without gradients differently, so
+    # that a replayed step could differ from the sampled one in its last bits; and there are reports of NaN from its backward.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
 def setup(timeout: float = 3600.0) -> torch.device:
     """Join the process group that torchrun announced, or make one of a single process; this rank's device.
 
     timeout: seconds that a rank waits for the others in a collective.
-    Raises ValueError where there are GPUs, but fewer than processes, and LostRank where the launcher does not answer.
+    Raises ValueError as `own_device` does, and LostRank where the launcher does not answer.
     """
     global _store
+    device = own_device()
     if "RANK" in os.environ:
         end_with_launcher()
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"            # else rank 0 makes the store, perhaps later
@@ -63,17 +90,8 @@ def setup(timeout: float = 3600.0) -> torch.device:
     # several nodes each launcher counts its own restarts, and a prefix would part them.
     store = dist.PrefixStore(f"attempt_{attempt()}", _store) if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else _store
     where = dict(store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    if torch.cuda.is_available():
-        processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > devices:
-            raise ValueError(f"{processes} processes but {devices} GPUs here: lower --nproc_per_node, or set "
-                             "CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", **where)
-        return device
-    dist.init_process_group("gloo", **where)
-    return torch.device("cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **where)
+    return device
 
 
 def shutdown() -> None:
@@ -225,8 +243,10 @@ def collective(function: Callable) -> Callable:
         try:
             return function(*arguments)
         except RuntimeError as error:
+            if "out of memory" in str(error):        # NCCL's own: no rank is lost, and there is a setting to lower
+                raise
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise LostRank(str(error).splitlines()[0].rpartition("] ")[2]) from error
+                raise LostRank(" ".join(str(error).rpartition("] ")[2].split())[:1000]) from error
             raise
     return told
 

@@ -1241,14 +1241,14 @@ def read_plain_pickle(data):
 # ---------------------------------------------------------------- the weighted dict
 
 
-def build_rewards(weights, **options):
+def build_rewards(weights, start_thread=None, **options):
     """The `Rewards` of a dict name -> weight, its engines built; keywords are the fields of `Options`.
 
     Raises ValueError as `check_reward_weights` does, and ImportError for a package that is not installed.
     """
     options = Options(**options)
     check_reward_weights(weights, options.urls)
-    return Rewards(weights, {name: build_reward(name, options) for name in weights})
+    return Rewards(weights, {name: build_reward(name, options) for name in weights}, start_thread)
 
 
 def build_reward(name, options):
@@ -1267,15 +1267,20 @@ def build_reward(name, options):
 class Rewards:
     """Several rewards, computed side by side, and their weighted sum. May be called from any thread."""
 
-    def __init__(self, weights, components):
-        """`weights`: name -> number; `components`: name -> reward callable, the same names."""
+    def __init__(self, weights, components, start_thread=None):
+        """`weights`: name -> number; `components`: name -> reward callable, the same names.
+
+        `start_thread`: called first in each thread that runs rewards. The current GPU is each thread's own, so a trainer
+        sets it there, for rewards that say "cuda" and no number.
+        """
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components = components
-        self.threads = ThreadPoolExecutor(len(components))
+        self.start_thread = start_thread
+        self.threads = ThreadPoolExecutor(len(components), initializer=start_thread)
 
     def subset(self, weights):
         """The same components under other weights; those that `weights` does not name are left out."""
-        return Rewards(weights, {name: self.components[name] for name in weights})
+        return Rewards(weights, {name: self.components[name] for name in weights}, self.start_thread)
 
     def __call__(self, images, prompts, metadata):
         """Each component's raw scores by name, its metrics as "name/metric", and "total", sum_i weight_i score_i.

@@ -249,6 +249,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
     bar = progress(None, "train", plan.train_batches)
     for update in range(config.updates_per_epoch):
         in_update = len(range(update, plan.samples, config.updates_per_epoch))                           # over all ranks
+        terms = in_update * plan.trained_steps
         mine = [] if samples is None else [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
         if not config.beta:      # what has no advantage adds nothing, but in half precision a batch of another size changes bits
             live, idle = ([j for j in mine if (advantages[samples.indices[j]] != 0) == wanted] for wanted in (True, False))
@@ -257,13 +258,13 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
         for batch in batches(mine, config.train_batch):
             if distributed.stop_asked():
                 break
-            accumulate_gradients(learner, samples, batch, advantages, in_update * plan.trained_steps, statistics, config)
+            accumulate_gradients(learner, samples, batch, advantages, terms, statistics, config)
             bar.update()
         if distributed.any_rank(distributed.stop_asked()):                    # before the gradients, on which a GPU waits for all
             bar.close()
             raise Interrupted
         distributed.sum_gradients(policy.parameters)
-        averages, ratio_deviation = statistics.over_all_ranks(in_update * plan.trained_steps)
+        averages, ratio_deviation = statistics.over_all_ranks(terms)
         quantity = "" if np.isfinite(list(averages.values())).all() else "loss"
         if not quantity:
             if update == 0:                                                   # the policy that sampled: the ratio must be 1
@@ -275,7 +276,7 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
                 quantity = "gradient"
         if quantity:
             bar.clear()
-            learner.skip(find_non_finite(learner, samples, mine, advantages, config, epoch, update, quantity), 1)
+            learner.skip(find_non_finite(learner, samples, mine, advantages, terms, config, epoch, update, quantity), 1)
             skipped += 1
             continue
         learner.started = True
@@ -357,8 +358,8 @@ def of_several_steps(velocity: Callable[[Text, float], Velocity], text: Text, co
 
 # ------------------------------------------------------------------------------------------------- what is not finite
 
-def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], advantages: Tensor, config: Config, epoch: int,
-                    update: int, quantity: str) -> NonFinite:  # all ranks
+def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], advantages: Tensor, terms: int, config: Config,
+                    epoch: int, update: int, quantity: str) -> NonFinite:  # all ranks
     """The error for an update whose loss or gradient is not finite: where, and what to look at.
 
     Nothing is kept for this while training: this rank's part `mine` of the update is computed again, batch by batch, and the first
@@ -369,7 +370,7 @@ def find_non_finite(learner: Learner, samples: Samples | None, mine: list[int], 
     def finite(batch: list[int]) -> bool:
         statistics = Statistics(policy.compute_dtype)
         learner.optimizer.zero_grad(set_to_none=True)
-        accumulate_gradients(learner, samples, batch, advantages, len(batch), statistics, config)
+        accumulate_gradients(learner, samples, batch, advantages, terms, statistics, config)
         sound = bool(torch.stack([value.cpu() for value in statistics.sums.values()]).isfinite().all())
         return sound and (quantity == "loss" or all(p.grad.isfinite().all() for p in policy.parameters if p.grad is not None))
 
@@ -530,6 +531,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     """Everything that can be found wrong before a model loads. Raises ConfigError, ValueError, OSError or ImportError."""
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
+    distributed.own_device()                     # before a file with rewards is imported, which may put a model on it
     weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
     check_reward_weights(weights, dict(config.reward_urls))
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
@@ -546,7 +548,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
 def make_rewards(config: Config, device: torch.device) -> Rewards:
     """Those of training and of evaluation."""
     return build_rewards(
-        dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0), threads=config.reward_threads, device=str(device),
+        dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
+        start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None, threads=config.reward_threads, device=str(device),
         batch=config.reward_batch, models=dict(config.reward_models), urls=dict(config.reward_urls),
         deadline=config.reward_deadline, max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
 
@@ -559,7 +562,11 @@ def make_policy(config: Config, device: torch.device) -> Policy:
         policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
                         config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
                         config.offload_text_encoders, config.gradient_checkpointing, config.compile)
-    distributed.broadcast_parameters(policy.parameters)
+        distributed.broadcast_parameters(policy.parameters)
+        # NCCL takes its buffers at an operation's first call, outside PyTorch's reserve: before batches are chosen by what is left.
+        distributed.sum_gradients(policy.parameters)
+    for p in policy.parameters:
+        p.grad = None
     return policy
 
 
