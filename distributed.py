@@ -12,6 +12,7 @@ dividing or not), and the gradient is that of the mean over all samples, not the
 import contextlib
 import ctypes
 import functools
+import multiprocessing
 import os
 import select
 import shlex
@@ -33,6 +34,7 @@ LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer: it was there 
 GRACE = 20.0                 # seconds from a signal to a safe point; torchrun kills after 30
 DRIVER = "/proc/driver/nvidia/version"       # is there where a driver of NVIDIA's is
 REPEATED = 1.0               # seconds in which a signal counts once: a scheduler and the launcher may both send it
+END = b"\0"                  # ends the watcher: no signal has this number
 
 
 class LostRank(RuntimeError):
@@ -75,8 +77,8 @@ def setup(timeout: float = 3600.0) -> torch.device:
     """
     global _store
     device = own_device()
+    end_with_launcher()
     if "RANK" in os.environ:
-        end_with_launcher()
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"            # else rank 0 makes the store, perhaps later
         patience = timedelta(seconds=LAUNCHER_SECONDS if agent else timeout)
         try:
@@ -101,7 +103,11 @@ def shutdown() -> None:
 # ------------------------------------------------------------------------------------------------------ the launcher
 
 def end_with_launcher() -> None:
-    """When torchrun is killed, its workers must not go on training, and writing, alone."""
+    """When torchrun is killed, its workers must not go on training, and writing, alone; nor what a worker forks without it."""
+    global _worker
+    _worker = os.getpid()
+    if "RANK" not in os.environ:
+        return
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                                               # 1: PR_SET_PDEATHSIG
     if os.getppid() != LAUNCHER:                                                                 # it died before that
@@ -118,6 +124,27 @@ def remembered(key: str, value: str) -> str:
     return _store.compare_set(key, "", value).decode()
 
 
+def end_children(seconds: float = 1.0) -> None:
+    """End what user code left running through multiprocessing: Python would wait for it."""
+    for child in (children := multiprocessing.active_children()):
+        child.terminate()
+    end = time.monotonic() + seconds
+    for child in children:
+        child.join(max(0.0, end - time.monotonic()))
+        child.kill()
+
+
+def exit_within(seconds: float) -> None:
+    """End the process so long from now, whatever still runs: a child or a thread of user code, which Python would wait for."""
+    def end() -> None:
+        end_children()
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
 def command_line() -> str:
     """The command that started this run, torchrun's own words included, as a shell takes it; "" where it cannot be known."""
     if "RANK" not in os.environ:
@@ -129,6 +156,10 @@ def command_line() -> str:
 # ------------------------------------------------------------------------------------------------------------ stopping
 
 _asked, _safe = threading.Event(), threading.Event()
+_handlers: dict[int, object] = {}          # within `stopping_on_signals`: signal -> the handler that it had before
+_pipe: tuple[int, ...] = ()                # within: both ends of the pipe that tells the watcher of a signal
+_before_fork = threading.local()           # the signal mask that a forking thread had
+_worker: int | None = None                 # the process whose children end with it
 
 
 def stop_asked() -> bool:
@@ -161,10 +192,11 @@ def stopping_on_signals() -> Iterator[None]:  # all ranks
     _asked.clear()
     _safe.clear()
     key = broadcast_object(f"stop {time.time()}")                # of this start alone: the store may outlive it
-    reading, writing = os.pipe()
+    global _pipe
+    _pipe = reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signals = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(number, lambda *_: None) for number in signals]
+    _handlers.update((number, signal.signal(number, lambda *_: None)) for number in signals)
     # Python runs its handlers between two of its own instructions, so not while a collective waits; this is told at once.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reading, signals, key), daemon=True)
@@ -173,10 +205,13 @@ def stopping_on_signals() -> Iterator[None]:  # all ranks
         yield
     finally:
         signal.set_wakeup_fd(before)
-        for number, handler in zip(signals, handlers):
+        for number, handler in _handlers.items():
             signal.signal(number, handler)
-        os.close(writing)                                        # which ends the watcher
+        _handlers.clear()
+        os.write(writing, END)
         watcher.join()
+        _pipe = ()
+        os.close(writing)
         os.close(reading)
 
 
@@ -186,7 +221,7 @@ def _watch(reading: int, signals: tuple, key: str) -> None:
     while True:
         told = os.read(reading, 1) if select.select([reading], [], [], 0.5)[0] else None
         now = time.monotonic()
-        if told == b"":
+        if told == END:
             return
         if told and told[0] in signals:
             if first is not None and now - first > REPEATED:
@@ -206,6 +241,46 @@ def _watch(reading: int, signals: tuple, key: str) -> None:
                 print(f"rank {rank()}: no safe point within {GRACE:g} s of the signal; the last checkpoint stands",
                       file=sys.stderr, flush=True)
                 os._exit(1)
+
+
+# ----------------------------------------------------------------------------------------------- processes of user code
+
+def _block_signals() -> None:
+    """Before a fork: a signal that meets the child before `_be_a_child` must wait, or it would count as one of this process."""
+    if _handlers:
+        _before_fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _handlers)
+
+
+def _unblock_signals() -> None:
+    if (mask := vars(_before_fork).pop("mask", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _be_a_child() -> None:
+    """In a forked child: signals end it as they end any process, because a reward's pool ends its workers with SIGTERM.
+
+    It ends with its parent too. A child that lived on would hold the connections to the other ranks open, and they would wait for
+    a rank that is gone.
+    """
+    global _pipe
+    if _handlers:
+        signal.set_wakeup_fd(-1)
+        for number, handler in _handlers.items():
+            signal.signal(number, handler)
+        _handlers.clear()
+    for end in _pipe:
+        os.close(end)
+    _pipe = ()
+    _unblock_signals()
+    parent = os.getppid()
+    if parent == _worker and sys.platform == "linux":            # a grandchild may outlive the child
+        # The kernel sends this signal when the thread that forked ends, so look whether the process has ended. A program that
+        # this child becomes ignores SIGURG.
+        signal.signal(signal.SIGURG, lambda *_: os.getppid() == parent or os._exit(1))
+        ctypes.CDLL(None).prctl(1, signal.SIGURG)
+
+
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_be_a_child)
 
 
 # ------------------------------------------------------------------------------------------------------------ the ranks

@@ -44,6 +44,7 @@ from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, Velocity, replay, rollout, timestep_schedule
 
+EXIT_SECONDS = 5.0           # for what user code left running, at the end of a run
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
 
 
@@ -504,7 +505,8 @@ def together(task: Callable, *arguments):  # all ranks
         result = task(*arguments)
     except (RewardError, NonFinite, Interrupted) as error:
         failure = error
-    if distributed.stop_asked() and failure is None:
+    # A launcher signals all processes of a worker, so a reward's own ones end too, and it fails for no reason of its own.
+    if distributed.stop_asked() and not isinstance(failure, NonFinite):
         failure = Interrupted()
     failures = [(rank, error) for rank, error in enumerate(distributed.gather_objects(failure)) if error is not None]
     for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):          # errors first
@@ -613,6 +615,7 @@ def main() -> None:
 
 def leave(code: int) -> None:
     """End now, without waiting for other ranks, or for a reward that still runs."""
+    distributed.end_children()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -806,6 +809,7 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         main()
+        distributed.exit_within(EXIT_SECONDS)
     except KeyboardInterrupt:                    # while loading: there is nothing to save
         leave(130)
     except Exception:                            # a fault of this program; rewards that still run do not hold up its end

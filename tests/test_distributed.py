@@ -156,6 +156,97 @@ def test_workers_end_within_seconds_when_their_launcher_is_killed(tmp_path):
     wait_until(lambda: not any(map(alive, workers)), 5)
 
 
+# A reward computes in a thread while the run goes on; what it starts must be as in any other program.
+CHILDREN = """
+import concurrent.futures, multiprocessing, os, signal, subprocess, sys, threading, time
+from pathlib import Path
+import distributed as d
+
+def pool(method):
+    with multiprocessing.get_context(method).Pool(2) as p:
+        assert p.map(float, [1, 2, 3]) == [1, 2, 3]
+
+def terminated():
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM, child.exitcode
+
+def executor():
+    with concurrent.futures.ProcessPoolExecutor(2) as e:
+        assert list(e.map(float, [1, 2, 3])) == [1, 2, 3]
+
+def by_hand(number=signal.SIGTERM):
+    if not (pid := os.fork()):
+        time.sleep(600)
+        os._exit(0)
+    os.kill(pid, number)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
+
+def program(**options):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], **options)
+    child.terminate()
+    assert child.wait(10) == -signal.SIGTERM
+
+ways = [lambda: pool("fork"), lambda: pool("spawn"), lambda: pool("forkserver"), terminated, executor, by_hand,
+        program, lambda: program(close_fds=False), lambda: program(preexec_fn=os.setpgrp),
+        lambda: program(close_fds=False, preexec_fn=lambda: None)]
+outlives = dict(forked=lambda: os.fork() or (time.sleep(600), os._exit(0)),
+                process=lambda: multiprocessing.Process(target=time.sleep, args=(600,)).start(),
+                daemon=lambda: multiprocessing.Process(target=time.sleep, args=(600,), daemon=True).start(),
+                pool=lambda: keep.append(multiprocessing.Pool(2)), executor=lambda: keep.append(long_lived()))
+keep, failed = [], []
+
+def long_lived():
+    executor = concurrent.futures.ProcessPoolExecutor(2)
+    executor.submit(time.sleep, 600)
+    return executor
+
+def reward():
+    try:
+        for way in ways if sys.argv[2] == "ways" else [outlives[sys.argv[2]]]:
+            way()
+        assert not d.stop_asked(), "taken for the run's own"
+    except BaseException as error:
+        failed.append(repr(error))
+        raise
+
+if __name__ == "__main__":
+    d.setup()
+    with d.stopping_on_signals():
+        thread = threading.Thread(target=reward)
+        thread.start()
+        thread.join()
+    assert not failed, failed
+    with concurrent.futures.ProcessPoolExecutor(2) as e:          # and after it
+        assert list(e.map(float, [1, 2])) == [1, 2]
+    Path(sys.argv[1], "done").write_text(str(os.getpid()))
+    d.shutdown()
+    if sys.argv[3] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    d.exit_within(2)
+"""
+
+
+@pytest.mark.parametrize("what, end", [("ways", "ends"), *((kind, end) for kind in (
+    "forked", "process", "daemon", "pool", "executor") for end in ("ends", "killed"))])
+@pytest.mark.skipif(sys.platform != "linux", reason="that children end with a process that was killed is Linux's")
+def test_processes_of_user_code_obey_signals_and_do_not_outlive_the_run(tmp_path, what, end):
+    (tmp_path / "children.py").write_text(CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, tmp_path / "children.py", tmp_path, what, end], env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        process.wait(100)
+        assert process.returncode == (0 if end == "ends" else -signal.SIGKILL), process.stderr.read()
+        _, errors = process.communicate(timeout=5)               # what still ran would hold these open
+    finally:
+        process.kill()
+        process.wait()
+
+
 ORPHAN = """
 import sys, time
 from pathlib import Path

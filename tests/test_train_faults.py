@@ -288,6 +288,47 @@ def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to
     assert_same_bits(directory, unbroken)
 
 
+FORKING_REWARD = """
+import multiprocessing, os, time
+
+def score(images, prompts, metadata):
+    with multiprocessing.Pool(2) as pool:
+        return pool.map(float, images.mean((1, 2, 3)).tolist())
+
+def leaves_one(images, prompts, metadata):
+    multiprocessing.Process(target=time.sleep, args=(600,)).start()
+    return images.mean((1, 2, 3)).tolist()
+
+def waits_for_one(images, prompts, metadata):
+    with multiprocessing.Pool(1) as pool:
+        if os.path.exists("stop"):
+            open("reached", "w").close()
+            pool.apply(time.sleep, (600,))
+        return images.mean((1, 2, 3)).tolist()
+"""
+
+
+@pytest.mark.parametrize("function, ranks", [("score", 0), ("leaves_one", 2)])
+def test_a_run_whose_reward_makes_processes_ends_well_and_so_do_they(command, tmp_path, function, ranks):
+    (tmp_path / "forking.py").write_text(FORKING_REWARD)
+    code, out, err, directory = command(f"forking-{function}", ranks, cwd=tmp_path, rewards=(f"forking:{function}", 1), **{
+        **CHEAP, "epochs": 1})
+    assert code == 0 and "stopped" not in out, err
+    assert [m["epoch"] for m in metrics_of(directory)] == [0, 1]
+
+
+def test_a_signal_during_a_reward_that_waits_for_its_processes_saves_and_ends_the_run(start, tmp_path):
+    (tmp_path / "forking.py").write_text(FORKING_REWARD)
+    process, directory = start("forking-stopped", 2, cwd=tmp_path, rewards=("forking:waits_for_one", 1), **{
+        **CHEAP, "epochs": 1000, "save_every": 1000})
+    wait_until(lambda: (directory / "metrics.jsonl").exists() and len(metrics_of(directory)) > 1, 100)
+    (tmp_path / "stop").touch()
+    wait_until((tmp_path / "reached").exists, 60)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=25)
+    assert "stopped by a signal; epoch " in out and "to go on: " in out, err
+
+
 # --------------------------------------------------------------------------------------------------- what is not finite
 
 @pytest.mark.parametrize("quantity", ["loss", "gradient", "latents", "reward"])
