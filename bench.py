@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distributed
 import train
 from config import batch_plan
+from harness.program import run_as_program
 from memory import DoesNotFit
 from policy import is_out_of_memory
 from rewards import RewardError
@@ -442,4 +443,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_as_program(main)

@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from config import PRESETS, Config, parse_options, refuse_unknown
+from harness.program import run_as_program
 from policy import FLUX, PEFT_FILES, Policy, check_model, find_adapter, is_out_of_memory
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule
@@ -470,4 +471,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_as_program(lambda: main(sys.argv[1:]))

@@ -12,7 +12,6 @@ dividing or not), and the gradient is that of the mean over all samples, not the
 import contextlib
 import ctypes
 import functools
-import multiprocessing
 import os
 import select
 import shlex
@@ -34,6 +33,9 @@ LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer: it was there 
 GRACE = 20.0                 # seconds from a signal to a safe point; torchrun kills after 30
 DRIVER = "/proc/driver/nvidia/version"       # is there where a driver of NVIDIA's is
 REPEATED = 1.0               # seconds in which a signal counts once: a scheduler and the launcher may both send it
+URGENT = (signal.SIGTERM, signal.SIGINT)
+# The terminal is gone, and what schedulers send before a job's time is up.
+NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 END = b"\0"                  # ends the watcher: no signal has this number
 
 
@@ -124,33 +126,12 @@ def remembered(key: str, value: str) -> str:
     return _store.compare_set(key, "", value).decode()
 
 
-def end_children(seconds: float = 1.0) -> None:
-    """End what user code left running through multiprocessing: Python would wait for it."""
-    for child in (children := multiprocessing.active_children()):
-        child.terminate()
-    end = time.monotonic() + seconds
-    for child in children:
-        child.join(max(0.0, end - time.monotonic()))
-        child.kill()
-
-
-def exit_within(seconds: float) -> None:
-    """End the process so long from now, whatever still runs: a child or a thread of user code, which Python would wait for."""
-    def end() -> None:
-        end_children()
-        os._exit(0)
-
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-
-
 def command_line() -> str:
     """The command that started this run, torchrun's own words included, as a shell takes it; "" where it cannot be known."""
     if "RANK" not in os.environ:
         return shlex.join(sys.orig_argv)
     path = Path(f"/proc/{LAUNCHER}/cmdline")
-    return shlex.join(path.read_text().rstrip("\0").split("\0")) if path.exists() else ""
+    return shlex.join(os.fsdecode(path.read_bytes()).rstrip("\0").split("\0")) if path.exists() else ""
 
 
 # ------------------------------------------------------------------------------------------------------------ stopping
@@ -183,11 +164,12 @@ def taking_its_time() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_on_signals() -> Iterator[None]:  # all ranks
-    """Within, SIGTERM or Ctrl-C on any rank makes `stop_asked` true on every rank within a second, even on one that waits.
+def stopping_on_signals(to_go_on: str = "") -> Iterator[None]:  # all ranks
+    """Within, SIGTERM, Ctrl-C or a notice on any rank makes `stop_asked` true on every rank within a second, even if it waits.
 
-    A second signal ends its process at once. So does, on every rank, GRACE seconds without a safe point: a rank may wait for one
-    that is dead, and whoever sent the signal will not wait forever.
+    A second SIGTERM or Ctrl-C ends its process at once. So does, on every rank, GRACE seconds without a safe point: a rank may
+    wait for one that is dead, and whoever sent the signal will not wait forever. `to_go_on`: what to type then.
+    A notice that was ignored before, as nohup ignores SIGHUP, stays ignored.
     """
     _asked.clear()
     _safe.clear()
@@ -195,11 +177,11 @@ def stopping_on_signals() -> Iterator[None]:  # all ranks
     global _pipe
     _pipe = reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    signals = (signal.SIGTERM, signal.SIGINT)
-    _handlers.update((number, signal.signal(number, lambda *_: None)) for number in signals)
+    taken = [number for number in (*URGENT, *NOTICES) if number in URGENT or signal.getsignal(number) == signal.SIG_DFL]
+    _handlers.update((number, signal.signal(number, lambda *_: None)) for number in taken)
     # Python runs its handlers between two of its own instructions, so not while a collective waits; this is told at once.
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reading, signals, key), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reading, key, to_go_on), daemon=True)
     watcher.start()
     try:
         yield
@@ -215,7 +197,7 @@ def stopping_on_signals() -> Iterator[None]:  # all ranks
         os.close(reading)
 
 
-def _watch(reading: int, signals: tuple, key: str) -> None:
+def _watch(reading: int, key: str, to_go_on: str) -> None:
     """Turn signals of this process, and what other ranks say of theirs, into `_asked`, until the pipe is closed."""
     store, first, asked = _store, None, None
     while True:
@@ -223,10 +205,11 @@ def _watch(reading: int, signals: tuple, key: str) -> None:
         now = time.monotonic()
         if told == END:
             return
-        if told and told[0] in signals:
+        if told and told[0] in URGENT:
             if first is not None and now - first > REPEATED:
                 os._exit(128 + told[0])
             first = first or now
+        if told and told[0] in (*URGENT, *NOTICES):
             _asked.set()
         try:
             if store and _asked.is_set():
@@ -238,8 +221,8 @@ def _watch(reading: int, signals: tuple, key: str) -> None:
         if _asked.is_set():
             asked = now if _safe.is_set() else asked or now
             if now - asked > GRACE and not _safe.is_set():
-                print(f"rank {rank()}: no safe point within {GRACE:g} s of the signal; the last checkpoint stands",
-                      file=sys.stderr, flush=True)
+                print(f"rank {rank()}: no safe point within {GRACE:g} s of the signal; the last checkpoint stands"
+                      f"{to_go_on and f'; to go on: {to_go_on}'}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 

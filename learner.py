@@ -39,6 +39,7 @@ class Learner:
         self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite         # updates: so far, and at most
         self.started = False                                                 # whether there was an update in this process
         self._before: dict | None = None
+        self._changed = False                                                # whether the weights are between two whole epochs
 
     def state(self, epoch: int) -> dict:
         """Everything from which training goes on after `epoch`: tensors and plain data."""
@@ -64,6 +65,7 @@ class Learner:
         """One optimizer step on the accumulated gradients; their norm. Where it is not finite, the weights stay as they are."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
+        self._changed |= np.isfinite(grad_norm)
         if np.isfinite(grad_norm) or self.scaler.is_enabled():                # the scaler skips the step by itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -77,13 +79,14 @@ class Learner:
         self._before = on_host(self.state(epoch)) if is_main() else None
 
     def end_updates(self) -> None:
-        self._before = None
+        self._before, self._changed = None, False
 
-    def undo_updates(self) -> None:
-        """Back to the last whole epoch."""
+    def undo_updates(self) -> bool:
+        """Back to the last whole epoch, if its state was kept; whether the weights are those of a whole epoch now."""
         if self._before is not None:
             self.restore(self._before)
-            self._before = None
+            self.end_updates()
+        return not self._changed
 
     def skip(self, error: Exception, updates: int) -> None:
         """Leave out what was not finite, where --skip-nonfinite allows it; else raise it."""

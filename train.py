@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from config import Config, batch_plan, describe, parse_config, steps_at_once, va
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
+from harness.program import leave, run_as_program
 from learner import Learner, learning_rate
 from memory import LESS_MEMORY, DoesNotFit, choose_batches, within_memory
 from policy import Policy, Text, check_model, find_adapter, to_device, to_host
@@ -44,7 +44,6 @@ from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, Velocity, replay, rollout, timestep_schedule
 
-EXIT_SECONDS = 5.0           # for what user code left running, at the end of a run
 TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
 
 
@@ -598,27 +597,24 @@ def main() -> None:
         stop_without(error)
     scorer = scoring_thread(device)
     try:
-        with distributed.stopping_on_signals():
+        with distributed.stopping_on_signals(command):
             run(config, directory, checkpoint, policy, rewards, train_prompts, test_prompts, scorer)
-    except Interrupted as interrupted:
-        say(f"{interrupted}; to go on: {command}")
-        leave(0)
-    except (RewardError, NonFinite) as error:
-        stop(error, everywhere=False)
-    except (TrainingError, DoesNotFit) as error:
-        stop(error, everywhere=True)
-    except LostRank as error:
-        stop_without(error)
+    except BaseException as error:
+        said = [str(error)] if isinstance(error, Interrupted) else []        # other errors have a line of their own
+        say("; ".join([*said, *getattr(error, "__notes__", ()), f"to go on: {command}"]))
+        if isinstance(error, Interrupted):
+            leave(0)
+        if isinstance(error, (RewardError, NonFinite)):
+            stop(error, everywhere=False)
+        if isinstance(error, (TrainingError, DoesNotFit)):
+            stop(error, everywhere=True)
+        if isinstance(error, LostRank):
+            stop_without(error)
+        if isinstance(error, SystemExit):        # of user code: this run has not come to its end
+            raise RuntimeError(f"the run was ended by {error!r}") from error
+        raise                                    # a fault of this program
     scorer.shutdown()
     distributed.shutdown()
-
-
-def leave(code: int) -> None:
-    """End now, without waiting for other ranks, or for a reward that still runs."""
-    distributed.end_children()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def stop(error: Exception, everywhere: bool) -> None:
@@ -716,7 +712,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
         test_prompts: list[Prompt], scorer: ThreadPoolExecutor) -> None:
     """Flow-GRPO, from `checkpoint` or the start to the last epoch.
 
-    Whatever ends it on the way, the last whole epoch is saved; Interrupted says so.
+    Whatever ends it on the way, the last whole epoch is saved, and a note of the error says so.
     """  # all ranks
     learner = Learner(policy, config)
     state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
@@ -745,19 +741,17 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             metrics = run_epoch(learner, training_rewards, train_prompts, config, epoch, scorer)
             say(summary(metrics, record.history, config))
             after.conclude(metrics)
-    except (RewardError, NonFinite, Interrupted) as error:
+    except BaseException as error:
         distributed.at_safe_point()
-        learner.undo_updates()
-        after.keep(metrics)
-        distributed.wait_for_all()
-        if isinstance(error, Interrupted):
-            what = f"; epoch {record.saved} is saved" if record.saved else " before the first epoch was whole"
-            raise Interrupted(f"{error}{what}") from error
-        raise
-    except (LostRank, DoesNotFit):               # this rank alone may be here: no collective
-        distributed.at_safe_point()
-        learner.undo_updates()
-        after.keep(metrics)
+        try:
+            if learner.undo_updates():
+                after.keep(metrics)
+        except Exception as failure:             # after a fault of the device or of this program, which is the error to read
+            print(f"warning: epoch {metrics['epoch']} could not be saved ({failure})", file=sys.stderr)
+        error.add_note(f"epoch {record.saved} is saved" if record.saved else "that was before the first epoch was whole")
+        # These come on all ranks alike. With any other error this rank alone may be here: no collective.
+        if isinstance(error, (RewardError, NonFinite, Interrupted)):
+            distributed.wait_for_all()
         raise
     if is_main():
         after.display.close()
@@ -807,11 +801,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        distributed.exit_within(EXIT_SECONDS)
-    except KeyboardInterrupt:                    # while loading: there is nothing to save
-        leave(130)
-    except Exception:                            # a fault of this program; rewards that still run do not hold up its end
-        traceback.print_exc()
-        leave(1)
+    run_as_program(main)

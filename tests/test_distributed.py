@@ -161,6 +161,7 @@ CHILDREN = """
 import concurrent.futures, multiprocessing, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 import distributed as d
+from harness.program import exit_within
 
 def pool(method):
     with multiprocessing.get_context(method).Pool(2) as p:
@@ -226,7 +227,7 @@ if __name__ == "__main__":
     d.shutdown()
     if sys.argv[3] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    d.exit_within(2)
+    exit_within(2)
 """
 
 

@@ -40,13 +40,21 @@ def test_undone_updates_leave_nothing_and_ended_ones_stay(learner):
     before = on_host(learner.state(1))
     learner.begin_updates(1)
     step(learner, 0.5)
-    learner.undo_updates()
-    assert equal(learner.state(1), before)
+    assert learner.undo_updates() and equal(learner.state(1), before)
     learner.begin_updates(1)
     step(learner, 0.5)
     learner.end_updates()
-    learner.undo_updates()
+    assert learner.undo_updates()
     assert not equal(learner.state(1)["trained"], before["trained"])
+
+
+def test_weights_between_two_whole_epochs_whose_state_was_not_kept_are_not_called_whole(learner):
+    step(learner, float("nan"))
+    assert learner.undo_updates()
+    step(learner, 0.5)
+    assert not learner.undo_updates()
+    learner.end_updates()
+    assert learner.undo_updates()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(learner):

@@ -276,6 +276,50 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
     assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch_however_often_they_come(
+        train_here, unbroken, left, monkeypatch, capsys, number):
+    def noticed(value):
+        os.kill(os.getpid(), number)
+        time.sleep(1.2)
+        os.kill(os.getpid(), number)
+        wait_until(distributed.stop_asked, 5)
+        return value
+
+    name = f"noticed-{number.name}"
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_call(patch, "accumulate_gradients", 3, noticed)                                      # of epoch 2
+        train_here(name, **THREE_EPOCHS)
+    assert "stopped by a signal; epoch 1 is saved; to go on: " in capsys.readouterr().out and left == [0]
+    assert_same_bits(train_here(name, **THREE_EPOCHS), unbroken)
+
+
+@pytest.mark.parametrize("fault, raised", [(ZeroDivisionError, ZeroDivisionError), (KeyboardInterrupt, KeyboardInterrupt),
+                                           (SystemExit, RuntimeError), (GeneratorExit, GeneratorExit)])
+@pytest.mark.parametrize("place, number", [("accumulate_gradients", 4), ("score", 4), ("summary", 2)])
+def test_whatever_ends_a_run_the_last_whole_epoch_is_saved_and_it_says_how_to_go_on(
+        train_here, unbroken, monkeypatch, capsys, fault, raised, place, number):
+    def fails(value):
+        raise fault("injected")
+
+    name = f"fault-{place}-{fault.__name__}"
+    with monkeypatch.context() as patch, pytest.raises(raised, match="injected"):
+        at_call(patch, place, number, fails)
+        train_here(name, **THREE_EPOCHS)
+    saved = 2 if place == "summary" else 1
+    assert f"epoch {saved} is saved; to go on: " in capsys.readouterr().out
+    assert [p.name for p in checkpoints(unbroken.with_name(name))] == [f"epoch_0000{saved}"]
+    assert_same_bits(train_here(name, **THREE_EPOCHS), unbroken)
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(start):
+    process, directory = start("unread", 0, **{**CHEAP, "epochs": 2})
+    process.stdout.readline()
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(100) == 0 and [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
+
+
 def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to_the_same_bits(train_here, unbroken, capsys):
     directory = unbroken.with_name("corrupt")
     shutil.copytree(unbroken, directory)
