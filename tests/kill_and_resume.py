@@ -5,6 +5,8 @@
     signals    SIGTERM and Ctrl-C in every phase, and a second signal
     restarts   torchrun --max-restarts, and ranks that die or fail while others wait for them
     disk       a file system that fills up, and one that takes no more
+    children   rewards that make processes, in every way and for any time, and signals and kills meanwhile
+    endings    SIGHUP and schedulers' notices, output that nobody reads, faults of the program and of user code
 
 Every run is compared with one that nothing disturbed, bit by bit: the last checkpoint's weights, optimizer and average, all
 images, and all lines of metrics but for the times in them. Prints a line for each fault, the counts, and a verdict.
@@ -16,6 +18,8 @@ import argparse
 import contextlib
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -69,6 +73,8 @@ def do(deed: str, phase: str, arguments: tuple) -> None:
         time.sleep(60)                                       # the kernel ends this process too
     elif deed == "raise":
         raise RuntimeError("injected")
+    elif deed in ("SystemExit", "KeyboardInterrupt"):
+        raise {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}[deed]("injected")
     else:
         time.sleep(float(deed.removeprefix("sleep-")))
 
@@ -103,11 +109,7 @@ def train_with(phase: str, count: int, rank: int, deed: str) -> None:
 
     train.leave = leave_and_tell
     sys.argv[0] = str(ROOT / "train.py")
-    try:
-        train.main()
-    except Exception:
-        train.traceback.print_exc()
-        train.leave(1)
+    train.run_as_program(train.main)
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
@@ -122,18 +124,21 @@ class Bench:
         save_small_sd3(self.model)
 
     def start(self, name: str, ranks: int = 2, at: tuple = (), launcher: tuple = (), output_dir: Path | None = None,
-              **changes) -> subprocess.Popen:
+              words: str = "", **changes) -> subprocess.Popen:
+        """words: of a shell, after the command."""
         from test_train import SMALL, flags
-        words = ["--at", *map(str, at)] if at else ["--at", "sampling", "-1", "0", "kill"]               # a call that never comes
+        fault = ["--at", *map(str, at)] if at else ["--at", "sampling", "-1", "0", "kill"]               # a call that never comes
         settings = {**SMALL, "guidance_scale": 1, "epochs": 6, "eval_every": 2, "save_every": 2, "rollout_batch": 2,
                     "train_batch": 2, "model": self.model, "output_dir": output_dir or self.folder, **changes}
         if name:
             settings["run_name"] = name
         self.log = open(self.folder / "log", "w+")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher, __file__,
-             *words, *flags(**settings)], stdout=self.log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.folder)}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *launcher, __file__,
+                   *fault, *flags(**settings)]
+        if words:
+            command = ["bash", "-c", f"{shlex.join(map(str, command))} {words}"]
+        return subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
 
     def text(self) -> str:
         return Path(self.log.name).read_text()
@@ -167,7 +172,7 @@ class Bench:
         self.faults += 1
         print(f"{self.faults:3}  {what}", flush=True)
 
-    def same(self, directory: Path, tolerance: float = 0.0, lost: str = " ") -> None:
+    def same(self, directory: Path, tolerance: float = 0.0, lost: str = " ", undisturbed: str = "undisturbed") -> None:
         """The run is the undisturbed one: bit by bit, or rewards and weights to a tolerance; but for `lost` images."""
         import torch
         from test_train import metrics_of, without_times
@@ -175,7 +180,7 @@ class Bench:
             return self.check(f"{directory.name} is whole", False)
         self.compared += 1
         ours, theirs = [torch.load(path / "checkpoints" / "epoch_00006" / "state.pt", weights_only=True)
-                        for path in (self.folder / "undisturbed", directory)]
+                        for path in (self.folder / undisturbed, directory)]
         if tolerance:
             a, b = (torch.cat([p.flatten() for p in state["trained"]]) for state in (ours, theirs))
             self.check(f"{directory.name}: weights agree to {tolerance}", bool((a - b).norm() <= tolerance * a.norm()))
@@ -183,12 +188,12 @@ class Bench:
             for state in (ours, theirs):                     # with the epoch's line, if that was not yet in metrics.jsonl
                 del state["metrics"]
             self.check(f"{directory.name}: weights, optimizer, average and scaler are the same bits", equal(ours, theirs))
-        lines, expected = (without_times(metrics_of(path)) for path in (directory, self.folder / "undisturbed"))
+        lines, expected = (without_times(metrics_of(path)) for path in (directory, self.folder / undisturbed))
         self.check(f"{directory.name}: each epoch has one line", [m["epoch"] for m in lines] == [m["epoch"] for m in expected])
         if not tolerance:
             self.check(f"{directory.name}: metrics are the same", lines == expected)
             self.check(f"{directory.name}: images are the same", images(directory) == {
-                path: content for path, content in images(self.folder / "undisturbed").items() if not path.startswith(lost)})
+                path: content for path, content in images(self.folder / undisturbed).items() if not path.startswith(lost)})
         else:
             self.check(f"{directory.name}: rewards agree to {tolerance}", all(
                 abs(m["reward/total"] / e["reward/total"] - 1) <= tolerance for m, e in zip(lines[1:], expected[1:])))
@@ -283,7 +288,7 @@ def signals(bench: Bench) -> None:
         name = f"stuck-{second}"
         process = bench.start(name, at=("sampling", 6, 0, "sleep-120"))
         bench.check(f"{name}: the fault hits", reached(bench, process, "fault: sampling"))
-        told, workers = time.monotonic(), children(process.pid)
+        told, workers = time.monotonic(), children_of(process.pid)
         bench.check(f"{name}: two workers", len(workers) == 2)
         for pid in workers:
             os.kill(pid, signal.SIGTERM)
@@ -373,6 +378,121 @@ def disk(bench: Bench) -> None:
         subprocess.run(["umount", "-l", mounted])
 
 
+CHILDREN = """
+import concurrent.futures, multiprocessing, os, subprocess, sys, time
+
+def brightness(images, prompts=None, metadata=None):
+    return images.mean((1, 2, 3)).tolist()
+
+def mapped(make):
+    def score(images, prompts, metadata):
+        with make() as workers:
+            return list(workers.map(float, brightness(images)))
+    return score
+
+pool = mapped(lambda: multiprocessing.Pool(2))
+spawned = mapped(lambda: multiprocessing.get_context("spawn").Pool(1))
+served = mapped(lambda: multiprocessing.get_context("forkserver").Pool(1))
+executor = mapped(lambda: concurrent.futures.ProcessPoolExecutor(2))
+
+def program(images, prompts, metadata):
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    child.terminate()
+    assert child.wait(30) == -15
+    return brightness(images)
+
+kept = []
+
+def lasting(images, prompts, metadata):
+    if not kept:                                 # made once, and never closed
+        kept.append(concurrent.futures.ProcessPoolExecutor(2))
+        kept.append(multiprocessing.Pool(2))
+        for daemon in (True, False):
+            kept.append(multiprocessing.Process(target=time.sleep, args=(600,), daemon=daemon))
+            kept[-1].start()
+        if not os.fork():
+            time.sleep(600)
+            os._exit(0)
+    return kept[1].map(float, kept[0].map(float, brightness(images)))
+
+def slow(images, prompts, metadata):
+    with multiprocessing.Pool(2) as workers:
+        print("fault: waits for its processes", file=sys.stderr, flush=True)
+        workers.apply(time.sleep, (600,))
+        return list(workers.map(float, brightness(images)))
+"""
+
+
+def children(bench: Bench) -> None:
+    source = bench.folder / "user_code.py"
+    source.write_text(CHILDREN)
+    bench.check("the undisturbed run ends well", bench.run("bright", rewards=("user_code:brightness", 1)) == 0)
+    settings = {"rewards": ("user_code:brightness", 1)}
+    for kind in ("pool", "spawned", "served", "executor", "program", "lasting"):
+        # The name of the reward stands in the metrics, so each run has its reward under the same one.
+        source.write_text(f"{CHILDREN}\nbrightness_ = brightness\ndef brightness(images, *rest):\n"
+                          f"    return {kind}(images, *rest) if rest and rest[0] is not None else brightness_(images)\n")
+        code = bench.run(f"children-{kind}", **settings)
+        bench.fault(f"a reward that makes processes: {kind}")
+        bench.check(f"children-{kind}: it ends well", code == 0 and "stopped by" not in bench.text())
+        bench.same(bench.folder / f"children-{kind}", undisturbed="bright")
+
+    for deed in ("kill", "kill-launcher"):
+        code = bench.run(f"lasting-{deed}", at=("training", 5, 1, deed), **settings)             # that none is left, `run` checks
+        bench.fault(f"rank 1, {deed}: its reward's processes end too")
+        bench.check(f"lasting-{deed}: it goes on", code != 0 and bench.run(f"lasting-{deed}", **settings) == 0)
+        bench.same(bench.folder / f"lasting-{deed}", undisturbed="bright")
+
+    source.write_text(f"{CHILDREN}\nbrightness_ = brightness\ncalls = 0\ndef brightness(images, *rest):\n    global calls\n"
+                      "    calls += bool(rest)\n    return slow(images, *rest) if rest and calls > 10 else brightness_(images)\n")
+    process = bench.start("children-stopped", **settings)
+    bench.check("a reward waits", reached(bench, process, "fault: waits for its processes"))
+    told = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    took = time.monotonic() - told
+    bench.fault(f"SIGTERM while a reward waits for its processes, which end by it: all gone after {took:.1f} s")
+    bench.check("it is stopped, saved, and ends within 20 s", took < 20 and not bench.left(1) and "; to go on: " in bench.text())
+    source.write_text(CHILDREN)
+    bench.check("it goes on to the end", bench.run("children-stopped", **settings) == 0)
+    bench.same(bench.folder / "children-stopped", undisturbed="bright")
+
+
+def endings(bench: Bench) -> None:
+    for number, to_worker in ((signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGUSR1, True), (signal.SIGUSR2, True),
+                              (signal.SIGXCPU, True)):
+        name = f"ending-{number.name}-{'worker' if to_worker else 'launcher'}"
+        process = bench.start(name, at=("training", 7, 0, "sleep-2"))
+        bench.check(f"{name}: the fault hits", reached(bench, process, "fault: training"))
+        os.kill(children_of(process.pid)[0] if to_worker else process.pid, number)
+        process.wait(60)
+        text = bench.text()
+        bench.fault(f"{number.name} to {'a worker' if to_worker else 'the launcher'}")
+        bench.check(f"{name}: saved, and it says how to go on", "stopped by a signal; epoch 3 is saved; to go on: " in text and all(
+            f"rank {rank} exits 0" in text for rank in (0, 1)) and not bench.left(1))
+        bench.check(f"{name}: it goes on", bench.run(name) == 0)
+        bench.same(bench.folder / name)
+
+    for name, words in (("head", "2>/dev/null | head -1"), ("both", "2>&1 | head -1"), ("full", "> /dev/full 2>&1"),
+                        ("closed", ">&- 2>&-"), ("ascii", "2>&1 | cat")):
+        process = bench.start(f"output-{name}", words=words)
+        bench.fault(f"output goes to: {words}")
+        process.wait(300)
+        bench.check(f"output-{name}: it ends", not bench.left(100))                              # `head` ends before the run does
+        bench.same(bench.folder / f"output-{name}")
+
+    for deed, rank, phase in (("raise", 0, "training"), ("raise", 1, "between updates"), ("SystemExit", 0, "summing gradients"),
+                              ("KeyboardInterrupt", 1, "sampling"), ("SystemExit", 1, "scoring")):
+        name = f"ending-{deed}-{rank}"
+        code = bench.run(name, at=(phase, 9 if phase == "sampling" else 7, rank, deed))
+        text = bench.text()
+        bench.fault(f"{deed} on rank {rank}, {phase}")
+        bench.check(f"{name}: saved, and it says how to go on", code != 0 and f"fault: {phase}" in text
+                    and re.search("epoch [123] is saved; to go on: ", text) is not None)
+        bench.check(f"{name}: it goes on", bench.run(name) == 0)
+        bench.same(bench.folder / name)
+
+
 def fill(path: Path, leave: int) -> None:
     with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
         while True:
@@ -390,7 +510,7 @@ def reached(bench: Bench, process: subprocess.Popen, line: str) -> bool:
     return True
 
 
-def children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -403,7 +523,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=20)
-    scenarios = {"kills": kills, "ranks": ranks, "signals": signals, "restarts": restarts, "disk": disk}
+    scenarios = {"kills": kills, "ranks": ranks, "signals": signals, "restarts": restarts, "disk": disk,
+                 "children": children, "endings": endings}
     parser.add_argument("--only", nargs="+", choices=scenarios, default=list(scenarios))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
