@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
 import train
-from config import batch_plan
+from config import batch_plan, refuse_repeated
 from harness.program import run_as_program
 from memory import DoesNotFit
 from policy import is_out_of_memory
@@ -375,6 +375,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
     parser.add_argument("--rounds", type=positive, default=5, help="timed epochs of each setting")
     parser.add_argument("--ranks", type=positive, help="processes; one per GPU, or CPU core, where it is not given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all that was measured is kept")
+    refuse_repeated(arguments, ["rounds", "ranks", "json"])
     settings, own = [[]], argparse.Namespace()
     for is_border, words in itertools.groupby(arguments, lambda word: word == "--"):
         if is_border:

@@ -240,8 +240,9 @@ def parse_options(default, arguments: list[str], prog: str, about: str, quiet: b
     """A dataclass like `default` with what the command line changes, and the arguments that it does not know.
 
     prog, about: what --help calls the program, and says of it.
-    Raises ConfigError for a value that does not parse.
+    Raises ConfigError for a value that does not parse, or an option that is given twice.
     """
+    refuse_repeated(arguments, [f.name for f in dataclasses.fields(default)])
     boxes, help_text = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(boxes), contextlib.redirect_stdout(help_text):
@@ -260,11 +261,28 @@ def parse_options(default, arguments: list[str], prog: str, about: str, quiet: b
         raise ConfigError(f"{message} (given: {' '.join(arguments)}; --help lists all options)") from None
 
 
+def refuse_repeated(arguments: list[str], names: list[str]) -> None:
+    """Raises ConfigError if one of the options `names` is given twice, because the parser would drop the first.
+
+    --a_b, --a-b, --a-b=value and --no-a-b are one option.
+    """
+    known, given = {name.replace("_", "-") for name in names}, {}
+    for word in arguments:
+        name = word.partition("=")[0].removeprefix("--").replace("_", "-") if word.startswith("--") else ""
+        name = name if name in known else name.removeprefix("no-")
+        if name in given and name in known:
+            raise ConfigError(f"--{name} is given twice ({given[name]} and {word}): give it once, with all its values")
+        given[name] = word
+
+
 def refuse_unknown(arguments: list[str], kind: type) -> None:
     """Raises ConfigError if there are any, with the field of the dataclass `kind` that is closest to the first."""
     if arguments:
         fields = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]
-        raise ConfigError(f"unknown option {arguments[0]!r}{_closest(arguments[0], fields)}: --help lists them all")
+        word = arguments[0].partition("=")[0].replace("_", "-")
+        if not word.startswith("--") or word in fields:
+            raise ConfigError(f"{arguments[0]!r} belongs to no option: --help lists them all")
+        raise ConfigError(f"unknown option {arguments[0]!r}{_closest(word, fields)}: --help lists them all")
 
 
 def _closest(word: str, known) -> str:

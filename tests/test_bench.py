@@ -45,7 +45,8 @@ def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(s
 
 @pytest.mark.parametrize("words, said", [
     (["--rounds", "0"], "'0' is not a whole number of at least 1"), (["--ranks", "1.5"], "'1.5' is not a whole number"),
-    (["--rounds"], "expected one argument"),
+    (["--rounds"], "expected one argument"), (["--rounds", "1", "--", "--rounds=2"], "--rounds is given twice"),
+    (["--", "--rewards", "a", "1", "--rewards", "b", "1"], "--rewards is given twice"),
     (["--json", "nowhere/bench.json"], "'nowhere' is no directory"), (["--", "--model", "nowhere"], "nowhere/model_index.json"),
     (["--guidance-scale", "0.5"], "--guidance-scale is 0.5"), (["--", "--windowsize", "2"], "did you mean '--window-size'")])
 def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words, said):

@@ -62,6 +62,14 @@ def test_help_is_printed_once_when_several_ranks_are_asked_for_it(capsys):
     (["--rewards", "rapidocr", "much"], ["--rewards", "much"]),
     (["--rewards", "rapidocr"], ["--rewards: expected name value [name value ...], not ['rapidocr']"]),
     (["sd35m_ocr", "tiny_ocr"], ["tiny_ocr"]),
+    ("--rewards a 1 --rewards b 1".split(), ["--rewards is given twice"]),
+    ("--rewards a 1 --epochs 3 --rewards=b".split(), ["--rewards is given twice", "--rewards=b"]),
+    ("--group_size 4 --group-size 8".split(), ["--group-size is given twice (--group_size and --group-size)"]),
+    ("--guard --no-guard".split(), ["--guard is given twice (--guard and --no-guard)"]),
+    ("--no_guard --no-guard".split(), ["--guard is given twice"]),
+    ("sd35m_ocr --seed=1 --seed=1".split(), ["--seed is given twice"]),
+    ("--guard True".split(), ["'True' belongs to no option"]),
+    ("-- --epochs 3".split(), ["'--epochs' belongs to no option"]),
 ])
 def test_what_the_command_line_cannot_read_is_named_in_one_line(arguments, named):
     with pytest.raises(ConfigError) as error:

@@ -208,6 +208,7 @@ def test_running_out_of_memory_is_said_in_one_line_and_the_next_picture_is_drawn
 
 
 @pytest.mark.parametrize("arguments, said", [
+    (["--adapters", "a", "--adapters=b"], "--adapters is given twice"),
     (["--adapters", "no/such/place"], "'no/such/place' does not exist"), (["--adaptor", "x"], "did you mean '--adapters'?"),
     (["--model", "no/such/place/at/all"], "is no diffusers pipeline"), (["--port", "many"], "many"),
     (["--port", "70000"], "port"), (["--adapters", "tests"], "holds no adapter")])
