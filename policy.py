@@ -156,20 +156,77 @@ def check_model(model: str) -> type[Family]:
         if model not in known:
             raise ValueError(f"--model {model!r} is unknown: {', '.join(known)} are made with random weights")
         return known[model]
-    index = Path(model) / "model_index.json"
-    if not index.exists():
-        if not is_hub_id(model):
-            raise ValueError(f"--model {model!r} is no diffusers pipeline: {index} does not exist")
-        index = from_hub("--model", model, "model_index.json")
-        if index is None:
-            raise ValueError(f"--model {model!r} is no diffusers pipeline: on the hub it has no model_index.json")
+    text = read_part(model, "model_index.json")
+    if text is None:
+        where = "on the hub it has no model_index.json" if is_hub_id(model) else f"{model}/model_index.json does not exist"
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: {where}")
     try:
-        kind = json.loads(index.read_text())["_class_name"]
+        index = json.loads(text)
+        kind = index["_class_name"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"--model {model!r} is no diffusers pipeline: {index} does not name its class") from error
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name its class") from error
     if kind not in FAMILIES:
         raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
+    check_scheduler(model, index.get("scheduler"))
     return FAMILIES[kind]
+
+
+def read_part(model: str, name: str) -> str | None:
+    """The text of one file of a pipeline, which is a directory or a hub id; None if the pipeline has no such file."""
+    if is_hub_id(model):
+        path = from_hub("--model", model, name)
+    else:
+        path = Path(model) / name if (Path(model) / name).is_file() else None
+    return path.read_text(encoding="utf-8", errors="replace") if path else None
+
+
+SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
+# Scheduler options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
+SCHEDULER_OPTIONS = {"num_train_timesteps": 1000, "stochastic_sampling": False, "shift_terminal": None, "invert_sigmas": False,
+                     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+                     "use_flow_sigmas": False}
+
+
+def check_scheduler(model: str, entry) -> None:
+    """Raise ValueError in one line if a rollout without noise would not draw what the pipeline draws with its scheduler.
+
+    `entry` is what model_index.json says of the scheduler: [library, class].
+    """
+    file = "scheduler/scheduler_config.json"
+    text = read_part(model, file)
+    try:
+        options = json.loads(text or "")
+        kinds = {entry[1], options.get("_class_name", entry[1])}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"--model {model!r} has no scheduler: model_index.json does not name its class, or {file} is missing or "
+                         "no JSON object; save the pipeline again") from error
+    if kinds != {SCHEDULER}:
+        kind = next(kind for kind in kinds if kind != SCHEDULER)
+        raise ValueError(f"--model {model!r} has the scheduler {kind}, which draws otherwise than training samples: only "
+                         f"{SCHEDULER} is supported; set pipe.scheduler = {SCHEDULER}.from_config(pipe.scheduler.config) and "
+                         "save the pipeline")
+    defaults = {name: p.default for name, p in inspect.signature(FlowMatchEulerDiscreteScheduler).parameters.items()}
+    options = defaults | options
+
+    def refuse(name: str, needed: str):
+        raise ValueError(f"--model {model!r}: its scheduler's {name} is {options[name]!r}, which is not supported; set it to "
+                         f"{needed} in {file}")
+
+    for name, needed in SCHEDULER_OPTIONS.items():
+        value = options.get(name, needed)
+        if value != needed and (value or needed):
+            refuse(name, json.dumps(needed))
+    dynamic = options["use_dynamic_shifting"]
+    for name in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len") if dynamic else ("shift",):
+        if type(options[name]) not in (int, float) or not abs(options[name]) < math.inf:
+            refuse(name, "a number")
+    if not dynamic and not options["shift"] > 0:
+        refuse("shift", "a number above 0")
+    if dynamic:
+        if options["base_image_seq_len"] == options["max_image_seq_len"]:
+            refuse("max_image_seq_len", "a number above base_image_seq_len")
+        if options["time_shift_type"] not in ("exponential", "linear"):
+            refuse("time_shift_type", '"exponential" or "linear"')
 
 
 def is_hub_id(name: str) -> bool:
@@ -386,7 +443,6 @@ class Policy:
             self.pipe = family.pipeline.from_pretrained(
                 model, use_safetensors=True, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
         self.family = family(self.pipe)
-        self._check_schedule()
         self.set_resolution(resolution)
         self.offload_text_encoders = offload_text_encoders
         for name, part in self.pipe.components.items():
@@ -422,11 +478,6 @@ class Policy:
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0
 
-    def _check_schedule(self) -> None:
-        for option in ("shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas"):
-            if self.pipe.scheduler.config.get(option):
-                raise ValueError(f"--model {self.model!r}: its scheduler's {option} is not supported; give one that does without")
-
     def set_resolution(self, resolution: tuple[int, int]) -> None:
         """Height and width of the images to come, in pixels. Raises ValueError for what the model's patches do not tile."""
         channels, patch, most = self.family.tiling()
@@ -437,6 +488,9 @@ class Policy:
             raise ValueError(f"--resolution is {resolution}: {self.model} takes multiples of {unit}{limit}")
         self.latent_shape = (channels, *(size // scale for size in resolution))          # C, H, W
         self.tokens = math.prod(size // unit for size in resolution)                     # patches of an image
+        if not (shift := self.family.shift(self.tokens)) > 0:
+            raise ValueError(f"--resolution is {resolution}: the scheduler of {self.model} would shift its times by {shift:.3g}, "
+                             "which must be above 0; give another resolution, or time_shift_type \"exponential\"")
 
     def schedule_arguments(self, num_steps: int) -> dict[str, float]:
         """For sampler.timestep_schedule(num_steps, **these): the pipeline's own schedule at this resolution."""

@@ -1,7 +1,9 @@
 """The pipeline as a velocity model: what it computes is what diffusers computes; what trains is what should."""
 
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,8 +276,10 @@ def test_a_resolution_that_the_model_cannot_tile_is_refused_with_what_it_takes(m
     assert str(resolution) in str(error.value) and "multiples of 8 up to 128" in str(error.value)
 
 
-def test_a_model_is_checked_by_its_index_alone(model, tmp_path, monkeypatch):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+def test_a_model_is_checked_by_its_index_and_scheduler_alone(model, tmp_path, monkeypatch):
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(Path(model) / name, tmp_path / name)
     check_model(str(tmp_path))                                                            # nothing else is looked at
     check_model(model)
 
