@@ -36,8 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distributed
 import train
 from config import batch_plan
-from memory import DoesNotFit
-from policy import is_out_of_memory
+from memory import DoesNotFit, is_out_of_memory
 from rewards import RewardError
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "waiting", "other")

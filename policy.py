@@ -9,143 +9,26 @@ What differs between SD3 and FLUX is a `Family` each; a new one is one more.
 
 import contextlib
 import copy
-import inspect
 import json
 import math
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")      # before the import, which has things to say about torchvision
-
-from diffusers import (AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
-                       SD3Transformer2DModel, StableDiffusion3Pipeline)
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
+
+from adapters import fit_adapter, from_hub, is_hub_id, load_adapter
+from families import FAMILIES, SCHEDULER_FILE, Family, Text, check_scheduler, random_pipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 TEXT_CACHE = 1024            # prompts whose embeddings are kept, in host memory; one of SD3.5's takes 1.7 MB
 DECODE_PIXELS = 2**20        # of the images that the autoencoder decodes at once: 4 of 512 x 512
-
-Text = tuple[Tensor, Tensor]      # embeddings (B, L, D), pooled embeddings (B, P)
-
-
-# ------------------------------------------------------------------------------------------------------ model families
-
-class Family:
-    """What a kind of pipeline does in its own way. A new one is a subclass, listed in FAMILIES, that says:
-
-    pipeline, transformer       diffusers' classes of the whole and of the network
-    tiling()                    a latent's channels, its pixels on a side of a patch, most patches on a side (None: any number)
-    schedule(T, tokens)         sampler.timestep_schedule's arguments for T steps of so many patches, as the pipeline has them
-    encode(prompt, length, device)      embeddings (1, L, D) and pooled (1, P) of one prompt, of `length` T5 tokens
-    branches(guidance_scale)    transformer calls of a guided velocity: 2 for classifier-free guidance, else 1; static
-    velocity(network, latents, sigma, text, guidance_scale)
-                                one call: (B, C, H, W), (B,), what `encode` made -> (B, C, H, W); gradients flow
-
-    All are about `self.pipe`, a loaded pipeline with a `transformer`, a `vae` with scaling and shift factor, and a flow-matching
-    `scheduler`. Outside, latents are (B, C, H, W), however the network takes them. For `--model random:NAME` it may say besides:
-
-    published, vae, scheduler   {NAME: the transformer's settings}, what is particular in those of autoencoder and scheduler
-    clip_tokens                 how many embeddings stand before T5's
-    """
-
-    published: dict[str, dict] = {}
-
-    def __init__(self, pipe: DiffusionPipeline):
-        self.pipe = pipe
-
-    def shift(self, tokens: int) -> float:
-        """The scheduler's, or its dynamic one: mu lies on a line through two pairs (patches, mu)."""
-        config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
-            return config.shift
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
-
-
-class SD3(Family):
-    """Stable Diffusion 3 and 3.5 (arXiv 2403.03206)."""
-
-    pipeline, transformer = StableDiffusion3Pipeline, SD3Transformer2DModel
-    clip_tokens = 77
-    published = {
-        "sd35m": dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=384,
-                      dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
-        "sd35l": dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, pos_embed_max_size=192,
-                      qk_norm="rms_norm")}
-    vae = dict(scaling_factor=1.5305, shift_factor=0.0609)
-    scheduler = dict(shift=3.0)
-
-    def tiling(self) -> tuple[int, int, int | None]:
-        config = self.pipe.transformer.config
-        return config.in_channels, config.patch_size, config.pos_embed_max_size
-
-    def schedule(self, num_steps: int, tokens: int) -> dict[str, float]:
-        dynamic = self.pipe.scheduler.config.use_dynamic_shifting                # the grid's end is shifted once, if it can be
-        return {"shift": self.shift(tokens), **({"sigma_min": 1 / 1000} if dynamic else {})}
-
-    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
-        embeds, _, pooled, _ = self.pipe.encode_prompt(prompt, prompt, prompt, device=device, do_classifier_free_guidance=False,
-                                                       max_sequence_length=length)
-        return embeds, pooled
-
-    @staticmethod
-    def branches(guidance_scale: float) -> int:
-        return 1 if guidance_scale == 1 else 2
-
-    def velocity(self, network, latents: Tensor, sigma: Tensor, text: Text, guidance_scale: float) -> Tensor:
-        return network(latents, *text, 1000 * sigma, return_dict=False)[0]
-
-
-class FLUX(Family):
-    """FLUX.1: 2 x 2 latent pixels are a token, and the guidance scale is an input of the network, which was distilled on it."""
-
-    pipeline, transformer = FluxPipeline, FluxTransformer2DModel
-    clip_tokens = 0
-    published = {"flux": dict(guidance_embeds=True)}                             # the rest is the class's default
-    vae = dict(scaling_factor=0.3611, shift_factor=0.1159)
-    scheduler = dict(shift=3.0, use_dynamic_shifting=True)
-
-    def tiling(self) -> tuple[int, int, int | None]:
-        return self.pipe.transformer.config.in_channels // 4, 2, None
-
-    def schedule(self, num_steps: int, tokens: int) -> dict[str, float]:
-        return {"shift": self.shift(tokens), "sigma_min": 1 / num_steps}
-
-    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
-        embeds, pooled, _ = self.pipe.encode_prompt(prompt, prompt, device=device, max_sequence_length=length)
-        return embeds, pooled
-
-    @staticmethod
-    def branches(guidance_scale: float) -> int:
-        return 1
-
-    def velocity(self, network, latents: Tensor, sigma: Tensor, text: Text, guidance_scale: float) -> Tensor:
-        embeds, pooled = text
-        rows, columns = (torch.arange(size // 2, device=latents.device) for size in latents.shape[-2:])
-        image_ids = F.pad(torch.cartesian_prod(rows, columns), (1, 0))                           # (H/2 W/2, 3): 0, row, column
-        tokens = F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)                        # (B, H/2 W/2, 4C)
-        guidance = torch.full_like(sigma, guidance_scale) if self.pipe.transformer.config.guidance_embeds else None
-        v = network(tokens, embeds, pooled, sigma, img_ids=image_ids, txt_ids=image_ids.new_zeros(embeds.shape[1], 3),
-                    guidance=guidance, return_dict=False)[0]                                     # (B, H/2 W/2, 4C)
-        return F.pixel_shuffle(v.transpose(1, 2).unflatten(2, (len(rows), len(columns))), 2)
-
-
-FAMILIES = {family.pipeline.__name__: family for family in (SD3, FLUX)}
 
 
 # ------------------------------------------------------------------------------------------- what can be had, and whence
@@ -168,7 +51,7 @@ def check_model(model: str) -> type[Family]:
         raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name its class") from error
     if kind not in FAMILIES:
         raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
-    check_scheduler(model, index.get("scheduler"))
+    check_scheduler(model, index.get("scheduler"), read_part(model, SCHEDULER_FILE))
     return FAMILIES[kind]
 
 
@@ -179,252 +62,6 @@ def read_part(model: str, name: str) -> str | None:
     else:
         path = Path(model) / name if (Path(model) / name).is_file() else None
     return path.read_text(encoding="utf-8", errors="replace") if path else None
-
-
-SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
-# Scheduler options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
-SCHEDULER_OPTIONS = {"num_train_timesteps": 1000, "stochastic_sampling": False, "shift_terminal": None, "invert_sigmas": False,
-                     "use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-                     "use_flow_sigmas": False}
-
-
-def check_scheduler(model: str, entry) -> None:
-    """Raise ValueError in one line if a rollout without noise would not draw what the pipeline draws with its scheduler.
-
-    `entry` is what model_index.json says of the scheduler: [library, class].
-    """
-    file = "scheduler/scheduler_config.json"
-    text = read_part(model, file)
-    try:
-        options = json.loads(text or "")
-        kinds = {entry[1], options.get("_class_name", entry[1])}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"--model {model!r} has no scheduler: model_index.json does not name its class, or {file} is missing or "
-                         "no JSON object; save the pipeline again") from error
-    if kinds != {SCHEDULER}:
-        kind = next(kind for kind in kinds if kind != SCHEDULER)
-        raise ValueError(f"--model {model!r} has the scheduler {kind}, which draws otherwise than training samples: only "
-                         f"{SCHEDULER} is supported; set pipe.scheduler = {SCHEDULER}.from_config(pipe.scheduler.config) and "
-                         "save the pipeline")
-    defaults = {name: p.default for name, p in inspect.signature(FlowMatchEulerDiscreteScheduler).parameters.items()}
-    options = defaults | options
-
-    def refuse(name: str, needed: str):
-        raise ValueError(f"--model {model!r}: its scheduler's {name} is {options[name]!r}, which is not supported; set it to "
-                         f"{needed} in {file}")
-
-    for name, needed in SCHEDULER_OPTIONS.items():
-        value = options.get(name, needed)
-        if value != needed and (value or needed):
-            refuse(name, json.dumps(needed))
-    dynamic = options["use_dynamic_shifting"]
-    for name in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len") if dynamic else ("shift",):
-        if type(options[name]) not in (int, float) or not abs(options[name]) < math.inf:
-            refuse(name, "a number")
-    if not dynamic and not options["shift"] > 0:
-        refuse("shift", "a number above 0")
-    if dynamic:
-        if options["base_image_seq_len"] == options["max_image_seq_len"]:
-            refuse("max_image_seq_len", "a number above base_image_seq_len")
-        if options["time_shift_type"] not in ("exponential", "linear"):
-            refuse("time_shift_type", '"exponential" or "linear"')
-
-
-def is_hub_id(name: str) -> bool:
-    return not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def from_hub(option: str, repository: str, name: str) -> Path | None:
-    """A file of a hub repository, None where the repository has none of that name. Raises ValueError in one line."""
-    try:
-        return Path(hf_hub_download(repository, name))
-    except RemoteEntryNotFoundError:
-        return None
-    except GatedRepoError as error:
-        raise ValueError(f"{option} {repository!r} is gated: accept its licence on its page of the hub, then give your token "
-                         "with `hf auth login` or in HF_TOKEN") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{option} {repository!r} is neither here nor on the hub: correct it, or if it is private, give your "
-                         "token with `hf auth login` or in HF_TOKEN") from error
-    except Exception as error:
-        raise ValueError(f"{option} {repository!r} is neither a directory here nor could it be had from the hub "
-                         f"({type(error).__name__}); give a directory, or go online") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-PEFT_FILES, DIFFUSERS_FILE = ("adapter_config.json", "adapter_model.safetensors"), "pytorch_lora_weights.safetensors"
-
-# Settings of peft's LoraConfig under which training, saving and loading by peft and diffusers all compute the same.
-EXACT_SETTINGS = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-                  "lora_bias"}
-# Settings that say where an adapter comes from or how its training began. The adapter's tensors do not depend on them.
-DROPPED_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                    "inference_mode", "lora_dropout", "init_lora_weights", "fan_in_fan_out", "eva_config", "corda_config",
-                    "lora_ga_config", "loftq_config"}
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")       # values of init_lora_weights that leave the model alone
-
-
-def find_adapter(lora_path: str) -> tuple[Path, LoraConfig]:
-    """The file with an adapter's tensors, and its settings as training will keep them. Loads no tensors.
-
-    An adapter is peft's two files or diffusers' one: in a directory, in a checkpoint's `adapter`, or on the hub.
-    Raises ValueError in one line.
-    """
-    *settings_file, weights = adapter_files(lora_path)
-    try:
-        with safe_open(weights, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-            metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is no whole safetensors file ({error}): fetch it again") from error
-    if not shapes:
-        raise ValueError(f"--lora-path {lora_path!r} holds no tensors: {weights} is empty")
-    try:
-        if settings_file:
-            settings = json.loads(settings_file[0].read_text())
-        else:
-            other = [key for key in shapes if not key.startswith("transformer.") or ".lora_" not in key]
-            if other:
-                raise ValueError(f"it adapts more than the transformer, or in an older format: {other[0]}; load it in diffusers "
-                                 "and save it again")
-            settings = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
-            if not settings:                                                     # alpha is the rank, as diffusers takes it
-                layers = sorted({key.removeprefix("transformer.").partition(".lora_")[0] for key in shapes})
-                rank = next(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
-                settings = dict(r=rank, lora_alpha=rank, target_modules=layers)
-        return weights, kept_settings(settings)
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"--lora-path {lora_path!r} has settings that make no adapter "
-                         f"({type(error).__name__}: {error})") from error
-
-
-def adapter_files(lora_path: str) -> list[Path]:
-    """peft's two files of an adapter or diffusers' one, the tensors last."""
-    place = Path(lora_path)
-    if not place.exists() and not is_hub_id(lora_path):
-        raise ValueError(f"--lora-path {lora_path!r} does not exist: give an adapter's directory, a checkpoint or a hub id")
-    if place.name == PEFT_FILES[1]:
-        place = place.parent
-    if place.suffix == ".safetensors" and place.is_file():
-        return [place]
-    place = place / "adapter" if (place / "adapter").is_dir() else place
-
-    def find(name: str) -> Path | None:
-        if not place.exists():
-            return from_hub("--lora-path", lora_path, name)
-        return place / name if (place / name).exists() else None
-
-    for names in (PEFT_FILES, (DIFFUSERS_FILE,)):
-        files = [find(name) for name in names]
-        if all(files):
-            return files
-    raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} nor "
-                     f"{DIFFUSERS_FILE}, and other formats are not loaded")
-
-
-def kept_settings(settings: dict) -> LoraConfig:
-    """The settings of an adapter as training keeps and saves them. Raises ValueError for a setting that training cannot keep.
-
-    Training runs without dropout, so the dropout becomes 0: what was saved would be random where it is loaded. A start such as
-    PiSSA's changes the model's own weights, so neither the KL's reference nor a pipeline that loads the adapter would be right.
-    """
-    kind, start = str(settings.get("peft_type", "LORA")), settings.get("init_lora_weights")
-    if kind != "LORA" or not settings.get("target_modules"):
-        raise ValueError(f"its settings are of peft type {kind} and name the layers {settings.get('target_modules')}: "
-                         "only LORA with its layers named is supported")
-    if start not in PLAIN_STARTS:
-        raise ValueError(f"its init_lora_weights is {start!r}, which changes the model's own weights: give an adapter of the "
-                         "model as it is; for pissa, olora and corda, peft makes one with save_pretrained(..., "
-                         "path_initial_model_for_weight_conversion=...)")
-    defaults = LoraConfig().to_dict()
-    for name, value in settings.items():
-        unknown_detail = name not in defaults and value is not True and not isinstance(value, dict | list)
-        if name not in EXACT_SETTINGS | DROPPED_SETTINGS and value and value != defaults.get(name) and not unknown_detail:
-            raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter without it, or merge "
-                             "this one into its model (peft's merge_and_unload) and give that as --model")
-    return LoraConfig(**{name: settings[name] for name in EXACT_SETTINGS if name in settings},
-                      base_model_name_or_path=settings.get("base_model_name_or_path"))
-
-
-def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's settings, and its tensors by peft's names. Raises ValueError in one line."""
-    weights, config = find_adapter(lora_path)
-    tensors = load_file(weights)
-    if weights.name != PEFT_FILES[1]:
-        tensors = {f"base_model.model.{key.removeprefix('transformer.')}": value for key, value in tensors.items()}
-    return config, tensors
-
-
-def load_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str = "default") -> PeftModel:
-    """A transformer, which may have adapters already, with this one too, to train. Raises ValueError as `fit_adapter` does."""
-    network, tensors = fit_adapter(network, lora_path, model, name)
-    set_peft_model_state_dict(network, tensors, adapter_name=name)
-    return network
-
-
-def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The transformer with the adapter's layers, and the tensors that belong into them.
-
-    Raises ValueError, with the first tensor that does not fit, if one does not; the transformer is then of no further use.
-    """
-    config, tensors = read_adapter(lora_path)
-    trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
-
-    def require(ok: bool, key: str, needed) -> None:
-        if not ok:
-            found = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
-            raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {needed}; "
-                             f"give the model that it was trained on ({trained_on or 'it does not say which'})")
-
-    layers = {layer for layer, _ in (network.get_base_model() if isinstance(network, PeftModel) else network).named_modules()}
-    for key in tensors:
-        require(key.removeprefix("base_model.model.").partition(".lora_")[0] in layers, key, "the model has no such layer")
-    try:
-        if isinstance(network, PeftModel):
-            network.add_adapter(name, config)
-        else:
-            network = get_peft_model(network, config, adapter_name=name)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {error}") from error
-    own = get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
-    for key, value in own.items():
-        require(key in tensors and tensors[key].shape == value.shape, key, f"the model needs {tuple(value.shape)}")
-    for key, value in tensors.items():
-        require(key in own, key, "but its own settings do not name that layer")
-        require(bool(value.isfinite().all()), key, "and numbers that are not finite")
-    return network, tensors
-
-
-# ------------------------------------------------------------------------------------------------------ random weights
-
-def random_pipeline(family: type[Family], name: str, device: torch.device, dtype: torch.dtype,
-                    vae_dtype: torch.dtype) -> DiffusionPipeline:
-    """A published architecture with random weights, always the same ones, for timing and memory without a download.
-
-    It is made on `device` and in its dtypes, so that no large network exists twice. It has no text encoders; see `encode`.
-    """
-    def made(kind, dtype: torch.dtype, **settings) -> torch.nn.Module:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                return kind(**settings).eval()
-        finally:
-            torch.set_default_dtype(before)
-
-    parts = dict.fromkeys(inspect.signature(family.pipeline).parameters)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        parts["transformer"] = made(family.transformer, dtype, **family.published[name])
-        parts["vae"] = made(
-            AutoencoderKL, vae_dtype, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
-            use_post_quant_conv=False, **family.vae)
-    return family.pipeline(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler(**family.scheduler)})
 
 
 # ---------------------------------------------------------------------------------------------------------- the policy
@@ -689,35 +326,3 @@ class Policy:
         self.pipe.save_lora_weights(
             directory / "adapter", {key.removeprefix("base_model.model."): value for key, value in tensors.items()},
             transformer_lora_adapter_metadata=settings)                          # without it, alpha would be taken for the rank
-
-
-class WeightAverage:
-    """Exponential moving average of trained weights, d = min((1 + n) / (10 + n), decay) after n optimizer steps."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter], decay: float, every: int):
-        self.parameters, self.decay, self.every = parameters, decay, every
-        self.steps = 0                                                                   # optimizer steps seen
-        self.average = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Call once after each optimizer step."""
-        self.steps += 1
-        if self.steps % self.every == 0:
-            decay = min((1 + self.steps) / (10 + self.steps), self.decay)
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-
-    @contextlib.contextmanager
-    def applied(self):
-        """Within, the trained weights are the average; afterwards they are themselves again."""
-        kept = [p.detach().clone() for p in self.parameters]
-        self._copy(self.average)
-        try:
-            yield
-        finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.parameters, values):
-            p.copy_(value)

@@ -16,8 +16,9 @@ from peft import EvaConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_families import PROMPTS, SIGMA, change, load_pipeline, make_policy, pipeline_latents, policy_latents, start_noise
 
-import policy as policy_module
-from policy import Policy, check_model, find_adapter
+import adapters
+from adapters import find_adapter
+from policy import Policy, check_model
 
 ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
              "attn.to_add_out"]
@@ -174,7 +175,7 @@ def test_an_adapter_comes_from_the_hub_by_its_id_in_either_format(model, tmp_pat
             raise RemoteEntryNotFoundError("404", response=RESPONSE)
         return str(path)
 
-    monkeypatch.setattr(policy_module, "hf_hub_download", download)
+    monkeypatch.setattr(adapters, "hf_hub_download", download)
     for name in ("someone/peft", "someone/diffusers"):
         for found, expected in zip(adapted(model, name).parameters, policy.parameters, strict=True):
             assert torch.equal(found, expected)
@@ -292,7 +293,7 @@ def test_details_of_settings_that_are_off_are_no_reason_to_refuse(tmp_path):
 
 
 def test_every_setting_of_peft_is_kept_dropped_or_refused_and_a_new_one_is_looked_at():
-    unlisted = {field.name for field in fields(LoraConfig)} - policy_module.EXACT_SETTINGS - policy_module.DROPPED_SETTINGS
+    unlisted = {field.name for field in fields(LoraConfig)} - adapters.EXACT_SETTINGS - adapters.DROPPED_SETTINGS
     assert unlisted == {"bias", "modules_to_save", "megatron_config", "megatron_core", "trainable_token_indices", "velora_config",
                         "alora_invocation_tokens", "use_qalora", "qalora_group_size", "layers_to_transform", "layers_pattern", "monteclora_config", "layer_replication",
                         "runtime_config", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"}
@@ -400,7 +401,7 @@ def test_what_the_hub_does_not_give_is_told_in_one_line_with_the_way_out(look, o
     def download(*_):
         raise error
 
-    monkeypatch.setattr(policy_module, "hf_hub_download", download)
+    monkeypatch.setattr(adapters, "hf_hub_download", download)
     message = refusal(look, "someone/something")
     assert message.startswith(f"{option} 'someone/something'") and any(part in message for part in hint.split("|"))
     if isinstance(error, RepositoryNotFoundError):

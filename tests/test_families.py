@@ -14,8 +14,10 @@ import torch
 from diffusers import (DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
                        FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FluxPipeline, FluxTransformer2DModel)
 
+import adapters
 import policy as policy_module
-from policy import FAMILIES, FLUX, SD3, Policy, check_model
+from families import FAMILIES, FLUX, SD3
+from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
 
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ SIGMA = torch.tensor([0.9, 0.3])
 
 def make_policy(model: str, dtype: str = "float32", resolution=(16, 32), **settings) -> Policy:
     torch.manual_seed(0)
-    return Policy(model, CPU, dtype, resolution, TOKENS, lora_rank=4, lora_alpha=8, **settings)
+    return Policy(model, CPU, dtype, resolution=resolution, max_sequence_length=TOKENS, lora_rank=4, lora_alpha=8, **settings)
 
 
 def start_noise(policy: Policy, count: int = 2) -> torch.Tensor:
@@ -202,7 +204,7 @@ def test_the_scheduler_of_a_model_on_the_hub_is_read_before_its_weights(model, t
     directory = without_weights(model, tmp_path)
     FlowMatchHeunDiscreteScheduler().save_pretrained(directory / "scheduler")
     fetched = []
-    monkeypatch.setattr(policy_module, "hf_hub_download", lambda repository, name: fetched.append(name) or directory / name)
+    monkeypatch.setattr(adapters, "hf_hub_download", lambda repository, name: fetched.append(name) or directory / name)
     with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler"):
         check_model("someone/something")
     assert fetched == ["model_index.json", "scheduler/scheduler_config.json"]
@@ -363,7 +365,7 @@ def test_a_random_model_goes_the_way_of_any_other(family, dtype, monkeypatch):
 
     policy = make_policy("random:small", dtype, resolution=(32, 48))
     torch.manual_seed(1)
-    again = Policy("random:small", CPU, dtype, (32, 48), TOKENS, lora_rank=4)
+    again = Policy("random:small", CPU, dtype, resolution=(32, 48), max_sequence_length=TOKENS, lora_rank=4)
     assert made[0] == policy.dtype and set(made) == {policy.dtype, torch.float32}         # the autoencoder's, the adapter's
     assert torch.get_default_dtype() == torch.float32
     assert policy.latent_shape == (16, 4, 6)

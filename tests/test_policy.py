@@ -11,8 +11,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 
+import adapters
 import policy as policy_module
-from policy import Policy, WeightAverage, check_model
+from learner import WeightAverage
+from policy import Policy, check_model
 from sampler import rollout, timestep_schedule
 
 CPU = torch.device("cpu")
@@ -21,7 +23,7 @@ PROMPTS = ['the word "lamp"', 'the word "sun"']
 
 
 def make_policy(model: str, dtype: str = "float32", **settings) -> Policy:
-    return Policy(model, CPU, dtype, (HEIGHT, WIDTH), TOKENS, lora_rank=4, lora_alpha=8, **settings)
+    return Policy(model, CPU, dtype, resolution=(HEIGHT, WIDTH), max_sequence_length=TOKENS, lora_rank=4, lora_alpha=8, **settings)
 
 
 def start_noise(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
@@ -272,7 +274,7 @@ def test_the_average_is_applied_within_and_the_weights_are_themselves_again_afte
 @pytest.mark.parametrize("resolution", [(20, 32), (16, 36), (16, 4096)])
 def test_a_resolution_that_the_model_cannot_tile_is_refused_with_what_it_takes(model, resolution):
     with pytest.raises(ValueError) as error:
-        Policy(model, CPU, "float32", resolution, TOKENS)
+        Policy(model, CPU, "float32", resolution=resolution, max_sequence_length=TOKENS)
     assert str(resolution) in str(error.value) and "multiples of 8 up to 128" in str(error.value)
 
 
@@ -293,7 +295,7 @@ def test_a_model_is_checked_by_its_index_and_scheduler_alone(model, tmp_path, mo
 
     def offline(*_):
         raise OSError("several\nlines")
-    monkeypatch.setattr(policy_module, "hf_hub_download", offline)
+    monkeypatch.setattr(adapters, "hf_hub_download", offline)
     with pytest.raises(ValueError) as error:
         check_model("someone/something")
     assert "'someone/something'" in str(error.value) and "\n" not in str(error.value)
