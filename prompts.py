@@ -1,8 +1,8 @@
-"""Prompt sets, and which prompts an epoch draws.
+"""Prompt sets: built-in ones and the user's files. Also which prompts an epoch draws.
 
-A set is a built-in name ("words", "ocr", "geneval"), or a file or directory of the user's: one prompt a line, or
-GenEval metadata (arXiv 2310.11513), one JSON object a line. The splits "train" and "test" of a built-in set are
-disjoint; a directory has a file for each; a single file serves as both.
+A source is a built-in name ("words", "ocr", "geneval"), a file or a directory. A .txt file holds one prompt
+per line. A .jsonl file holds GenEval metadata (arXiv 2310.11513), one JSON object per line. The splits "train"
+and "test" of a built-in set are disjoint. A directory holds one file per split. A single file serves as both.
 """
 
 import json
@@ -19,25 +19,25 @@ import numpy as np
 
 SPLITS = ("train", "test")
 SPLIT_FILES = ("{}.txt", "{}_metadata.jsonl")
-DATA = Path(__file__).parent / "assets" / "prompts"          # the lists of words from which the built-in sets are made
-SEED = 0  # of the built-in sets: what is in them, and which split holds it
+DATA = Path(__file__).parent / "assets" / "prompts"     # word lists from which the built-in sets are made
+SEED = 0    # the built-in sets are drawn with this seed, so that they are the same on every machine
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what a reward needs to know beyond its text: {} or, from GenEval metadata, the whole object."""
+    """A prompt's text, and what a reward needs beyond it: the whole GenEval object, or {} for plain text."""
 
     text: str
     metadata: dict = field(default_factory=dict, hash=False)
 
 
 def load_prompts(source: str, split: str) -> list[Prompt]:
-    """The prompts of `source` (a built-in name, a directory or a file) for `split` ("train" or "test").
+    """Load the prompts of `source` (a built-in name, a directory or a file) for `split` ("train" or "test").
 
-    A built-in name wins over a path of the same name: write "./words" for a directory called words.
+    A built-in name wins over a path of the same name, so write "./words" for a directory called words.
 
-    Raises FileNotFoundError where there is no such file, ValueError where its contents are not prompts or the split is
-    neither; both say in one line where the fault is and what to do.
+    Raises FileNotFoundError if there is no such file, and ValueError if the file holds no valid prompts or
+    the split is unknown. Either message is one line that names the place and the way out.
     """
     _check_split(split)
     if source in BUILT_IN:
@@ -51,8 +51,8 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
                                 "(the README tells how to fetch published ones)")
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts {source!r}: unknown kind of file {extension!r}; give a .txt file (one prompt a "
-                         "line) or a .jsonl file (one GenEval object a line)")
+        raise ValueError(f"prompts {source!r}: unknown kind of file {extension!r}; give a .txt file (one "
+                         "prompt a line) or a .jsonl file (one GenEval object a line)")
     lines = _numbered_lines(path)
     prompts = ([Prompt(line) for _, line in lines] if extension == ".txt" else
                [_metadata_prompt(line, f"{path}:{number}") for number, line in lines])
@@ -62,13 +62,14 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
 
 
 def epoch_prompt_indices(num_prompts: int, groups_per_epoch: int, seed: int, epoch: int) -> list[int]:
-    """Which prompt each group of `epoch` (from 0) gets: `groups_per_epoch` indices below `num_prompts`.
+    """Draw one prompt per group of `epoch` (from 0): `groups_per_epoch` indices below `num_prompts`.
 
-    The set is gone through in passes, each a permutation seeded by (seed, pass); an epoch takes the next
-    `groups_per_epoch` places of that endless sequence. So every prompt is drawn once before any is drawn twice, and
-    the draw is a function of its arguments alone: every rank computes the same, and resuming needs no state.
+    Training goes through the set in passes. Each pass is a permutation seeded by (seed, pass), and an epoch
+    takes the next `groups_per_epoch` places of that endless sequence. Every prompt is therefore drawn once
+    before any is drawn twice. Ranks agree and a resumed run needs no state, because the draw depends on the
+    arguments alone.
 
-    Raises ValueError for a set or an epoch without prompts, or a negative seed or epoch.
+    Raises ValueError if there are no prompts or groups, or if the seed or the epoch is negative.
     """
     for name, value, least in (("num_prompts", num_prompts, 1), ("groups_per_epoch", groups_per_epoch, 1),
                                ("seed", seed, 0), ("epoch", epoch, 0)):
@@ -92,8 +93,8 @@ def _split_file(directory: str, split: str) -> str:
     kinds = [kind for kind in SPLIT_FILES
              if any(os.path.isfile(os.path.join(directory, kind.format(name))) for name in SPLITS)]
     if len(kinds) == 2:
-        raise ValueError(f"{directory}: holds both plain prompts and GenEval metadata; name the file you mean, "
-                         f"such as {os.path.join(directory, SPLIT_FILES[0].format(split))}")
+        raise ValueError(f"{directory}: holds both plain prompts and GenEval metadata; name the file you "
+                         f"mean, such as {os.path.join(directory, SPLIT_FILES[0].format(split))}")
     for kind in kinds:
         path = os.path.join(directory, kind.format(split))
         if os.path.isfile(path):
@@ -112,7 +113,8 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
         number = len(re.split(b"\r\n|\r|\n", content[:error.start]))
         raise ValueError(f"{path}:{number}: not UTF-8: byte {error.start} of the file is "
                          f"0x{content[error.start]:02x}; save it as UTF-8") from None
-    # StringIO ends lines at \n, \r\n and \r alone; str.splitlines would also cut JSON strings at U+2028.
+    # Split lines with StringIO, which ends them at \n, \r\n and \r, because str.splitlines would also cut a
+    # JSON string at U+2028.
     stripped = ((number, line.strip()) for number, line in enumerate(StringIO(text, newline=None), start=1))
     lines = [(number, line) for number, line in stripped if line]
     if "\0" in text:
@@ -124,29 +126,36 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
 def _metadata_prompt(line: str, place: str) -> Prompt:
     try:
         metadata = json.loads(line)
-        json.dumps(metadata, ensure_ascii=False).encode()      # which half of a surrogate pair is not; nothing could read it
+        # Encode it once, because half of a surrogate pair is valid JSON that no tokenizer and no file could
+        # take.
+        json.dumps(metadata, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}; write one object a line") from None
+        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}; write one object a line"
+                         ) from None
     except UnicodeEncodeError:
-        raise ValueError(f"{place}: {_shortened(line)} holds half of a surrogate pair, which is no character") from None
-    except (ValueError, RecursionError):                       # what Python's own limits refuse
-        raise ValueError(f"{place}: {_shortened(line)} holds a number of thousands of digits, or is nested too deeply") from None
+        raise ValueError(f"{place}: {_shortened(line)} holds half of a surrogate pair, which is no character"
+                         ) from None
+    except (ValueError, RecursionError):    # Python limits the digits of a number and the depth of nesting
+        raise ValueError(f"{place}: {_shortened(line)} holds a number of thousands of digits, or is nested "
+                         "too deeply") from None
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{place}: {_shortened(line)} is not an object with a non-empty string "prompt"; add one')
+        raise ValueError(f'{place}: {_shortened(line)} is not an object with a non-empty string "prompt"; '
+                         "add one")
     for clause in ("include", "exclude"):
         entries = metadata.get(clause, [])
         if not isinstance(entries, list):
-            raise ValueError(f'{place}: "{clause}" is {_shortened(json.dumps(entries))}; make it a list of objects')
+            raise ValueError(f'{place}: "{clause}" is {_shortened(json.dumps(entries))}; make it a list of '
+                             "objects")
         for entry in entries:
             if not _is_object_count(entry):
-                raise ValueError(f'{place}: "{clause}" entry {_shortened(json.dumps(entry))} needs a "class" (a name) '
-                                 'and a "count" (a whole number, at least 1)')
+                raise ValueError(f'{place}: "{clause}" entry {_shortened(json.dumps(entry))} needs a "class" '
+                                 '(a name) and a "count" (a whole number, at least 1)')
     return Prompt(text.strip(), metadata)
 
 
-def _is_object_count(entry) -> bool:
-    # type() and not isinstance(): True is an int.
+def _is_object_count(entry: object) -> bool:
+    # Compare the count's type exactly, because isinstance(True, int) holds.
     return (isinstance(entry, dict) and isinstance(entry.get("class"), str) and entry["class"].strip() != ""
             and type(entry.get("count")) is int and entry["count"] >= 1)
 
@@ -155,16 +164,17 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-# ---- words: what the bundled model can spell ----------------------------------------------------------------------
+# ---- words: single words, which the bundled model can spell ------------------------------------------------
 
 VOCABULARY = (DATA / "words.txt").read_text(encoding="utf-8").split()
 WORDS_TEST_PER_LENGTH = {3: 43, 4: 43, 5: 42}
 
 
 def words(split: str) -> list[str]:
-    """The words of `split` ("train" or "test"), lengths mixed, in an order that never changes."""
+    """List the words of `split` ("train" or "test"), lengths mixed, in a fixed order."""
     _check_split(split)
-    # By hash, not by a random generator: the bundled model's weights rest on this split, whatever the Python version.
+    # Order by hash rather than by a random generator, because the bundled model was trained on this split and
+    # the split must not depend on the Python version.
     ordered = sorted(VOCABULARY, key=lambda word: sha256(word.encode()).digest())
     test = {word for length, count in WORDS_TEST_PER_LENGTH.items()
             for word in [word for word in ordered if len(word) == length][:count]}
@@ -172,11 +182,11 @@ def words(split: str) -> list[str]:
 
 
 def word_prompts(split: str) -> list[Prompt]:
-    """Prompts `the word "lamp"`; 3 to 5 lower-case letters, 128 of them held out."""
+    """Make prompts such as `the word "lamp"`: words of 3 to 5 lower-case letters. 128 are test words."""
     return [Prompt(f'the word "{word}"') for word in words(split)]
 
 
-# ---- ocr: scenes with a quoted text, for models that know what a shop sign is ------------------------------------
+# ---- ocr: scenes with a quoted text, for models that can draw scenes ---------------------------------------
 
 _ocr = json.loads((DATA / "ocr.json").read_text(encoding="utf-8"))
 OCR_SCENES, OCR_QUALITIES, OCR_THINGS = _ocr["scenes"], _ocr["qualities"], _ocr["things"]
@@ -186,7 +196,7 @@ OCR_SCENES_PER_TEXT = 5
 
 
 def ocr_prompts(split: str) -> list[Prompt]:
-    """Scenes with one text in double quotes; the texts of the two splits are disjoint, not only the prompts."""
+    """Make scenes with one text in double quotes. The two splits share no text."""
     _check_split(split)
     rng = Random(SEED)
     texts = [f"{quality} {thing}" for quality, thing in product(OCR_QUALITIES, OCR_THINGS)]
@@ -201,7 +211,7 @@ def ocr_prompts(split: str) -> list[Prompt]:
     return prompts
 
 
-# ---- geneval: objects, numbers, colours and places, after GenEval (arXiv 2310.11513) -----------------------------
+# ---- geneval: objects, numbers, colours and places, after GenEval (arXiv 2310.11513) -----------------------
 
 _geneval = json.loads((DATA / "geneval.json").read_text(encoding="utf-8"))
 GENEVAL_OBJECTS, GENEVAL_COLORS = _geneval["objects"], _geneval["colors"]
@@ -223,48 +233,57 @@ def _plural(name: str) -> str:
     return IRREGULAR_PLURALS.get(name) or name + ("es" if name.endswith(("s", "ch", "sh")) else "s")
 
 
-def _single_object(name):
+# One builder per GenEval task. Each returns a prompt's metadata without its tag.
+
+def _single_object(name: str) -> dict:
     return dict(include=[{"class": name, "count": 1}], prompt=f"a photo of {_a(name)}")
 
 
-def _two_object(pair):
+def _two_object(pair: tuple[str, str]) -> dict:
     return dict(include=[{"class": name, "count": 1} for name in pair],
                 prompt=f"a photo of {_a(pair[0])} and {_a(pair[1])}")
 
 
-def _counting(name, count):
+def _counting(name: str, count: int) -> dict:
     return dict(include=[{"class": name, "count": count}], exclude=[{"class": name, "count": count + 1}],
                 prompt=f"a photo of {NUMBER_WORDS[count]} {_plural(name)}")
 
 
-def _colors(name, color):
+def _colors(name: str, color: str) -> dict:
     return dict(include=[{"class": name, "count": 1, "color": color}], prompt=f"a photo of {_a(name, color)}")
 
 
-def _position(pair, position):
-    # The second object stands first in the list: a position refers to an earlier entry by its index.
-    return dict(include=[{"class": pair[1], "count": 1}, {"class": pair[0], "count": 1, "position": [position, 0]}],
-                prompt=f"a photo of {_a(pair[0])} {position} {_a(pair[1])}")
+def _position(pair: tuple[str, str], position: str) -> dict:
+    # List the second object first, because a position refers to an earlier entry by its index.
+    first, second = pair
+    placed = {"class": first, "count": 1, "position": [position, 0]}
+    return dict(include=[{"class": second, "count": 1}, placed],
+                prompt=f"a photo of {_a(first)} {position} {_a(second)}")
 
 
-def _color_attr(pair, colors):
+def _color_attr(pair: tuple[str, str], colors: tuple[str, str]) -> dict:
     return dict(include=[{"class": name, "count": 1, "color": color} for name, color in zip(pair, colors)],
                 prompt=f"a photo of {_a(pair[0], colors[0])} and {_a(pair[1], colors[1])}")
 
 
-# Task: distinct test prompts, distinct train prompts, copies of each in train. The mix is the one Flow-GRPO trains on,
-# 7 position : 5 counting : 3 color_attr : 1 colors : 1 two_object : 0 single_object (here 60 prompts, not none). Only
-# 240 counting prompts exist; without copies they would be one draw in sixty.
+# Per task: distinct test prompts, distinct train prompts, copies of each train prompt. The mix follows
+# Flow-GRPO's 7 position : 5 counting : 3 color_attr : 1 colors : 1 two_object : 0 single_object, except that
+# 60 single_object prompts are in. Counting needs copies, because only 240 counting prompts exist and they
+# would be one draw in sixty.
 GENEVAL_SIZES = {"single_object": (20, 60, 1), "two_object": (240, 1000, 1), "counting": (40, 200, 25),
                  "colors": (240, 500, 2), "position": (240, 7000, 1), "color_attr": (240, 3000, 1)}
 
 
 def geneval_prompts(split: str) -> list[Prompt]:
-    """The six tasks of GenEval, in its metadata format. Test holds each prompt once; train repeats those of the tasks
-    that have few (GENEVAL_SIZES)."""
+    """Make prompts of GenEval's six tasks, in its metadata format.
+
+    The test split holds each prompt once. The train split repeats the prompts of small tasks (see
+    GENEVAL_SIZES).
+    """
     _check_split(split)
     rng = Random(SEED)
-    # Each pair in one order only: "a cat right of a dog" must not be tested after training "a dog left of a cat".
+    # Keep each pair in one order, because otherwise training on "a dog left of a cat" would teach the test
+    # prompt "a cat right of a dog".
     pairs = [tuple(rng.sample(pair, 2)) for pair in combinations(GENEVAL_OBJECTS, 2)]
     colorable = [name for name in GENEVAL_OBJECTS if name != "person"]
     colorable_pairs = [pair for pair in pairs if "person" not in pair]
