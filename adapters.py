@@ -1,4 +1,7 @@
-"""LoRA adapters in files: find, read, check and fit them into a network."""
+"""LoRA adapters in files: find them, read their settings and tensors, and fit them into a network.
+
+Two formats are read: peft's pair of files and diffusers' single file. `Policy.save` writes both.
+"""
 
 import json
 from pathlib import Path
@@ -11,44 +14,61 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+
+# Settings of peft's LoraConfig under which training, saving, and loading by peft or diffusers compute the
+# same.
+EXACT_SETTINGS = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+                  "use_rslora", "use_dora", "lora_bias"}
+# Settings that say where an adapter comes from or how its training began. Its tensors do not depend on them.
+DROPPED_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+                    "revision", "inference_mode", "lora_dropout", "init_lora_weights", "fan_in_fan_out",
+                    "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
+# Values of init_lora_weights that leave the model's own weights alone.
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+# ---- files, here or on the hub -----------------------------------------------------------------------------
 
 def is_hub_id(name: str) -> bool:
     return not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
+def find_file(option: str, place: str, name: str) -> Path | None:
+    """Find the file `name` in a directory or a hub repository. Returns None if the place has no such file."""
+    if is_hub_id(place):
+        return from_hub(option, place, name)
+    path = Path(place) / name
+    return path if path.is_file() else None
+
+
 def from_hub(option: str, repository: str, name: str) -> Path | None:
-    """A file of a hub repository, None where the repository has none of that name. Raises ValueError in one line."""
+    """Download one file of a hub repository. Returns None if the repository has no such file.
+
+    Raises ValueError in one line, with the command-line option that named the repository.
+    """
     try:
         return Path(hf_hub_download(repository, name))
     except RemoteEntryNotFoundError:
         return None
     except GatedRepoError as error:
-        raise ValueError(f"{option} {repository!r} is gated: accept its licence on its page of the hub, then give your token "
-                         "with `hf auth login` or in HF_TOKEN") from error
+        raise ValueError(f"{option} {repository!r} is gated: accept its licence on its page of the hub, then give "
+                         "your token with `hf auth login` or in HF_TOKEN") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{option} {repository!r} is neither here nor on the hub: correct it, or if it is private, give your "
-                         "token with `hf auth login` or in HF_TOKEN") from error
+        raise ValueError(f"{option} {repository!r} is neither here nor on the hub: correct it, or if it is private, "
+                         "give your token with `hf auth login` or in HF_TOKEN") from error
     except Exception as error:
         raise ValueError(f"{option} {repository!r} is neither a directory here nor could it be had from the hub "
                          f"({type(error).__name__}); give a directory, or go online") from error
 
 
-PEFT_FILES, DIFFUSERS_FILE = ("adapter_config.json", "adapter_model.safetensors"), "pytorch_lora_weights.safetensors"
-
-# Settings of peft's LoraConfig under which training, saving and loading by peft and diffusers all compute the same.
-EXACT_SETTINGS = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-                  "lora_bias"}
-# Settings that say where an adapter comes from or how its training began. The adapter's tensors do not depend on them.
-DROPPED_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                    "inference_mode", "lora_dropout", "init_lora_weights", "fan_in_fan_out", "eva_config", "corda_config",
-                    "lora_ga_config", "loftq_config"}
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")       # values of init_lora_weights that leave the model alone
-
+# ---- adapters ----------------------------------------------------------------------------------------------
 
 def find_adapter(lora_path: str) -> tuple[Path, LoraConfig]:
-    """The file with an adapter's tensors, and its settings as training will keep them. Loads no tensors.
+    """Find the file with an adapter's tensors, and read its settings as training will keep them.
 
-    An adapter is peft's two files or diffusers' one: in a directory, in a checkpoint's `adapter`, or on the hub.
+    An adapter lies in a directory, in a checkpoint's `adapter` directory, or on the hub. Loads no tensors.
     Raises ValueError in one line.
     """
     *settings_file, weights = adapter_files(lora_path)
@@ -66,8 +86,8 @@ def find_adapter(lora_path: str) -> tuple[Path, LoraConfig]:
         else:
             other = [key for key in shapes if not key.startswith("transformer.") or ".lora_" not in key]
             if other:
-                raise ValueError(f"it adapts more than the transformer, or in an older format: {other[0]}; load it in diffusers "
-                                 "and save it again")
+                raise ValueError(f"it adapts more than the transformer, or in an older format: {other[0]}; load it "
+                                 "in diffusers and save it again")
             settings = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
             if not settings:                                                     # alpha is the rank, as diffusers takes it
                 layers = sorted({key.removeprefix("transformer.").partition(".lora_")[0] for key in shapes})
@@ -80,23 +100,18 @@ def find_adapter(lora_path: str) -> tuple[Path, LoraConfig]:
 
 
 def adapter_files(lora_path: str) -> list[Path]:
-    """peft's two files of an adapter or diffusers' one, the tensors last."""
+    """Find peft's two files of an adapter or diffusers' one. The file with the tensors is the last."""
     place = Path(lora_path)
     if not place.exists() and not is_hub_id(lora_path):
-        raise ValueError(f"--lora-path {lora_path!r} does not exist: give an adapter's directory, a checkpoint or a hub id")
+        raise ValueError(f"--lora-path {lora_path!r} does not exist: give an adapter's directory, a checkpoint or a "
+                         "hub id")
     if place.name == PEFT_FILES[1]:
         place = place.parent
     if place.suffix == ".safetensors" and place.is_file():
         return [place]
     place = place / "adapter" if (place / "adapter").is_dir() else place
-
-    def find(name: str) -> Path | None:
-        if not place.exists():
-            return from_hub("--lora-path", lora_path, name)
-        return place / name if (place / name).exists() else None
-
     for names in (PEFT_FILES, (DIFFUSERS_FILE,)):
-        files = [find(name) for name in names]
+        files = [find_file("--lora-path", str(place), name) for name in names]
         if all(files):
             return files
     raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} nor "
@@ -104,31 +119,36 @@ def adapter_files(lora_path: str) -> list[Path]:
 
 
 def kept_settings(settings: dict) -> LoraConfig:
-    """The settings of an adapter as training keeps and saves them. Raises ValueError for a setting that training cannot keep.
+    """Make the settings that training keeps and saves. Raises ValueError for a setting that it cannot keep.
 
-    Training runs without dropout, so the dropout becomes 0: what was saved would be random where it is loaded. A start such as
-    PiSSA's changes the model's own weights, so neither the KL's reference nor a pipeline that loads the adapter would be right.
+    Dropout becomes 0, because training runs without it and a saved dropout would make the adapter random
+    elsewhere. A start such as PiSSA's is refused, because it changes the model's own weights: the KL's
+    reference would not be the model, and a pipeline that loads the adapter would not draw what training drew.
     """
     kind, start = str(settings.get("peft_type", "LORA")), settings.get("init_lora_weights")
     if kind != "LORA" or not settings.get("target_modules"):
-        raise ValueError(f"its settings are of peft type {kind} and name the layers {settings.get('target_modules')}: "
-                         "only LORA with its layers named is supported")
+        raise ValueError(f"its settings are of peft type {kind} and name the layers "
+                         f"{settings.get('target_modules')}: only LORA with its layers named is supported")
     if start not in PLAIN_STARTS:
-        raise ValueError(f"its init_lora_weights is {start!r}, which changes the model's own weights: give an adapter of the "
-                         "model as it is; for pissa, olora and corda, peft makes one with save_pretrained(..., "
-                         "path_initial_model_for_weight_conversion=...)")
+        raise ValueError(f"its init_lora_weights is {start!r}, which changes the model's own weights: give an "
+                         "adapter of the model as it is; for pissa, olora and corda, peft makes one with "
+                         "save_pretrained(..., path_initial_model_for_weight_conversion=...)")
     defaults = LoraConfig().to_dict()
     for name, value in settings.items():
-        unknown_detail = name not in defaults and value is not True and not isinstance(value, dict | list)
-        if name not in EXACT_SETTINGS | DROPPED_SETTINGS and value and value != defaults.get(name) and not unknown_detail:
-            raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter without it, or merge "
-                             "this one into its model (peft's merge_and_unload) and give that as --model")
+        if name in EXACT_SETTINGS | DROPPED_SETTINGS or not value or value == defaults.get(name):
+            continue
+        # A newer peft writes settings that this one does not know. A number or a string alone turns nothing
+        # on.
+        if name not in defaults and value is not True and not isinstance(value, dict | list):
+            continue
+        raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter without it, "
+                         "or merge this one into its model (peft's merge_and_unload) and give that as --model")
     return LoraConfig(**{name: settings[name] for name in EXACT_SETTINGS if name in settings},
                       base_model_name_or_path=settings.get("base_model_name_or_path"))
 
 
 def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """An adapter's settings, and its tensors by peft's names. Raises ValueError in one line."""
+    """Read an adapter's settings, and its tensors under peft's names. Raises ValueError in one line."""
     weights, config = find_adapter(lora_path)
     tensors = load_file(weights)
     if weights.name != PEFT_FILES[1]:
@@ -137,29 +157,36 @@ def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def load_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str = "default") -> PeftModel:
-    """A transformer, which may have adapters already, with this one too, to train. Raises ValueError as `fit_adapter` does."""
+    """Add an adapter to a transformer, to be trained. The transformer may have other adapters already.
+
+    Raises ValueError as `fit_adapter` does.
+    """
     network, tensors = fit_adapter(network, lora_path, model, name)
     set_peft_model_state_dict(network, tensors, adapter_name=name)
     return network
 
 
-def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str) -> tuple[PeftModel, dict[str, Tensor]]:
-    """The transformer with the adapter's layers, and the tensors that belong into them.
+def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str
+                ) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Add the adapter's layers to a transformer. Returns it with the tensors that belong into these layers.
 
-    Raises ValueError, with the first tensor that does not fit, if one does not; the transformer is then of no further use.
+    Raises ValueError that names the first tensor that does not fit. The transformer is then of no further
+    use.
     """
     config, tensors = read_adapter(lora_path)
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
 
-    def require(ok: bool, key: str, needed) -> None:
+    def require(ok: bool, key: str, needed: str) -> None:
         if not ok:
             found = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
             raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {needed}; "
                              f"give the model that it was trained on ({trained_on or 'it does not say which'})")
 
-    layers = {layer for layer, _ in (network.get_base_model() if isinstance(network, PeftModel) else network).named_modules()}
+    base = network.get_base_model() if isinstance(network, PeftModel) else network
+    layers = {layer for layer, _ in base.named_modules()}
     for key in tensors:
-        require(key.removeprefix("base_model.model.").partition(".lora_")[0] in layers, key, "the model has no such layer")
+        layer = key.removeprefix("base_model.model.").partition(".lora_")[0]
+        require(layer in layers, key, "the model has no such layer")
     try:
         if isinstance(network, PeftModel):
             network.add_adapter(name, config)
@@ -169,7 +196,8 @@ def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str)
         raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {error}") from error
     own = get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
     for key, value in own.items():
-        require(key in tensors and tensors[key].shape == value.shape, key, f"the model needs {tuple(value.shape)}")
+        fits = key in tensors and tensors[key].shape == value.shape
+        require(fits, key, f"the model needs {tuple(value.shape)}")
     for key, value in tensors.items():
         require(key in own, key, "but its own settings do not name that layer")
         require(bool(value.isfinite().all()), key, "and numbers that are not finite")

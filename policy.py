@@ -1,161 +1,185 @@
-"""A diffusers pipeline as a velocity model: load, adapter, text, guidance, decode, average, save.
+"""A diffusers pipeline as a velocity model: load, text, guidance, decode, save.
 
     policy = Policy("assets/tiny-sd3", device)
     text = policy.encode(['the word "lamp"'])
     v = policy.velocity(text, guidance_scale=4.5)(latents, sigma)      # (B, C, H, W), (B,) -> (B, C, H, W)
 
-What differs between SD3 and FLUX is a `Family` each; a new one is one more.
+`families.py` holds what differs between SD3 and FLUX. `adapters.py` holds the files of LoRA adapters.
 """
 
 import contextlib
 import copy
 import json
 import math
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from adapters import fit_adapter, from_hub, is_hub_id, load_adapter
-from families import FAMILIES, SCHEDULER_FILE, Family, Text, check_scheduler, random_pipeline
+from adapters import find_file, fit_adapter, is_hub_id, load_adapter
+from families import (
+    FAMILIES, SCHEDULER_FILE, Family, Text, check_scheduler, compile_blocks, random_pipeline, random_text)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-TEXT_CACHE = 1024            # prompts whose embeddings are kept, in host memory; one of SD3.5's takes 1.7 MB
-DECODE_PIXELS = 2**20        # of the images that the autoencoder decodes at once: 4 of 512 x 512
+TEXT_CACHE = 1024            # prompts whose embeddings stay in host memory; one prompt of SD3.5 takes 1.7 MB
+DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 images of 512 x 512
 
+Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
 
-# ------------------------------------------------------------------------------------------- what can be had, and whence
 
 def check_model(model: str) -> type[Family]:
-    """The family of `model`, a pipeline's directory, a hub id or random:NAME; else a ValueError in one line. Loads no weights."""
+    """Find the family of `model`: a pipeline's directory, a hub id or random:NAME. Loads no weights.
+
+    Raises ValueError in one line if the model is unknown, or if its scheduler draws otherwise than training
+    samples.
+    """
     if model.startswith("random:"):
         known = {f"random:{name}": family for family in FAMILIES.values() for name in family.published}
         if model not in known:
             raise ValueError(f"--model {model!r} is unknown: {', '.join(known)} are made with random weights")
         return known[model]
-    text = read_part(model, "model_index.json")
-    if text is None:
-        where = "on the hub it has no model_index.json" if is_hub_id(model) else f"{model}/model_index.json does not exist"
-        raise ValueError(f"--model {model!r} is no diffusers pipeline: {where}")
+    path = find_file("--model", model, "model_index.json")
+    if path is None:
+        missing = ("on the hub it has no model_index.json" if is_hub_id(model)
+                   else f"{model}/model_index.json does not exist")
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: {missing}")
     try:
-        index = json.loads(text)
+        index = json.loads(path.read_text())
         kind = index["_class_name"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name its class") from error
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name "
+                         "its class") from error
     if kind not in FAMILIES:
         raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
-    check_scheduler(model, index.get("scheduler"), read_part(model, SCHEDULER_FILE))
+    check_scheduler(model, index.get("scheduler"), find_file("--model", model, SCHEDULER_FILE))
     return FAMILIES[kind]
 
 
-def read_part(model: str, name: str) -> str | None:
-    """The text of one file of a pipeline, which is a directory or a hub id; None if the pipeline has no such file."""
-    if is_hub_id(model):
-        path = from_hub("--model", model, name)
-    else:
-        path = Path(model) / name if (Path(model) / name).is_file() else None
-    return path.read_text(encoding="utf-8", errors="replace") if path else None
-
-
-# ---------------------------------------------------------------------------------------------------------- the policy
+# ---- copies between host and device ------------------------------------------------------------------------
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """From host memory; a GPU fetches it while this process goes on."""
+    """Copy a tensor from host memory. A GPU fetches it while this process goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
-    """Copies on their way to host memory. The call waits for them, and not for what a GPU was asked to do after this."""
+    """Start to copy tensors to host memory. Returns a function that waits for the copies and returns them.
+
+    The function does not wait for work that the GPU was given after this call.
+    """
     if tensors[0].device.type != "cuda":
         return lambda: list(tensors)
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-    done = torch.cuda.Event()
+    copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+              for tensor in tensors]
+    # A blocking event lets the waiting thread sleep. The default event would keep a CPU core busy.
+    done = torch.cuda.Event(blocking=True)
     done.record()
 
-    def arrived() -> list[Tensor]:
+    def wait_for_copies() -> list[Tensor]:
         done.synchronize()
         return copies
 
-    return arrived
+    return wait_for_copies
 
+
+# ---- the policy --------------------------------------------------------------------------------------------
 
 class Policy:
-    """A pipeline's transformer, trained by an adapter or whole, and the frozen parts around it.
+    """A pipeline's transformer, which an adapter or full fine-tuning trains, and the frozen parts around it.
 
-    The network computes in `dtype`, in which its frozen weights sit; weights that are trained are float32 (float64 throughout
-    for "float64"). The reference policy is the network with its adapter off, also where training goes on from `lora_path`; under
-    `full_finetune` it is a frozen copy.
+    The network computes in `dtype`, and its frozen weights have that dtype. Trained weights are float32, or
+    float64 if `dtype` is "float64". The reference policy is the network without its adapter. It is the model
+    itself also when training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the
+    model.
     """
 
-    def __init__(self, model: str, device: torch.device, dtype: str = "float32", resolution: tuple[int, int] = (512, 512),
-                 max_sequence_length: int = 128, lora_rank: int = 32, lora_alpha: int = 64,
-                 lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
-                 with_reference: bool = True, lora_path: str = "", offload_text_encoders: bool = False,
-                 gradient_checkpointing: bool = False, compile: bool = False):
-        """An adapter at `lora_path` brings rank, alpha and targets of its own; with `lora_rank` 0 and none there is none.
+    before_call: Callable[[], None] | None = None
+    """Every velocity calls this before it calls the network. It may raise to stop a rollout."""
 
-        Raises ValueError for a resolution that the model's patches do not tile, or that exceeds its positions, for a sigma
-        schedule that is not supported, and for an adapter that does not fit.
+    def __init__(self, model: str, device: torch.device, dtype: str = "float32", *,
+                 resolution: tuple[int, int] = (512, 512), max_sequence_length: int = 128,
+                 lora_rank: int = 32, lora_alpha: int = 64, lora_path: str = "",
+                 lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
+                 with_reference: bool = True, offload_text_encoders: bool = False,
+                 gradient_checkpointing: bool = False, compile: bool = False):
+        """Load the model, and give it a new adapter, the adapter at `lora_path`, or (with `lora_rank` 0)
+        none.
+
+        resolution: height and width in pixels. max_sequence_length: tokens of the T5 encoder. An adapter at
+        `lora_path` keeps its own rank, alpha and targets. with_reference: full fine-tuning keeps a frozen
+        copy. Raises ValueError if the model is not supported, the adapter does not fit it, or its patches do
+        not tile the resolution.
         """
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         self.model, self.device, self.dtype = model, device, DTYPES[dtype]
-        self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32      # of latents and trained weights
+        # Latents and trained weights have this dtype.
+        self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32
         self.max_sequence_length = max_sequence_length
-        frozen = torch.float32 if full_finetune and dtype != "float64" else self.dtype
-        # The autoencoder stays in full precision: what it draws is what is scored.
+        if device.type == "cuda":
+            # Forbid TF32 in convolutions if full precision was asked for, because cuDNN's default is to round
+            # to it.
+            torch.backends.cudnn.allow_tf32 = dtype not in ("float32", "float64")
+
         family = check_model(model)
-        if model.startswith("random:"):
-            self.pipe = random_pipeline(family, model.removeprefix("random:"), device, frozen, self.compute_dtype)
-        else:
-            self.pipe = family.pipeline.from_pretrained(
-                model, use_safetensors=True, dtype={"default": self.dtype, "transformer": frozen, "vae": self.compute_dtype})
+        self.pipe = self._load_pipeline(family, self.compute_dtype if full_finetune else self.dtype)
         self.family = family(self.pipe)
         self.set_resolution(resolution)
         self.offload_text_encoders = offload_text_encoders
         for name, part in self.pipe.components.items():
             if isinstance(part, torch.nn.Module):
-                part.requires_grad_(False).to("cpu" if offload_text_encoders and name.startswith("text_encoder") else device)
+                on_host = offload_text_encoders and name.startswith("text_encoder")
+                part.requires_grad_(False).to("cpu" if on_host else device)
 
         transformer = self.pipe.transformer.requires_grad_(full_finetune)
         self.reference = None
-        if full_finetune:
-            if with_reference:
-                self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
-            self.network = transformer
-        elif lora_path:
+        if full_finetune and with_reference:
+            self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
+        self.network = transformer
+        if lora_path and not full_finetune:
             self.network = load_adapter(transformer, lora_path, model)
-        elif lora_rank:
-            targets = lora_targets if isinstance(lora_targets, str) else list(lora_targets)
+        elif lora_rank and not full_finetune:
             self.network = get_peft_model(transformer, LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets))
-        else:
-            self.network = transformer
+                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian",
+                target_modules=lora_targets if isinstance(lora_targets, str) else list(lora_targets)))
         if isinstance(self.network, PeftModel):
             self.network.peft_config["default"].base_model_name_or_path = model
-        self.network.eval()                                  # an adapter's dropout would replay another policy than sampled
+        self.network.eval()      # no dropout, because replay must compute what the rollout computed
         if dtype == "float64":
             self.network.double()
         if gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        if compile:                                          # block by block: all of a kind share one compilation
-            torch._dynamo.config.recompile_limit = 64        # with and without gradients, with and without the adapter, batch sizes
-            for block in [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]:
-                block.compile()
+        if compile:
+            compile_blocks(transformer)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0
 
+    def _load_pipeline(self, family: type[Family], dtype: torch.dtype) -> DiffusionPipeline:
+        """Load the pipeline with its transformer in `dtype`.
+
+        The autoencoder stays in full precision, because its pictures are what rewards score.
+        """
+        if self.model.startswith("random:"):
+            name = self.model.removeprefix("random:")
+            return random_pipeline(family, name, self.device, dtype=dtype, vae_dtype=self.compute_dtype)
+        dtypes = {"default": self.dtype, "transformer": dtype, "vae": self.compute_dtype}
+        return family.pipeline.from_pretrained(self.model, use_safetensors=True, dtype=dtypes)
+
     def set_resolution(self, resolution: tuple[int, int]) -> None:
-        """Height and width of the images to come, in pixels. Raises ValueError for what the model's patches do not tile."""
+        """Set the height and width of the next images, in pixels.
+
+        Raises ValueError if the model's patches do not tile them, or if the scheduler has no schedule for
+        them.
+        """
         channels, patch, most = self.family.tiling()
         scale = self.pipe.vae_scale_factor
         unit = scale * patch
@@ -165,46 +189,54 @@ class Policy:
         self.latent_shape = (channels, *(size // scale for size in resolution))          # C, H, W
         self.tokens = math.prod(size // unit for size in resolution)                     # patches of an image
         if not (shift := self.family.shift(self.tokens)) > 0:
-            raise ValueError(f"--resolution is {resolution}: the scheduler of {self.model} would shift its times by {shift:.3g}, "
-                             "which must be above 0; give another resolution, or time_shift_type \"exponential\"")
+            raise ValueError(f"--resolution is {resolution}: the scheduler of {self.model} would shift times "
+                             f"by {shift:.3g}, which must be above 0; give another resolution")
 
     def schedule_arguments(self, num_steps: int) -> dict[str, float]:
-        """For sampler.timestep_schedule(num_steps, **these): the pipeline's own schedule at this resolution."""
+        """Return keywords for `sampler.timestep_schedule`: the pipeline's own schedule at this resolution."""
         return self.family.schedule(num_steps, self.tokens)
 
     def branches(self, guidance_scale: float) -> int:
-        """Transformer calls of a velocity."""
+        """Count the rows that the network computes per image: 2 with classifier-free guidance, else 1."""
         return self.family.branches(guidance_scale)
 
-    # --------------------------------------------------------------------------------------------------- adapters
+    # ---- adapters
+    # --------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, lora_path: str) -> None:
-        """Another adapter on the same weights. One that does not fit is a ValueError, and leaves the policy as it was."""
+        """Load another adapter onto the same weights.
+
+        Raises ValueError if the adapter does not fit. The policy is then as it was.
+        """
+        # Try it on a copy without weights first, because peft leaves half-installed layers behind if an
+        # adapter does not fit.
         transformer = self.pipe.transformer
-        with torch.device("meta"):                           # tried without weights: what is refused leaves layers behind
+        with torch.device("meta"):
             skeleton = type(transformer).from_config(transformer.config)
         fit_adapter(skeleton, lora_path, self.model, name)
         self.network = load_adapter(self.network, lora_path, self.model, name).eval()
 
     def use_adapter(self, name: str, strength: float = 1.0) -> None:
-        """From now on the network is the model with this adapter: 1 is as it was trained, 0 the model itself, to the bit."""
+        """Switch to an adapter. Strength 1 is the adapter as trained, 0 is the model itself to the bit."""
         if not isinstance(self.network, PeftModel):
             return
         if not strength:
-            return self.network.base_model.disable_adapter_layers()
+            self.network.base_model.disable_adapter_layers()
+            return
         self.network.base_model.enable_adapter_layers()
         self.network.set_adapter(name, inference_mode=True)
         for layer in self.network.modules():
             if isinstance(layer, LoraLayer):
                 layer.set_scale(name, strength)
 
-    # ------------------------------------------------------------------------------------------------------- text
+    # ---- text
+    # ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def cache_text(self, prompts: list[str], guidance_scale: float = 1.0) -> None:
-        """Encode now what `velocity` will take for `prompts`, and keep all of it until the next call.
+        """Encode now what `velocity` will need for `prompts`, and keep all of it until the next call.
 
-        Text encoders that are kept off the device come for this once, rather than for every batch.
+        Offloaded text encoders then move to the device once, and not once per batch.
         """
         prompts = list(dict.fromkeys([*prompts, *[""] * (self.branches(guidance_scale) - 1)]))
         self._text_kept = len(prompts)
@@ -212,29 +244,36 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Text:
-        """Embeddings (B, L, D) and pooled embeddings (B, P) of `prompts`; each distinct prompt is encoded once."""
+        """Return embeddings (B, L, D) and pooled embeddings (B, P). Each distinct prompt is encoded once."""
         self._encode_missing(prompts)
-        text = tuple(to_device(torch.stack(part), self.device) for part in zip(*(self._text_cache[p] for p in prompts)))
+        rows = [self._text_cache[prompt] for prompt in prompts]                      # B pairs of (L, D), (P,)
+        text = tuple(to_device(torch.stack(part), self.device) for part in zip(*rows))
         while len(self._text_cache) > max(TEXT_CACHE, self._text_kept):
             self._text_cache.pop(next(iter(self._text_cache)))
         return text
 
     def _encode_missing(self, prompts: list[str]) -> None:
-        """One at a time: in a batch, the last bits of an embedding depend on the batch's size, and a resumed run, whose cache
-        starts empty, would batch other prompts together.
+        """Encode those prompts that the cache does not hold.
+
+        Prompts are encoded one at a time, because the last bits of an embedding depend on the batch size. A
+        resumed run starts with an empty cache and would otherwise batch other prompts together.
         """
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._text_cache]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
+        moved = missing and self.offload_text_encoders
         try:
-            if missing and self.offload_text_encoders:
+            if moved:
                 self._move_text_encoders(self.device)
             for prompt in missing:
-                text = (self.family.encode(prompt, self.max_sequence_length, self.device) if self.pipe.text_encoder is not None
-                        else self._random_text(prompt))
-                self._text_cache[prompt] = tuple(part[0].cpu() for part in text)
+                if self.model.startswith("random:"):
+                    text = random_text(self.family, prompt, self.max_sequence_length, self.dtype)
+                else:
+                    text = self.family.encode(prompt, self.max_sequence_length, self.device)
+                self._text_cache[prompt] = tuple(part[0].cpu() for part in text)     # (L, D), (P,)
         finally:
-            if missing and self.offload_text_encoders:
+            if moved:
                 self._move_text_encoders(torch.device("cpu"))
-        for prompt in dict.fromkeys(prompts):                                    # what was wanted last is forgotten last
+        # Put the prompts in use at the end of the cache, because its oldest entries are dropped first.
+        for prompt in dict.fromkeys(prompts):
             self._text_cache[prompt] = self._text_cache.pop(prompt)
 
     def _move_text_encoders(self, device: torch.device) -> None:
@@ -242,87 +281,103 @@ class Policy:
             if name.startswith("text_encoder") and part is not None:
                 part.to(device)
 
-    def _random_text(self, prompt: str) -> Text:
-        """In place of the encoders that a random model has not: numbers of the same shape, always the same for a prompt."""
-        generator, config = torch.Generator().manual_seed(zlib.crc32(prompt.encode())), self.pipe.transformer.config
-        tokens = self.family.clip_tokens + self.max_sequence_length
-        shapes = (1, tokens, config.joint_attention_dim), (1, config.pooled_projection_dim)
-        return tuple(torch.randn(shape, generator=generator).to(self.dtype) for shape in shapes)
+    # ---- velocity
+    # --------------------------------------------------------------------------------------------
 
-    # --------------------------------------------------------------------------------------------------- velocity
+    def velocity(self, text: Text, guidance_scale: float = 1.0, network: torch.nn.Module | None = None,
+                 negative_prompt: str = "") -> Velocity:
+        """Return the policy as a function of latents (B, C, H, W) and sigma (B,). Gradients flow through it.
 
-    def velocity(self, text: Text, guidance_scale: float = 1.0, network=None, negative_prompt: str = ""):
-        """The policy as `velocity(latents (B, C, H, W), sigma (B,)) -> (B, C, H, W)`, in the latents' dtype, with gradients.
-
-        text: what `encode` made of the B prompts. With classifier-free guidance, the guided velocity is the policy: gradients
-        go through both branches, which share one call of the network; it guides away from `negative_prompt`.
+        text: what `encode` made of the B prompts. network: another network than the trained one. The velocity
+        has the latents' dtype. With classifier-free guidance the guided velocity is the policy: one network
+        call computes both branches, gradients go through both, and the guidance points away from
+        `negative_prompt`.
         """
         network = network or self.network
         if self.branches(guidance_scale) == 2:
-            text = tuple(torch.cat([negative.expand_as(part), part])                    # (2B, ...)
-                         for negative, part in zip(self.encode([negative_prompt]), text))
+            negative_text = self.encode([negative_prompt])
+            text = tuple(torch.cat([negative.expand_as(part), part])                 # (2B, ...)
+                         for negative, part in zip(negative_text, text))
+        autocast = self.dtype in (torch.float16, torch.bfloat16)
 
-        def guided(latents: Tensor, sigma: Tensor) -> Tensor:
-            copies = len(text[0]) // len(latents)
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in (torch.float16, torch.bfloat16)):
-                v = self.family.velocity(network, torch.cat([latents] * copies), torch.cat([sigma] * copies), text,
-                                         guidance_scale).to(latents.dtype)
-            if copies == 1:
+        def guided_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
+            if self.before_call:
+                self.before_call()
+            branches = len(text[0]) // len(latents)
+            x, t = torch.cat([latents] * branches), torch.cat([sigma] * branches)
+            with torch.autocast(self.device.type, self.dtype, enabled=autocast):
+                v = self.family.velocity(network, x, t, text, guidance_scale)        # (branches B, C, H, W)
+            v = v.to(latents.dtype)
+            if branches == 1:
                 return v
+            # v = v_uncond + w (v_cond - v_uncond): arXiv 2207.12598, eq. 6, with diffusers' w, where 1 is no
+            # guidance.
             unconditional, conditional = v.chunk(2)
-            # v = v_uncond + w (v_cond - v_uncond): arXiv 2207.12598, eq. 6, in diffusers' scale, where w = 1 is none
             return unconditional + guidance_scale * (conditional - unconditional)
 
-        return guided
+        return guided_velocity
 
-    def reference_velocity(self, text: Text, guidance_scale: float = 1.0):
-        """The velocity of the model without an adapter, or before full fine-tuning, as `velocity`, without gradients."""
-        guided = self.velocity(text, guidance_scale, self.reference)
+    def reference_velocity(self, text: Text, guidance_scale: float = 1.0) -> Velocity:
+        """Return the untrained model as a function of latents and sigma, without gradients."""
+        velocity = self.velocity(text, guidance_scale, self.reference)
 
         @torch.no_grad()
-        def of_reference(latents: Tensor, sigma: Tensor) -> Tensor:
+        def untrained_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
             with contextlib.nullcontext() if self.reference is not None else self._without_adapter():
-                return guided(latents, sigma)
+                return velocity(latents, sigma)
 
-        return of_reference
+        return untrained_velocity
 
     @contextlib.contextmanager
-    def _without_adapter(self):
-        """As peft's own `disable_adapter`, without its survey of all layers, which takes longer than a small network's call."""
+    def _without_adapter(self) -> Iterator[None]:
+        """Switch the adapter off for a while.
+
+        peft's own `disable_adapter` first surveys all layers, which takes longer than a call of a small
+        network.
+        """
         self.network.base_model.disable_adapter_layers()
         try:
             yield
         finally:
             self.network.base_model.enable_adapter_layers()
 
-    # ----------------------------------------------------------------------------------------------------- images
+    # ---- images
+    # ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, H, W) as images: uint8 (B, 8H, 8W, 3) for a VAE of compression 8.
+        """Decode latents (B, C, H, W) to images: uint8 (B, 8H, 8W, 3) if the autoencoder compresses 8 times.
 
-        A few at a time: full-size activations of the autoencoder take more memory than anything else here.
+        It decodes a few images at a time, because the autoencoder's activations take more memory than
+        anything else.
         """
         vae = self.pipe.vae
         latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        pixels = math.prod(latents.shape[-2:]) * self.pipe.vae_scale_factor**2
-        images = [((vae.decode(part).sample / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-                  for part in latents.split(max(1, DECODE_PIXELS // pixels))]
+        pixels = math.prod(latents.shape[-2:]) * self.pipe.vae_scale_factor**2       # of one image
+        images = []
+        for part in latents.split(max(1, DECODE_PIXELS // pixels)):
+            image = (vae.decode(part).sample / 2 + 0.5).clamp(0, 1)              # (b, 3, 8H, 8W), from 0 to 1
+            images.append((image * 255).round().to(torch.uint8))
         return torch.cat(images).permute(0, 2, 3, 1).contiguous()
 
-    # ----------------------------------------------------------------------------------------------------- saving
+    # ---- saving
+    # ----------------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
-        """The trained weights as people use them: `directory/adapter`, or diffusers' `directory/transformer`.
+        """Save the trained weights in the formats that others load.
 
-        The adapter is there in both formats: for peft's `PeftModel.from_pretrained(pipe.transformer, directory / "adapter")`
-        and for diffusers' `pipe.load_lora_weights(directory / "adapter")`.
+        Full fine-tuning writes diffusers' `directory/transformer`. An adapter is written in both formats:
+        `PeftModel.from_pretrained(pipe.transformer, directory / "adapter")` loads it, and so does
+        `pipe.load_lora_weights(directory / "adapter")`.
         """
         if not isinstance(self.network, PeftModel):
-            return self.network.save_pretrained(directory / "transformer")
-        self.network.save_pretrained(directory / "adapter", save_embedding_layers=False)         # "auto" asks the hub
+            self.network.save_pretrained(directory / "transformer")
+            return
+        # save_embedding_layers="auto" is peft's default and would ask the hub.
+        self.network.save_pretrained(directory / "adapter", save_embedding_layers=False)
         tensors = get_peft_model_state_dict(self.network, save_embedding_layers=False)
-        settings = self.network.peft_config["default"].to_dict()
+        # Give diffusers the settings too, because without them it takes the rank for alpha.
         self.pipe.save_lora_weights(
-            directory / "adapter", {key.removeprefix("base_model.model."): value for key, value in tensors.items()},
-            transformer_lora_adapter_metadata=settings)                          # without it, alpha would be taken for the rank
+            directory / "adapter",
+            {key.removeprefix("base_model.model."): value for key, value in tensors.items()},
+            transformer_lora_adapter_metadata=self.network.peft_config["default"].to_dict())

@@ -214,7 +214,7 @@ def test_a_linear_shift_that_a_resolution_makes_negative_is_refused(model, monke
     policy = untrained_policy(model)
     monkeypatch.setattr(policy.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, time_shift_type="linear", base_image_seq_len=100, base_shift=0.1, max_image_seq_len=200))
-    with pytest.raises(ValueError, match="would shift its times by -"):
+    with pytest.raises(ValueError, match="would shift times by -"):
         policy.set_resolution((16, 32))
 
 

@@ -174,6 +174,32 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(policy, pipe):
         assert not any(p.requires_grad for p in part.parameters())
 
 
+# ------------------------------------------------------------------------------------------------ calls of the network
+
+@pytest.mark.parametrize("full_finetune", [False, True])
+def test_before_call_runs_before_each_call_of_the_network_and_may_stop_it(model, full_finetune):
+    policy, order = make_policy(model, full_finetune=full_finetune), []
+    for network in (policy.pipe.transformer, policy.reference):
+        if network is not None:
+            network.register_forward_pre_hook(lambda *_: order.append("network"))
+    text, x, sigma = policy.encode(PROMPTS), start_noise(policy, 2), torch.tensor([0.9, 0.3])
+    guided, untrained = policy.velocity(text, 4.5), policy.reference_velocity(text)
+    policy.before_call = lambda: order.append("before")                              # set after the velocities were made
+    guided(x, sigma), untrained(x, sigma), guided(x, sigma)
+    assert order == ["before", "network"] * 3
+
+    def stop():
+        raise KeyError("stop")
+
+    policy.before_call = stop
+    for velocity in (guided, untrained):
+        with pytest.raises(KeyError):
+            velocity(x, sigma)
+    assert len(order) == 6
+    policy.before_call = None
+    assert guided(x, sigma).isfinite().all() and order[6:] == ["network"]            # the adapter is on again
+
+
 # -------------------------------------------------------------------------------------------------------------- dtypes
 
 def test_a_float64_policy_computes_in_float64_in_every_part(model):
