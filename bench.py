@@ -37,8 +37,7 @@ import distributed
 import train
 from config import batch_plan, refuse_repeated
 from harness.program import run_as_program
-from memory import DoesNotFit
-from policy import is_out_of_memory
+from memory import DoesNotFit, is_out_of_memory
 from rewards import RewardError
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "waiting", "other")

@@ -29,9 +29,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from adapters import PEFT_FILES, find_adapter
 from config import PRESETS, Config, parse_options, refuse_unknown
+from families import FLUX
 from harness.program import run_as_program
-from policy import FLUX, PEFT_FILES, Policy, check_model, find_adapter, is_out_of_memory
+from memory import is_out_of_memory
+from policy import Policy, check_model
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule
 
@@ -425,7 +428,8 @@ def make_studio(options: Options, config: Config, adapters: tuple[str, ...]) -> 
         if options.rewards:
             raise
         notes.append(f"The run's rewards cannot be had, so nothing is scored: {error}. Others: --rewards name weight")
-    studio = Studio(Policy(config.model, device, dtype, config.resolution, config.max_sequence_length, lora_rank=0,
+    studio = Studio(Policy(config.model, device, dtype, resolution=config.resolution,
+                           max_sequence_length=config.max_sequence_length, lora_rank=0,
                            offload_text_encoders=options.offload_text_encoders), rewards)
     for adapter in adapters:
         studio.add(adapter)

@@ -3,6 +3,7 @@
 All of it is one state, which is saved, restored, and taken back to the last whole epoch where an epoch does not end.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from config import Config
 from distributed import is_main
-from policy import Policy, WeightAverage
+from policy import Policy
 
 
 def learning_rate(config: Config, epoch: int) -> float:
@@ -109,3 +110,35 @@ def on_host(value):
     if isinstance(value, dict):
         return {key: on_host(item) for key, item in value.items()}
     return [on_host(item) for item in value] if isinstance(value, list) else value
+
+
+class WeightAverage:
+    """Exponential moving average of trained weights, d = min((1 + n) / (10 + n), decay) after n optimizer steps."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float, every: int):
+        self.parameters, self.decay, self.every = parameters, decay, every
+        self.steps = 0                                                                   # optimizer steps seen
+        self.average = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Call once after each optimizer step."""
+        self.steps += 1
+        if self.steps % self.every == 0:
+            decay = min((1 + self.steps) / (10 + self.steps), self.decay)
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def applied(self):
+        """Within, the trained weights are the average; afterwards they are themselves again."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self._copy(self.average)
+        try:
+            yield
+        finally:
+            self._copy(kept)
+
+    @torch.no_grad()
+    def _copy(self, values: list[Tensor]) -> None:
+        for p, value in zip(self.parameters, values):
+            p.copy_(value)

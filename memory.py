@@ -10,13 +10,18 @@ import torch
 
 import distributed
 from config import Config, batch_plan
-from policy import Policy, is_out_of_memory
+from policy import Policy
 from prompts import Prompt
 from rewards import RewardError
 
 
 class DoesNotFit(RuntimeError):
     """Out of memory: where, the way out and the batch plan, in one line; on one rank, perhaps."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"

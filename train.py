@@ -30,16 +30,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
+from adapters import find_adapter
 from checkpoint import (
     Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
 from config import Config, batch_plan, describe, parse_config, steps_at_once, validate
 from distributed import LostRank, is_main
+from families import Text
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from harness.program import leave, run_as_program
 from learner import Learner, learning_rate
 from memory import LESS_MEMORY, DoesNotFit, choose_batches, within_memory
-from policy import Policy, Text, check_model, find_adapter, to_device, to_host
+from policy import Policy, check_model, to_device, to_host
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
 from sampler import Trajectory, Velocity, replay, rollout, timestep_schedule
@@ -560,9 +562,12 @@ def make_policy(config: Config, device: torch.device) -> Policy:
     torch.manual_seed(config.seed)
     with within_memory("the model itself is too large: start fewer processes, or --offload-text-encoders",
                        describe(config, distributed.world_size())):
-        policy = Policy(config.model, device, config.dtype, config.resolution, config.max_sequence_length, config.lora_rank,
-                        config.lora_alpha, config.lora_targets, config.full_finetune, config.beta > 0, config.lora_path,
-                        config.offload_text_encoders, config.gradient_checkpointing, config.compile)
+        policy = Policy(
+            config.model, device, config.dtype, resolution=config.resolution, max_sequence_length=config.max_sequence_length,
+            lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
+            full_finetune=config.full_finetune, with_reference=config.beta > 0, lora_path=config.lora_path,
+            offload_text_encoders=config.offload_text_encoders, gradient_checkpointing=config.gradient_checkpointing,
+            compile=config.compile)
         distributed.broadcast_parameters(policy.parameters)
         # NCCL takes its buffers at an operation's first call, outside PyTorch's reserve: before batches are chosen by what is left.
         distributed.sum_gradients(policy.parameters)

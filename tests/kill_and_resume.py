@@ -38,7 +38,7 @@ PHASES = {
     "scoring": ("train", "score", False, False, 4),
     "training": ("train", "accumulate_gradients", False, False, 6),
     "summing gradients": ("distributed", "sum_gradients", False, False, 4),
-    "between updates": ("policy", "WeightAverage.step", True, False, 3),
+    "between updates": ("learner", "WeightAverage.step", True, False, 3),
     "evaluation": ("train", "evaluate_share", True, False, 2),
     "half the images": ("gallery", "save_images", False, True, 2),
     "images written": ("gallery", "save_images", True, True, 2),

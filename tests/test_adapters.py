@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_families import PROMPTS, SIGMA, change, load_pipeline, make_policy, pipeline_latents, policy_latents, start_noise
 
-import policy as policy_module
-from policy import Policy, check_model, find_adapter
+import adapters
+from adapters import find_adapter
+from policy import Policy, check_model
 
 ATTENTION = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
              "attn.to_add_out"]
@@ -173,13 +175,129 @@ def test_an_adapter_comes_from_the_hub_by_its_id_in_either_format(model, tmp_pat
             raise RemoteEntryNotFoundError("404", response=RESPONSE)
         return str(path)
 
-    monkeypatch.setattr(policy_module, "hf_hub_download", download)
+    monkeypatch.setattr(adapters, "hf_hub_download", download)
     for name in ("someone/peft", "someone/diffusers"):
         for found, expected in zip(adapted(model, name).parameters, policy.parameters, strict=True):
             assert torch.equal(found, expected)
 
 
+ATTENTION_SHORT = ["attn.to_q", "attn.to_v"]
+KEPT = {                               # settings of LoraConfig
+    "patterns": dict(rank_pattern={"0.attn.to_q": 5}, alpha_pattern={"1.attn.to_v": 1}),
+    "rslora": dict(use_rslora=True),
+    "dora": dict(use_dora=True),
+    "bias of B": dict(lora_bias=True),
+    "expression": dict(target_modules=r".*transformer_blocks\.\d\.attn\.to_q"),
+    "exclusion": dict(exclude_modules=["attn.to_v"]),
+    "dropout": dict(lora_dropout=0.3),
+    "orthogonal start": dict(r=4, init_lora_weights="orthogonal"),
+    "eva start": dict(init_lora_weights="eva", eva_config=EvaConfig()),
+    "bare start": dict(init_lora_weights=False),
+    "a language model's": dict(task_type="CAUSAL_LM", fan_in_fan_out=True, lora_dropout=0.1, use_rslora=True, use_dora=True,
+                               rank_pattern={"to_q": 2}),
+}
+
+
+@pytest.mark.parametrize("settings", KEPT.values(), ids=KEPT)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_an_adapter_trains_and_is_saved_exactly_under_every_setting_that_is_taken(model, tmp_path, settings):
+    train_and_save_exactly(model, tmp_path, settings)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_an_adapter_of_flux_with_several_settings_at_once_trains_and_is_saved_exactly(flux_model, tmp_path):
+    train_and_save_exactly(flux_model, tmp_path, KEPT["a language model's"])
+
+
+def train_and_save_exactly(model: str, tmp_path: Path, settings: dict) -> None:
+    base = load_pipeline(model).transformer
+    network = written_by_peft(model, tmp_path, LoraConfig(**{
+        "r": 3, "lora_alpha": 6, "target_modules": ATTENTION_SHORT, **settings, "task_type": None})).eval()
+    edit_settings(tmp_path, **{name: value for name, value in settings.items() if name in ("task_type", "fan_in_fan_out")})
+    policy = adapted(model, tmp_path)
+    text, x = policy.encode(PROMPTS), start_noise(policy)
+
+    def velocity(network) -> torch.Tensor:
+        with torch.no_grad():
+            return policy.velocity(text, network=network)(x, SIGMA)
+
+    untrained = velocity(base)
+    assert (velocity(policy.network) - velocity(network)).abs().max() < 1e-5
+    assert (velocity(network) - untrained).abs().max() > 1e-3
+    change(policy, 0.03)
+    trained = velocity(policy.network)
+    assert (trained - velocity(network)).abs().max() > 1e-3
+    assert (policy.reference_velocity(text)(x, SIGMA) - untrained).abs().max() < 1e-5     # the model, not what a start made of it
+    policy.save(tmp_path / "on")
+    policy.use_adapter("default", 1.0)                                                    # the scale that every layer has of its own
+    assert torch.equal(velocity(policy.network), trained)
+
+    by_peft, by_diffusers = fresh_pipeline(model), fresh_pipeline(model)
+    by_peft.transformer = PeftModel.from_pretrained(by_peft.transformer, tmp_path / "on" / "adapter").train()
+    by_diffusers.load_lora_weights(tmp_path / "on" / "adapter")
+    by_diffusers.transformer.train()                                                      # nothing that was saved is random
+    for pipe in (by_peft, by_diffusers):
+        assert (velocity(pipe.transformer) - trained).abs().max() < 1e-5
+    again = adapted(model, tmp_path / "on")
+    assert (velocity(again.network) - trained).abs().max() < 1e-5
+    fresh = make_policy(model)
+    fresh.add_adapter("other", str(tmp_path / "on"))                                      # as the demo does
+    fresh.use_adapter("other")
+    assert (velocity(fresh.network) - trained).abs().max() < 1e-5
+
+
+def edit_settings(directory: Path, **changes) -> None:
+    file = directory / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize("settings", [
+    dict(init_lora_weights="pissa"), dict(init_lora_weights="pissa_niter_4"), dict(init_lora_weights="olora"),
+    dict(modules_to_save=["proj_out"]), dict(bias="all"), dict(bias="lora_only"),
+    dict(target_modules=["attn.to_q"], trainable_token_indices={"proj_out": [0]})], ids=str)
+def test_an_adapter_that_changes_the_model_itself_is_refused_before_the_model_loads(model, tmp_path, settings):
+    settings = {"r": 3, "target_modules": ATTENTION_SHORT, **settings}
+    name, value = list(settings.items())[-1]
+    if name == "trainable_token_indices":                   # made for embeddings of words: written by hand
+        settings.pop(name)
+    written_by_peft(model, tmp_path, LoraConfig(**settings))
+    edit_settings(tmp_path, **{name: value})
+    message = refusal(find_adapter, str(tmp_path))
+    assert f"{name} is {value!r}" in message and str(tmp_path) in message and ("--model" in message or "of the model" in message)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"), ("init_lora_weights", "lora_ga"), ("init_lora_weights", "mica"),
+    ("init_lora_weights", "of next year"), ("layers_to_transform", [1]), ("layer_replication", [[0, 2], [1, 2]]), ("target_parameters", ["pos_embed"]),
+    ("megatron_config", {"a": 1}), ("alora_invocation_tokens", [1]), ("use_qalora", True), ("kasa_config", {"a": 1}),
+    ("monteclora_config", {"a": 1}), ("velora_config", {"a": 1}), ("arrow_config", {"a": 1}), ("use_bdlora", {"a": 1}),
+    ("ensure_weight_tying", True), ("use_what_comes_next", True), ("next_config", {"a": 1})])
+def test_a_setting_that_training_could_not_keep_is_refused_by_name(model, tmp_path, name, value):
+    LoraConfig(target_modules=["attn.to_q"]).save_pretrained(tmp_path)
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(8, 8)}, tmp_path / "adapter_model.safetensors")
+    find_adapter(str(tmp_path))
+    edit_settings(tmp_path, **{name: value})
+    assert f"{name} is {value!r}" in refusal(find_adapter, str(tmp_path))
+
+
+def test_details_of_settings_that_are_off_are_no_reason_to_refuse(tmp_path):
+    """A newer peft writes settings that this one does not know; a number or a name alone turns nothing on."""
+    LoraConfig(target_modules=["attn.to_q"]).save_pretrained(tmp_path)
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(8, 8)}, tmp_path / "adapter_model.safetensors")
+    edit_settings(tmp_path, group_size_of_next_year=16, core_of_next_year="some.module", use_next_year=False, next_config=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_adapter(str(tmp_path))
+
+
+def test_every_setting_of_peft_is_kept_dropped_or_refused_and_a_new_one_is_looked_at():
+    unlisted = {field.name for field in fields(LoraConfig)} - adapters.EXACT_SETTINGS - adapters.DROPPED_SETTINGS
+    assert unlisted == {"bias", "modules_to_save", "megatron_config", "megatron_core", "trainable_token_indices", "velora_config",
+                        "alora_invocation_tokens", "use_qalora", "qalora_group_size", "layers_to_transform", "layers_pattern", "monteclora_config", "layer_replication",
+                        "runtime_config", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"}
+
 
 def refusal(call, *args, **kwargs) -> str:
     with pytest.raises(ValueError) as error:
@@ -283,7 +401,7 @@ def test_what_the_hub_does_not_give_is_told_in_one_line_with_the_way_out(look, o
     def download(*_):
         raise error
 
-    monkeypatch.setattr(policy_module, "hf_hub_download", download)
+    monkeypatch.setattr(adapters, "hf_hub_download", download)
     message = refusal(look, "someone/something")
     assert message.startswith(f"{option} 'someone/something'") and any(part in message for part in hint.split("|"))
     if isinstance(error, RepositoryNotFoundError):

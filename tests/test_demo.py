@@ -26,7 +26,7 @@ replace = dataclasses.replace
 
 
 def plain(model: str, rewards=None) -> Studio:
-    return Studio(Policy(model, CPU, "float32", (16, 32), TOKENS, lora_rank=0), rewards)
+    return Studio(Policy(model, CPU, "float32", resolution=(16, 32), max_sequence_length=TOKENS, lora_rank=0), rewards)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_each_picture_is_scored_where_its_prompt_can_be_and_drawn_anyway_and_kep
 
 
 def test_half_precision_draws_the_base_to_the_bit_too(model, adapters):
-    studio = Studio(Policy(model, CPU, "bfloat16", (16, 32), TOKENS, lora_rank=0), None)
+    studio = Studio(Policy(model, CPU, "bfloat16", resolution=(16, 32), max_sequence_length=TOKENS, lora_rank=0), None)
     request = replace(REQUEST, num_steps=1)
     expected = studio.draw("", request)
     studio.add(adapters[0])

@@ -37,7 +37,7 @@ def runs(model, tmp_path_factory) -> Path:
     """A run with an adapter, and beside it a directory with one, whose name is markup."""
     directory = tmp_path_factory.mktemp("place") / "runs"
     for scale, name in ((0.05, "tuned"), (0.1, "other")):
-        policy = Policy(model, torch.device("cpu"), "float32", (16, 32), TOKENS, lora_rank=4)
+        policy = Policy(model, torch.device("cpu"), "float32", resolution=(16, 32), max_sequence_length=TOKENS, lora_rank=4)
         change(policy, scale)
         policy.save(directory.parent / name)
     make_run(directory / "first", str(directory.parent / "tuned"), (5,), model=model, resolution=(16, 32), eval_num_steps=3,

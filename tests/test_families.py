@@ -1,6 +1,7 @@
 """SD3 and FLUX, alike: the policy samples as the pipeline does, fits the memory, and trains; published sizes; random weights."""
 
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
+                       FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FluxPipeline, FluxTransformer2DModel)
 
+import adapters
 import policy as policy_module
-from policy import FAMILIES, FLUX, SD3, Policy, check_model
+from families import FAMILIES, FLUX, SD3
+from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
 
 CPU = torch.device("cpu")
@@ -24,7 +28,7 @@ SIGMA = torch.tensor([0.9, 0.3])
 
 def make_policy(model: str, dtype: str = "float32", resolution=(16, 32), **settings) -> Policy:
     torch.manual_seed(0)
-    return Policy(model, CPU, dtype, resolution, TOKENS, lora_rank=4, lora_alpha=8, **settings)
+    return Policy(model, CPU, dtype, resolution=resolution, max_sequence_length=TOKENS, lora_rank=4, lora_alpha=8, **settings)
 
 
 def start_noise(policy: Policy, count: int = 2) -> torch.Tensor:
@@ -130,11 +134,88 @@ def test_the_schedule_is_the_one_the_pipeline_sets(each_model, settings, monkeyp
         assert (sigmas - pipe.scheduler.sigmas).abs().max() < 1e-6
 
 
-def test_a_schedule_of_another_kind_is_refused(flux_model, tmp_path):
-    shutil.copytree(flux_model, tmp_path, dirs_exist_ok=True)
-    FlowMatchEulerDiscreteScheduler(shift_terminal=0.1).save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(ValueError, match="shift_terminal is not supported"):
-        make_policy(str(tmp_path))
+@pytest.mark.parametrize("kind", [FlowMatchLCMScheduler, FlowMatchHeunDiscreteScheduler, EulerDiscreteScheduler,
+                                  DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("named_in", ["scheduler_config.json alone", "both files"])
+def test_a_scheduler_of_another_class_is_refused_before_weights_load(each_model, kind, named_in, tmp_path):
+    directory = without_weights(each_model, tmp_path)
+    kind().save_pretrained(directory / "scheduler")
+    if named_in == "both files":
+        index = json.loads((directory / "model_index.json").read_text())
+        (directory / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", kind.__name__]}))
+    with pytest.raises(ValueError) as error:
+        check_model(str(directory))
+    message = str(error.value)
+    assert repr(str(directory)) in message and kind.__name__ in message and "\n" not in message
+    assert "FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)" in message
+
+
+def without_weights(model: str, directory: Path) -> Path:
+    """What `check_model` may read of a pipeline."""
+    shutil.copytree(Path(model) / "scheduler", directory / "scheduler")
+    shutil.copy(Path(model) / "model_index.json", directory)
+    return directory
+
+
+# One value other than the default of every option of diffusers' class; a new option has none and fails the test.
+OTHER_VALUES = dict(num_train_timesteps=500, shift=2.0, use_dynamic_shifting=True, base_shift=0.7, max_shift=1.5,
+                    base_image_seq_len=8, max_image_seq_len=128, invert_sigmas=True, shift_terminal=0.1, use_karras_sigmas=True,
+                    use_exponential_sigmas=True, use_beta_sigmas=True, time_shift_type="linear", stochastic_sampling=True)
+OPTIONS = list(inspect.signature(FlowMatchEulerDiscreteScheduler).parameters)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", [*OPTIONS, "use_flow_sigmas"])
+def test_every_option_of_the_scheduler_is_followed_or_refused(each_model, name, dynamic, tmp_path, monkeypatch):
+    directory = without_weights(each_model, tmp_path)
+    options = {"use_dynamic_shifting": dynamic, **OTHER_VALUES, "use_flow_sigmas": True}
+    options = {"use_dynamic_shifting": dynamic, name: options[name]}
+    (directory / "scheduler" / "scheduler_config.json").write_text(json.dumps(options))
+    refused = {"num_train_timesteps", "stochastic_sampling", "shift_terminal", "invert_sigmas", "use_karras_sigmas",
+               "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"}
+    if name in refused:
+        with pytest.raises(ValueError, match=f"its scheduler's {name} is {options[name]}, .* in scheduler/scheduler_config.json"):
+            check_model(str(directory))
+        return
+    check_model(str(directory))
+    policy, pipe = untrained_policy(each_model, (40, 24)), load_pipeline(each_model)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(options)
+    monkeypatch.setattr(policy.pipe, "scheduler", scheduler)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    noise = start_noise(policy)
+    expected = pipeline_latents(pipe, noise, (40, 24), num_inference_steps=3, guidance_scale=1.0)
+    assert (policy_latents(policy, noise, 3, 1.0) - expected).abs().max() < 3e-5    # rounding: one large step ends at sigma 0
+
+
+@pytest.mark.parametrize("options, name", [
+    ("", "has no scheduler"), ("[1]", "has no scheduler"), ('{"shift": "3"}', "shift is '3'"), ('{"shift": 0}', "shift is 0"),
+    ('{"use_dynamic_shifting": true, "max_shift": null}', "max_shift is None"),
+    ('{"use_dynamic_shifting": true, "base_image_seq_len": 4096}', "max_image_seq_len is 4096"),
+    ('{"use_dynamic_shifting": true, "time_shift_type": "cubic"}', "time_shift_type is 'cubic'"), (None, "has no scheduler")])
+def test_a_scheduler_whose_settings_make_none_is_refused_in_one_line(model, options, name, tmp_path):
+    file = without_weights(model, tmp_path) / "scheduler" / "scheduler_config.json"
+    file.unlink() if options is None else file.write_text(options)
+    with pytest.raises(ValueError) as error:
+        check_model(str(tmp_path))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_scheduler_of_a_model_on_the_hub_is_read_before_its_weights(model, tmp_path, monkeypatch):
+    directory = without_weights(model, tmp_path)
+    FlowMatchHeunDiscreteScheduler().save_pretrained(directory / "scheduler")
+    fetched = []
+    monkeypatch.setattr(adapters, "hf_hub_download", lambda repository, name: fetched.append(name) or directory / name)
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler"):
+        check_model("someone/something")
+    assert fetched == ["model_index.json", "scheduler/scheduler_config.json"]
+
+
+def test_a_linear_shift_that_a_resolution_makes_negative_is_refused(model, monkeypatch):
+    policy = untrained_policy(model)
+    monkeypatch.setattr(policy.pipe, "scheduler", FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, time_shift_type="linear", base_image_seq_len=100, base_shift=0.1, max_image_seq_len=200))
+    with pytest.raises(ValueError, match="would shift times by -"):
+        policy.set_resolution((16, 32))
 
 
 @pytest.mark.parametrize("resolution", [(20, 32), (16, 36)])
@@ -284,7 +365,7 @@ def test_a_random_model_goes_the_way_of_any_other(family, dtype, monkeypatch):
 
     policy = make_policy("random:small", dtype, resolution=(32, 48))
     torch.manual_seed(1)
-    again = Policy("random:small", CPU, dtype, (32, 48), TOKENS, lora_rank=4)
+    again = Policy("random:small", CPU, dtype, resolution=(32, 48), max_sequence_length=TOKENS, lora_rank=4)
     assert made[0] == policy.dtype and set(made) == {policy.dtype, torch.float32}         # the autoencoder's, the adapter's
     assert torch.get_default_dtype() == torch.float32
     assert policy.latent_shape == (16, 4, 6)

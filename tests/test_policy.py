@@ -1,7 +1,9 @@
 """The pipeline as a velocity model: what it computes is what diffusers computes; what trains is what should."""
 
 import json
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from peft import PeftModel
 
+import adapters
 import policy as policy_module
-from policy import Policy, WeightAverage, check_model
+from learner import WeightAverage
+from policy import Policy, check_model
 from sampler import rollout, timestep_schedule
 
 CPU = torch.device("cpu")
@@ -19,7 +23,7 @@ PROMPTS = ['the word "lamp"', 'the word "sun"']
 
 
 def make_policy(model: str, dtype: str = "float32", **settings) -> Policy:
-    return Policy(model, CPU, dtype, (HEIGHT, WIDTH), TOKENS, lora_rank=4, lora_alpha=8, **settings)
+    return Policy(model, CPU, dtype, resolution=(HEIGHT, WIDTH), max_sequence_length=TOKENS, lora_rank=4, lora_alpha=8, **settings)
 
 
 def start_noise(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
@@ -170,6 +174,32 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(policy, pipe):
         assert not any(p.requires_grad for p in part.parameters())
 
 
+# ------------------------------------------------------------------------------------------------ calls of the network
+
+@pytest.mark.parametrize("full_finetune", [False, True])
+def test_before_call_runs_before_each_call_of_the_network_and_may_stop_it(model, full_finetune):
+    policy, order = make_policy(model, full_finetune=full_finetune), []
+    for network in (policy.pipe.transformer, policy.reference):
+        if network is not None:
+            network.register_forward_pre_hook(lambda *_: order.append("network"))
+    text, x, sigma = policy.encode(PROMPTS), start_noise(policy, 2), torch.tensor([0.9, 0.3])
+    guided, untrained = policy.velocity(text, 4.5), policy.reference_velocity(text)
+    policy.before_call = lambda: order.append("before")                              # set after the velocities were made
+    guided(x, sigma), untrained(x, sigma), guided(x, sigma)
+    assert order == ["before", "network"] * 3
+
+    def stop():
+        raise KeyError("stop")
+
+    policy.before_call = stop
+    for velocity in (guided, untrained):
+        with pytest.raises(KeyError):
+            velocity(x, sigma)
+    assert len(order) == 6
+    policy.before_call = None
+    assert guided(x, sigma).isfinite().all() and order[6:] == ["network"]            # the adapter is on again
+
+
 # -------------------------------------------------------------------------------------------------------------- dtypes
 
 def test_a_float64_policy_computes_in_float64_in_every_part(model):
@@ -270,12 +300,14 @@ def test_the_average_is_applied_within_and_the_weights_are_themselves_again_afte
 @pytest.mark.parametrize("resolution", [(20, 32), (16, 36), (16, 4096)])
 def test_a_resolution_that_the_model_cannot_tile_is_refused_with_what_it_takes(model, resolution):
     with pytest.raises(ValueError) as error:
-        Policy(model, CPU, "float32", resolution, TOKENS)
+        Policy(model, CPU, "float32", resolution=resolution, max_sequence_length=TOKENS)
     assert str(resolution) in str(error.value) and "multiples of 8 up to 128" in str(error.value)
 
 
-def test_a_model_is_checked_by_its_index_alone(model, tmp_path, monkeypatch):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+def test_a_model_is_checked_by_its_index_and_scheduler_alone(model, tmp_path, monkeypatch):
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(Path(model) / name, tmp_path / name)
     check_model(str(tmp_path))                                                            # nothing else is looked at
     check_model(model)
 
@@ -289,7 +321,7 @@ def test_a_model_is_checked_by_its_index_alone(model, tmp_path, monkeypatch):
 
     def offline(*_):
         raise OSError("several\nlines")
-    monkeypatch.setattr(policy_module, "hf_hub_download", offline)
+    monkeypatch.setattr(adapters, "hf_hub_download", offline)
     with pytest.raises(ValueError) as error:
         check_model("someone/something")
     assert "'someone/something'" in str(error.value) and "\n" not in str(error.value)

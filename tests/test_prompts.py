@@ -77,6 +77,18 @@ def test_building_a_set_and_drawing_an_epoch_leave_global_random_state_alone():
     assert (random.random(), np.random.rand()) == expected
 
 
+@pytest.mark.parametrize("name, split, digest", [
+    ("words", "train", "515cf94b1f3247c392733d193493934b459926aa27b9db3811e00a0b86017ed3"),
+    ("words", "test", "438c899575b60935fb9a2a31e0af07bb96940a1186672ef9aa23a1c4c6a81aa2"),
+    ("ocr", "train", "714573bdf2be444274cb5c4e00de5d8e78657c9997ef008126a46522d8f94428"),
+    ("ocr", "test", "9aeabaccbc07462d725716f3d5be6d51dd96badd79a04bfe7ac5709450a7494d"),
+    ("geneval", "train", "ac4b718fddad6d8206432c97db699e135a5b3f3e0ae29b2b2d8e56bd9ec0bf3d"),
+    ("geneval", "test", "fae8bba61d3dc1ee93ef53c586fb8ce76135e150dd6f31e5e049e861df6babbe")])
+def test_a_built_in_set_is_the_one_it_always_was(name, split, digest):
+    found = json.dumps([[prompt.text, prompt.metadata] for prompt in built_in(name, split)])
+    assert hashlib.sha256(found.encode()).hexdigest() == digest
+
+
 def test_words_are_distinct_lower_case_and_three_to_five_letters_long():
     for split in prompts.SPLITS:
         for prompt in load_prompts("words", split):

@@ -158,8 +158,8 @@ def kept_with_images(directory: Path, epoch: int) -> dict:
 
 
 def policy_of(model: str, config) -> Policy:
-    return Policy(model, torch.device("cpu"), config.dtype, config.resolution, config.max_sequence_length,
-                  lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets)
+    return Policy(model, torch.device("cpu"), config.dtype, resolution=config.resolution,
+                  max_sequence_length=config.max_sequence_length, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets)
 
 
 def assert_same_run(one: Path, other: Path, epochs: int = 2, before: int = 1) -> None:

@@ -52,8 +52,10 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path)
 @pytest.fixture
 def no_model(tmp_path) -> str:
     """The index of a pipeline without its parts: whatever loads it fails."""
-    (tmp_path / "index").mkdir()
-    (tmp_path / "index" / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    (tmp_path / "index" / "scheduler").mkdir(parents=True)
+    (tmp_path / "index" / "model_index.json").write_text(json.dumps({
+        "_class_name": "StableDiffusion3Pipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
+    (tmp_path / "index" / "scheduler" / "scheduler_config.json").write_text("{}")
     return str(tmp_path / "index")
 
 
