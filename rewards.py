@@ -23,11 +23,13 @@ import asyncio
 import base64
 import collections
 import contextlib
+import copy
 import difflib
 import functools
 import hmac
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -45,6 +47,7 @@ import struct
 import sys
 import threading
 import time
+import warnings
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -159,6 +162,118 @@ def joined(answers):
     absent = [np.full(len(part), np.nan, np.float32) for part in scores]
     joint = {name: np.concatenate([part.get(name, nan) for part, nan in zip(metrics, absent)]) for name in names}
     return (np.concatenate(scores), joint) if joint else np.concatenate(scores)
+
+
+# ---------------------------------------------------------------- code of a user's own
+
+
+def read_random_streams():
+    """The states of the global random streams of `random`, numpy and, where it is loaded, torch, by name."""
+    states = {"random": random.getstate(), "numpy": np.random.get_state()}
+    if torch := sys.modules.get("torch"):
+        states["torch"] = torch.get_rng_state()
+        if torch.cuda.is_initialized():
+            states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def write_random_streams(states):
+    """Set the global random streams to what `read_random_streams` returned."""
+    torch = sys.modules.get("torch")
+    writers = {"random": random.setstate, "numpy": np.random.set_state}
+    if torch:
+        writers |= {"torch": torch.set_rng_state, "cuda": torch.cuda.set_rng_state_all}
+    for name, state in states.items():
+        writers[name](state)
+
+
+class OwnRandomStreams:
+    """Within `with`, the global random streams are the rewards' own: what they seed or draw moves nobody else's.
+
+    Several threads may be within at once. The first to enter puts the process's states aside, and the last to leave
+    puts them back, because the streams are global and threads would otherwise restore each other's states. So the
+    streams are untouched whenever no reward runs. A thread that draws from them beside a running reward draws from the
+    rewards' streams; the trainer draws from generators of its own. The rewards' streams go on from call to call.
+    """
+
+    def __init__(self):
+        self.lock, self.inside, self.outer, self.own = threading.Lock(), 0, {}, {}
+
+    def __enter__(self):
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.outer = read_random_streams()
+                write_random_streams(self.own)
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.own = read_random_streams()
+                write_random_streams(self.outer)
+
+
+own_random_streams = OwnRandomStreams()
+
+
+class HeldStream:
+    """Stands for a text stream. It keeps what is written in its first 5 seconds until `release`, then it is the stream.
+
+    A file that parses a command line at its import would otherwise print a usage, and then fail. The limit is there
+    because a file may also load a model at its import, whose progress somebody waits for. A plain io.StringIO would not
+    do, because a logging handler that is made at an import keeps the stream for good.
+    """
+
+    def __init__(self, stream):
+        self.stream, self.held, self.until = stream, [], time.monotonic() + 5
+
+    def write(self, text):
+        if self.held is not None and time.monotonic() < self.until:
+            self.held.append(text)
+            return len(text)
+        self.release(show=True)
+        return self.stream.write(text)
+
+    def release(self, show):
+        """Stop keeping; write what was kept to the stream where `show` says so. Returns it."""
+        held, self.held = "".join(self.held or ()), None
+        if show and held:
+            self.stream.write(held)
+        return held
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def importing(what):
+    """A user's file is imported within; whatever it raises, SystemExit too, is a ValueError: `what` and the reason.
+
+    Its random draws, torch's gradient mode and torch's default dtype stay its own.
+    """
+    streams, torch = (sys.stdout, sys.stderr), sys.modules.get("torch")
+    settings = (torch.is_grad_enabled(), torch.get_default_dtype()) if torch else ()
+    sys.stdout, sys.stderr = held = [HeldStream(stream) for stream in streams]
+    failed = True
+    try:
+        with own_random_streams:
+            yield
+        failed = False
+    except KeyboardInterrupt:  # Ctrl-C, since imports run in the main thread
+        raise
+    except BaseException as error:
+        lines = [line for stream in held for line in "".join(stream.held or ()).splitlines() if line.strip()]
+        printed = f"; it printed {lines[-1]!r}" if lines and isinstance(error, SystemExit) else ""
+        reason = brief(f"{type(error).__name__}: {error}{printed}", 300)
+        raise ValueError(f"{what} ({reason})") from error
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in held:
+            stream.release(show=not failed)
+        if settings:
+            torch.set_grad_enabled(settings[0])
+            torch.set_default_dtype(settings[1])
 
 
 # ---------------------------------------------------------------- JPEG size
@@ -1013,11 +1128,8 @@ def import_reward(name):
     module_name = module_name.removesuffix(".py")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    try:
+    with importing(f"reward {name!r}: cannot import {module_name!r} from {os.getcwd()}"):
         module = importlib.import_module(module_name)
-    except Exception as error:
-        reason = brief(f"{type(error).__name__}: {error}", 300)
-        raise ValueError(f"reward {name!r}: cannot import {module_name!r} from {os.getcwd()} ({reason})") from error
     if not hasattr(module, attribute):
         raise ValueError(f"reward {name!r}: module {module_name!r} has no {attribute!r}")
     reward = getattr(module, attribute)
@@ -1254,12 +1366,13 @@ def build_rewards(weights, start_thread=None, **options):
 def build_reward(name, options):
     """The callable of one reward: here, or its server's. What fails is a ValueError, ImportError or OSError."""
     try:
-        if is_remote(name, options.urls):
-            return remote_reward(name, options.urls[name], options)
-        return import_reward(name) if ":" in name else REGISTRY[name](options)
-    except (ValueError, ImportError, OSError):
+        with own_random_streams:
+            if is_remote(name, options.urls):
+                return remote_reward(name, options.urls[name], options)
+            return import_reward(name) if ":" in name else REGISTRY[name](options)
+    except (ValueError, ImportError, OSError, KeyboardInterrupt):
         raise
-    except Exception as error:  # of a device that is not there, or too small
+    except BaseException as error:  # of a device that is not there, or too small; of sys.exit
         reason = brief(f"{type(error).__name__}: {error}", 300)
         raise ValueError(f"reward {name!r} cannot be built ({reason})") from error
 
@@ -1276,6 +1389,8 @@ class Rewards:
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components = components
         self.start_thread = start_thread
+        # torch.from_numpy warns of the read-only pictures; it writes to a copy at most, see component_scores.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self.threads = ThreadPoolExecutor(len(components), initializer=start_thread)
 
     def subset(self, weights):
@@ -1297,8 +1412,9 @@ class Rewards:
             raise ValueError(f"a batch needs as many images as prompts and metadata, at least 1, not {counts}")
         batch = images, prompts, metadata
         scores = {}
-        for columns in self.threads.map(lambda item: component_scores(*item, *batch), self.components.items()):
-            scores |= columns
+        with own_random_streams:
+            for columns in self.threads.map(lambda item: component_scores(*item, *batch), self.components.items()):
+                scores |= columns
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
 
@@ -1310,9 +1426,13 @@ class Rewards:
 def component_scores(name, reward, images, prompts, metadata):
     """What one reward says: {name: scores} and its metrics. What is wrong with it is a RewardError, never a score.
 
-    Accepts whatever numpy reads as B real numbers, and a torch tensor on any device.
+    The reward gets copies of everything, so that nothing that it does reaches the kept pictures or another reward. Its
+    pictures are read-only besides, so that one that writes is told so. Accepts whatever numpy reads as B real numbers,
+    and a torch tensor on any device.
     """
     batch = f"for a batch of {len(prompts)} that starts with prompt {brief(repr(prompts[0]), 80)}"
+    images, prompts, metadata = images.copy(), list(prompts), copy.deepcopy(list(metadata))
+    images.flags.writeable = False
     columns, metrics = {}, {}
     try:
         said = reward(images, prompts, metadata)
@@ -1324,18 +1444,30 @@ def component_scores(name, reward, images, prompts, metadata):
             columns[column] = np.asarray(values)
     except RewardError:
         raise
-    except Exception as error:
+    except BaseException as error:  # sys.exit and KeyboardInterrupt too: they are the reward's, and end no run
         reason = brief(f"{type(error).__name__}: {error}", 300)
+        if re.search("read-?only", reason):
+            reason += "; the pictures that a reward gets cannot be written to, work on images.copy()"
         raise RewardError(f"reward {name!r} failed {batch}: {reason}") from error
     for column, values in columns.items():
         if values.shape != (len(prompts),) or values.dtype.kind not in "biuf":
             found = f"{values.dtype} of shape {values.shape}"
+            if values.dtype == object and not values.ndim:
+                found = name_of_kind(values.item())
             raise RewardError(f"reward {column!r} returned {found}, not numbers of shape ({len(prompts)},), {batch}")
         columns[column] = values.astype(np.float32)
     for score, prompt in zip(columns[name], prompts):
         if not math.isfinite(score):
             raise NonFiniteScore(f"reward {name!r} is {score} for prompt {brief(repr(prompt), 80)}")
     return columns
+
+
+def name_of_kind(value):
+    """What `value`, which a reward returned in place of numbers, is to be called."""
+    if inspect.iscoroutine(value):
+        value.close()  # without which Python warns that nobody awaited it
+        return "a coroutine (write it with def, not async def)"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 # ---------------------------------------------------------------- python rewards.py serve

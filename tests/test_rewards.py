@@ -9,6 +9,7 @@ import io
 import itertools
 import logging
 import os
+import random
 import re
 import socket
 import subprocess
@@ -471,3 +472,157 @@ def test_a_batch_of_the_wrong_form_is_refused(images, prompts, metadata, content
     with pytest.raises(ValueError) as error:
         rewards_of(jpeg=rewards.jpeg_compressibility)(images, prompts, metadata)
     assert one_line(error, content)
+
+
+# ---------------------------------------------------------------- what a reward may not change or end
+
+
+def by_numpy(images, prompts, metadata):
+    images[:] = 0
+
+
+def by_torch(images, prompts, metadata):
+    torch.from_numpy(images).zero_()
+
+
+def by_force(images, prompts, metadata):
+    images.setflags(write=True)
+    images[:] = 0
+
+
+@pytest.mark.parametrize("write", [by_numpy, by_torch, by_force])
+def test_a_reward_that_writes_to_its_pictures_changes_nobody_elses(write):
+    images, seen = np.full((3, 8, 8, 3), 200, np.uint8), threading.Barrier(2, timeout=10)
+
+    def writer(images, *others):
+        try:
+            write(images, *others)
+        finally:
+            seen.wait()
+        return np.zeros(3)
+
+    def reader(images, prompts, metadata):
+        seen.wait()
+        return images.mean((1, 2, 3))
+
+    both = rewards_of(writer=writer, reader=reader)
+    if write is by_numpy:
+        with pytest.raises(RewardError) as error:
+            both(images, PROMPTS, METADATA)
+        assert one_line(error, "'writer'", "read-only", "images.copy()")
+    else:
+        assert both(images, PROMPTS, METADATA)["reader"].tolist() == [200] * 3
+    assert (images == 200).all()
+
+
+def test_a_reward_gets_prompts_and_metadata_of_its_own_nested_ones_too():
+    prompts, metadata = ["a", "b", "c"], [{"include": [{"count": 1}]} for _ in range(3)]
+
+    def vandal(images, prompts, metadata):
+        prompts[0] = "other"
+        metadata[1]["include"][0]["count"] = 9
+        metadata[2]["include"].clear()
+        return np.zeros(len(prompts))
+
+    rewards_of(vandal=vandal, other=vandal)(IMAGES, prompts, metadata)
+    assert prompts == ["a", "b", "c"] and metadata == [{"include": [{"count": 1}]}] * 3
+
+
+def stream_states():
+    return random.getstate()[1], np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()
+
+
+def draw_from_streams():
+    return random.random() + np.random.rand() + torch.rand(1).item()
+
+
+def seed_streams(*batch):
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    return [draw_from_streams() for _ in range(3)]
+
+
+def test_the_random_streams_are_untouched_by_calls_that_overlap():
+    together = threading.Barrier(2, timeout=10)
+
+    def overlapping(*batch):
+        together.wait()
+        return seed_streams()
+
+    scorers = [rewards_of(one=overlapping), rewards_of(two=overlapping)]
+    before = stream_states()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda scorer: scorer(IMAGES, PROMPTS, METADATA), scorers * 2))
+    assert stream_states() == before
+
+
+def test_the_random_streams_are_untouched_by_a_reward_that_fails():
+    before = stream_states()
+    with pytest.raises(RewardError):
+        rewards_of(odd=lambda *batch: seed_streams() and 1 / 0).probe("a", {}, 8, 8)
+    assert stream_states() == before
+
+
+def test_a_reward_that_draws_draws_anew_at_each_call():
+    scorer = rewards_of(random=lambda *batch: [draw_from_streams() for _ in range(3)])
+    scores = [scorer(IMAGES, PROMPTS, METADATA)["random"].tolist() for _ in range(2)]
+    assert len(set(sum(scores, []))) == 6
+
+
+def test_importing_and_building_a_reward_moves_no_stream_and_no_setting_of_torch(own_rewards, tmp_path, monkeypatch):
+    (tmp_path / "seeds_rewards.py").write_text(
+        "import random, numpy, torch\nrandom.seed(0); numpy.random.seed(0); torch.manual_seed(0)\n"
+        "torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64)\n"
+        "def score(images, prompts, metadata):\n    return numpy.zeros(len(images))\n"
+    )
+    before = stream_states()
+    build_rewards({"seeds_rewards:score": 1.0}).probe("a", {}, 8, 8)
+    assert stream_states() == before and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit("so"), type("Odd", (BaseException,), {})()])
+def test_whatever_a_reward_raises_is_a_reward_error_with_its_name(raised):
+    def ends(*batch):
+        raise raised
+
+    with pytest.raises(RewardError) as error:
+        rewards_of(ends=ends)(IMAGES, PROMPTS, METADATA)
+    assert one_line(error, "'ends'", repr(PROMPTS[0]), type(raised).__name__)
+
+
+async def asynchronous(images, prompts, metadata):
+    return np.zeros(len(images))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("reward, named", [
+    (lambda *batch: None, "returned None"),
+    (lambda *batch: {"score": 1}, "returned a dict"),
+    (lambda *batch: (np.zeros(3), {"metric": None}), "'odd/metric' returned None"),
+    (asynchronous, "returned a coroutine"),
+    (lambda *batch: (score for score in range(3)), "returned a generator"),
+])  # fmt: skip
+def test_what_a_reward_returns_in_place_of_numbers_is_named(reward, named):
+    with pytest.raises(RewardError) as error:
+        rewards_of(odd=reward)(IMAGES, PROMPTS, METADATA)
+    assert one_line(error, "'odd", named, repr(PROMPTS[0]))
+
+
+def test_a_file_that_parses_a_command_line_is_one_line_and_prints_nothing(own_rewards, tmp_path, capfd):
+    (tmp_path / "parsing_rewards.py").write_text(
+        "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--needed', required=True)\n"
+        "print('hello')\nparser.parse_args([])\n"
+    )
+    with pytest.raises(ValueError) as error:
+        check_reward_weights({"parsing_rewards:score": 1.0})
+    assert one_line(error, "'parsing_rewards:score'", "SystemExit", "required: --needed")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_file_prints_and_logs_at_its_import_and_later_is_shown(own_rewards, tmp_path, capfd):
+    (tmp_path / "chatty_rewards.py").write_text(
+        "import logging, sys\nprint('imported')\nhandler = logging.StreamHandler()\n"
+        "def score(images, prompts, metadata):\n"
+        "    handler.emit(logging.LogRecord('x', 20, 'f', 1, 'called', (), None))\n    return [0]\n"
+    )
+    build_rewards({"chatty_rewards:score": 1.0}).probe("a", {}, 8, 8)
+    assert capfd.readouterr() == ("imported\n", "called\n")
