@@ -168,6 +168,11 @@ class Config:
     """Directory of the run under output_dir; naming one that exists continues it. Empty: preset and time of day."""
 
     @property
+    def trained_steps(self) -> int:
+        """How many steps of each sample are trained: the window, or without one the first steps."""
+        return self.window_size or math.floor(self.timestep_fraction * self.num_steps + 1e-9)
+
+    @property
     def half_precision(self) -> bool:
         """Whether ratios start at 1 only where replay meets the rollout's batches; in full precision they are within 1e-5 anyway."""
         return self.dtype in ("bfloat16", "float16")

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -336,6 +337,24 @@ def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all r
     whole[rows] = values
     dist.all_reduce(whole)                                                                       # every other rank adds 0
     return whole
+
+
+@collective
+def gather_vectors(values: Tensor) -> Tensor:  # all ranks
+    """Every rank's CPU vector (n,), as (ranks, n)."""
+    vectors = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(vectors, values)
+    return torch.stack(vectors)
+
+
+def gather_scores(scores: dict[str, np.ndarray], rows: list[int], total: int) -> dict[str, Tensor]:  # all ranks
+    """Every sample's scores and metrics on every rank, name -> (total,) float32, of which this rank has `rows`.
+
+    A metric that a rank says nothing about is NaN there.
+    """
+    names = dict.fromkeys(name for rank in gather_objects(list(scores)) for name in rank)
+    absent = np.full(len(rows), np.nan, np.float32)
+    return {name: gather_rows(torch.from_numpy(scores.get(name, absent)), rows, total) for name in names}
 
 
 @collective

@@ -27,7 +27,7 @@ class Learner:
     """The policy's trained weights and all that goes with them from update to update."""
 
     def __init__(self, policy: Policy, config: Config):
-        self.policy = policy
+        self.policy, self.config = policy, config
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=config.weight_decay, fused=True)
         # The loss is a mean over all ranks' samples and steps, thousands of them, so one row's gradient is small, and float16 holds
@@ -62,8 +62,20 @@ class Learner:
         self.skipped = state["skipped"]
         return state["epoch"]
 
-    def update(self, max_grad_norm: float) -> float:
-        """One optimizer step on the accumulated gradients; their norm. Where it is not finite, the weights stay as they are."""
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_learning_rate(self, epoch: int) -> None:
+        """Set the learning rate of `epoch`, from 1 on."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch)
+
+    def step(self, max_grad_norm: float) -> tuple[float, bool]:
+        """One optimizer step on the accumulated gradients: their norm, and whether float16's loss scale may have made it infinite.
+
+        If the norm is not finite, the weights stay as they are.
+        """
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
         self._changed |= np.isfinite(grad_norm)
@@ -73,7 +85,9 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if np.isfinite(grad_norm):
             self.average.step()
-        return grad_norm
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1   # below 1, the scale is not to blame
+        self.started |= bool(np.isfinite(grad_norm)) or may_overflow
+        return grad_norm, may_overflow
 
     def begin_updates(self, epoch: int) -> None:
         """Keep the state after `epoch`, in host memory of the main rank, which saves: an epoch is whole or leaves nothing."""

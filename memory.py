@@ -10,34 +10,10 @@ import torch
 
 import distributed
 from config import Config, batch_plan
+from harness.faults import DoesNotFit, within_memory, is_out_of_memory, LESS_MEMORY
 from policy import Policy
 from prompts import Prompt
 from rewards import RewardError
-
-
-class DoesNotFit(RuntimeError):
-    """Out of memory: where, the way out and the batch plan, in one line; on one rank, perhaps."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
-
-
-@contextlib.contextmanager
-def within_memory(way_out: str, plan: str) -> Iterator[None]:
-    """Within, running out of memory raises DoesNotFit."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RewardError) or not is_out_of_memory(error):
-            raise
-        reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
-        traceback.clear_frames(error.__traceback__)              # what failed lets go of its tensors: there is a state to save
-        raise DoesNotFit(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}; the plan was: {plan}") from error
 
 
 def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:

@@ -15,7 +15,6 @@ from itertools import combinations, permutations, product
 from pathlib import Path
 from random import Random
 
-import numpy as np
 
 SPLITS = ("train", "test")
 SPLIT_FILES = ("{}.txt", "{}_metadata.jsonl")
@@ -59,29 +58,6 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts; write one a line")
     return prompts
-
-
-def epoch_prompt_indices(num_prompts: int, groups_per_epoch: int, seed: int, epoch: int) -> list[int]:
-    """Draw one prompt per group of `epoch` (from 0): `groups_per_epoch` indices below `num_prompts`.
-
-    Training goes through the set in passes. Each pass is a permutation seeded by (seed, pass), and an epoch
-    takes the next `groups_per_epoch` places of that endless sequence. Every prompt is therefore drawn once
-    before any is drawn twice. Ranks agree and a resumed run needs no state, because the draw depends on the
-    arguments alone.
-
-    Raises ValueError if there are no prompts or groups, or if the seed or the epoch is negative.
-    """
-    for name, value, least in (("num_prompts", num_prompts, 1), ("groups_per_epoch", groups_per_epoch, 1),
-                               ("seed", seed, 0), ("epoch", epoch, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    start, stop = epoch * groups_per_epoch, (epoch + 1) * groups_per_epoch
-    indices = []
-    for pass_index in range(start // num_prompts, (stop - 1) // num_prompts + 1):
-        order = np.random.default_rng([seed, pass_index]).permutation(num_prompts)
-        first = pass_index * num_prompts
-        indices += order[max(start - first, 0):stop - first].tolist()
-    return indices
 
 
 def _check_split(split: str) -> None:

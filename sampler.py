@@ -127,8 +127,8 @@ class Trajectory:
     first_step:   (B,) int64
     sigmas:       (T + 1,)          the schedule
     noise_levels: (T, B)            0 where the step was the ODE's
-    All of these are on one device and, but for first_step, of the latents' dtype.
     rule:         the transition rule
+    All tensors are on one device and, but for first_step, of the latents' dtype.
     """
     final: Tensor
     latents: Tensor
@@ -139,31 +139,55 @@ class Trajectory:
     noise_levels: Tensor
     rule: str
 
-    def select(self, indices) -> "Trajectory":
-        """The samples `indices` of the micro-batch."""
-        return Trajectory(self.final[indices], self.latents[:, indices], self.log_probs[:, indices],
-                          self.means[:, indices], self.first_step[indices], self.sigmas, self.noise_levels[:, indices], self.rule)
+    def rows(self, k, samples=None) -> "Rows":
+        """The trained transitions as rows: row m is the k[m]-th trained step of samples[m].
 
-    def single_steps(self, steps: range) -> "Trajectory":
-        """Consecutive trained steps, of 0 ... S - 1, each as a sample of one trained step: len(steps) B samples, step after step."""
-        k, end = steps.start, steps.stop
-        before, after = self.latents[k:end].flatten(0, 1), self.latents[k + 1:end + 1].flatten(0, 1)
-        means = self.means[k:end].flatten(0, 1)[None] if len(self.means) else before.new_empty(0, *before.shape)
-        first_step = self.first_step + torch.arange(k, end, device=self.first_step.device)[:, None]
-        return Trajectory(torch.cat([self.final] * len(steps)), torch.stack([before, after]), self.log_probs[k:end].reshape(1, -1),
-                          means, first_step.flatten(), self.sigmas, self.noise_levels.repeat(1, len(steps)), self.rule)
+        k: int for all rows, or (M,) of 0 ... S - 1. samples: (M,) of 0 ... B - 1; None takes every sample once, in order.
+        """
+        samples = torch.arange(len(self.first_step)) if samples is None else torch.as_tensor(samples)
+        k = torch.as_tensor(k).expand_as(samples).to(self.first_step.device)
+        samples = samples.to(self.first_step.device)
+        step = self.first_step[samples] + k                                                          # (M,)
+        return Rows(
+            latents=self.latents[k, samples], next_latents=self.latents[k + 1, samples],
+            sigma=self.sigmas[step], sigma_next=self.sigmas[step + 1], sigma_max=self.sigmas[1],
+            noise_level=self.noise_levels[step, samples], log_prob=self.log_probs[k, samples],
+            mean=self.means[k, samples] if len(self.means) else None, rule=self.rule)
 
     @staticmethod
     def concatenate(parts: list["Trajectory"]) -> "Trajectory":
         """One trajectory of several that share schedule and rule."""
-        return Trajectory(torch.cat([p.final for p in parts]), torch.cat([p.latents for p in parts], 1),
-                          torch.cat([p.log_probs for p in parts], 1), torch.cat([p.means for p in parts], 1),
-                          torch.cat([p.first_step for p in parts]), parts[0].sigmas,
-                          torch.cat([p.noise_levels for p in parts], 1), parts[0].rule)
+        return Trajectory(
+            final=torch.cat([p.final for p in parts]), latents=torch.cat([p.latents for p in parts], 1),
+            log_probs=torch.cat([p.log_probs for p in parts], 1), means=torch.cat([p.means for p in parts], 1),
+            first_step=torch.cat([p.first_step for p in parts]), sigmas=parts[0].sigmas,
+            noise_levels=torch.cat([p.noise_levels for p in parts], 1), rule=parts[0].rule)
+
+
+@dataclass
+class Rows:
+    """Transitions to train on, the unit of a training batch: row m is one step of one sample.
+
+    latents, next_latents:          (M, C, H, W)  before and after the step, as sampled
+    sigma, sigma_next, noise_level: (M,)          of the step
+    sigma_max:                      ()            the schedule's second value, for a step from sigma 1
+    log_prob:                       (M,)          of the step under the policy that sampled
+    mean:                           (M, C, H, W)  of the step's Gaussian under that policy; None unless rollout kept it
+    rule:                           the transition rule
+    """
+    latents: Tensor
+    next_latents: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    sigma_max: Tensor
+    noise_level: Tensor
+    log_prob: Tensor
+    mean: Tensor | None
+    rule: str
 
 
 @torch.no_grad()
-def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, noise, rule: str = "flow_sde",
+def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, noise, *, rule: str = "flow_sde",
             first_step=0, num_trained: int = 0, start_step: int = 0, keep_means: bool = False) -> Trajectory:
     """Sample from start noise to data, and keep the `num_trained` consecutive steps from `first_step` on for training.
 
@@ -172,7 +196,7 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     noise_levels: scalar, (T,), or (T, B) when windows differ between samples; 0 makes a step the ODE's
     noise:        (T, B, C, H, W), a torch.Generator, or None for the ODE
     first_step:   int or (B,), not before start_step
-    start_step:   steps before it were taken already: images that share start noise share the ODE's way to their window
+    start_step:   the first step to take, where a group that shares its start noise has taken the ones before by the ODE
     keep_means:   whether the trained steps' means are kept as well (GRPO-Guard needs them)
     Raises ValueError if shapes disagree, or if a trained step is deterministic.
     """
@@ -189,47 +213,50 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     if noise is None and noise_levels.any():
         raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a torch.Generator")
 
-    # What the steps need is on the device before the first: inside a step, nothing waits for it.
-    stochastic = noise_levels.any(1).tolist()
-    trained_rows = [((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0].to(latents.device)
-                    for step in range(T)]
+    # Decide on the host, before the first step, what each step needs: a look at a device's values would stall its queue.
+    stochastic = noise_levels.any(1).tolist()                                                        # T booleans
+    trained_samples = [((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0].to(latents.device)
+                       for step in range(T)]                                # T index vectors, each of up to B samples
     sigmas, noise_levels, first_step = sigmas.to(latents), noise_levels.to(latents), first_step.to(latents.device)
 
     stored = latents.new_empty(num_trained + 1 if num_trained else 0, *latents.shape)
     log_probs = latents.new_empty(num_trained, B)
     means = latents.new_empty(num_trained if keep_means else 0, *latents.shape)
-    x = latents
-    for step, trained in list(enumerate(trained_rows))[start_step:]:
-        slot = step - first_step[trained]
-        stored[slot, trained] = x[trained]
-
-        sigma = sigmas[step].expand(B)
-        mean, std = sde_transition(velocity(x, sigma), x, sigma, sigmas[step + 1], noise_levels[step], rule, sigmas[1])
+    x = latents                                                                                      # (B, C, H, W)
+    for step in range(start_step, T):
+        # The step's Gaussian under the policy, eq. 9. Its std is 0 where the step is the ODE's.
+        mean, std = sde_transition(velocity(x, sigmas[step].expand(B)), x, sigmas[step], sigmas[step + 1], noise_levels[step],
+                                   rule, sigma_max=sigmas[1])
+        # Draw the next latents from it.
+        before, x = x, mean
         if stochastic[step]:
             eps = noise[step] if isinstance(noise, Tensor) else torch.randn(
                 x.shape, generator=noise, dtype=x.dtype, device=noise.device)
             x = mean + std * eps.to(x)
-        else:
-            x = mean
 
+        # Keep the transition of each sample that is trained on this step. `slot` counts a sample's trained steps from 0.
+        trained = trained_samples[step]
         if len(trained):
-            log_probs[slot, trained] = log_prob(x[trained], mean[trained], std[trained], rule)
+            slot = step - first_step[trained]
+            stored[slot, trained] = before[trained]
             stored[slot + 1, trained] = x[trained]
+            # Average over the whole batch before choosing samples, as `replay` does, because on a GPU the last bit of a sum
+            # may depend on how many rows are summed beside it.
+            log_probs[slot, trained] = log_prob(x, mean, torch.where(std > 0, std, 1), rule)[trained]
             if keep_means:
                 means[slot, trained] = mean[trained]
-    return Trajectory(x, stored, log_probs, means, first_step, sigmas, noise_levels, rule)
+    return Trajectory(final=x, latents=stored, log_probs=log_probs, means=means, first_step=first_step, sigmas=sigmas,
+                      noise_levels=noise_levels, rule=rule)
 
 
-def replay(velocity: Velocity, trajectory: Trajectory, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k-th trained step again, under the present network: (log_prob (B,), mean (B, C, H, W), std (B, 1, 1, 1)).
+def replay(velocity: Velocity, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows' transitions under the present network: (log_prob (M,), mean (M, C, H, W), std (M, 1, 1, 1)).
 
-    Differentiable through `velocity`. With the network that sampled, log_prob equals trajectory.log_probs[k].
+    Differentiable through `velocity`. With the network that sampled, log_prob equals rows.log_prob.
     """
-    t, step = trajectory, trajectory.first_step + k
-    sigma, a = t.sigmas[step], t.noise_levels[step, torch.arange(len(step), device=step.device)]           # (B,)
-    x = t.latents[k]
-    mean, std = sde_transition(velocity(x, sigma), x, sigma, t.sigmas[step + 1], a, t.rule, t.sigmas[1])
-    return log_prob(t.latents[k + 1], mean, std, t.rule), mean, std
+    mean, std = sde_transition(velocity(rows.latents, rows.sigma), rows.latents, rows.sigma, rows.sigma_next, rows.noise_level,
+                               rows.rule, sigma_max=rows.sigma_max)
+    return log_prob(rows.next_latents, mean, std, rows.rule), mean, std
 
 
 def _per_sample(value, latents: Tensor) -> Tensor:

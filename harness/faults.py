@@ -1,0 +1,184 @@
+"""What can go wrong in a run: its exceptions, how an error on one rank becomes the same on all, and what is saved of numbers that
+are not finite."""
+
+import contextlib
+import functools
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import distributed
+from config import Config
+from harness import signals
+from harness.checkpoint import try_write
+from prompts import Prompt
+from rewards import RewardError
+from sampler import replay
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; one line."""
+
+
+class NonFinite(TrainingError):
+    """A latent, loss or gradient that is not finite. It comes on all ranks alike, before the weights changed."""
+
+
+class NonFiniteUpdate(Exception):
+    """An update's "loss" or "gradient" is not finite. `skippable` turns it into a NonFinite that says where."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop. It comes on all ranks alike."""
+
+    def __init__(self, what: str = "stopped by a signal"):
+        super().__init__(what)
+
+
+class DoesNotFit(RuntimeError):
+    """Out of memory: the rank, the reason and the way out, in one line. Perhaps on one rank alone."""
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, the CPU or one of their libraries ran out of memory."""
+    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
+    """Within, or in a function decorated with it, running out of memory raises DoesNotFit, which names `way_out` and `plan`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (RewardError, DoesNotFit)) or not is_out_of_memory(error):
+            raise
+        reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
+        # Clear the frames of what failed, because they hold tensors, and there is still a state to save.
+        traceback.clear_frames(error.__traceback__)
+        raise DoesNotFit(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}"
+                         + (f"; the plan was: {plan}" if plan else "")) from error
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+_interruptible = False               # whether this rank is in a task that may end between two calls of the network
+
+
+def raise_if_stopping() -> None:
+    """Raise Interrupted if a signal asked for a stop and the task at hand may end here. A policy calls it before each call of its
+    network, so that a signal waits for one call at most and not for a whole rollout."""
+    if _interruptible and signals.stop_asked():
+        raise Interrupted
+
+
+def on_all_ranks(task: Callable) -> Callable:
+    """Decorate `task`, so that an error or a stop signal on one rank is raised as the same error on all of them."""
+    @functools.wraps(task)
+    def run(*arguments, **keywords):  # all ranks
+        global _interruptible
+        result = failure = None
+        _interruptible = True
+        try:
+            result = task(*arguments, **keywords)
+        except (RewardError, NonFinite, Interrupted) as error:
+            failure = error
+        finally:
+            _interruptible = False
+        # A launcher signals all processes of a worker. A reward's own processes then end too, and it fails for no other reason.
+        if signals.stop_asked() and not isinstance(failure, NonFinite):
+            failure = Interrupted()
+        failures = [(rank, error) for rank, error in enumerate(distributed.gather_objects(failure)) if error is not None]
+        for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):      # errors first
+            raise error if isinstance(error, Interrupted) else type(error)(f"rank {rank}: {error}")
+        return result
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+@contextlib.contextmanager
+def skippable(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
+              statistics, config: Config) -> Iterator[None]:  # all ranks
+    """Within, an update whose loss or gradient is not finite is left out where --skip-nonfinite allows it; else NonFinite is raised.
+
+    learner: whose weights are then as they were. batches, backward: this rank's batches of rows, and the function that adds a
+    batch's gradients and returns tensors to watch. statistics: counts the update that was left out.
+    """
+    try:
+        yield
+    except NonFiniteUpdate as error:
+        quantity = str(error)
+        found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
+        learner.skip(NonFinite(describe_non_finite(found, f"the {quantity} of {where} is not finite")), 1)
+        statistics.leave_out_update()
+
+
+def describe_non_finite(found: tuple[str, Path] | None, what: str) -> str:  # all ranks
+    """The line to say: the first rank's prompt that is not finite, and where its tensors are."""
+    for rank, said in enumerate(distributed.gather_objects(found)):
+        if said:
+            return (f"{what} on rank {rank} for prompt {said[0]!r}: the weights were left as they are; tensors are in {said[1]}; "
+                    "lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
+    return (f"{what}, but every batch of it was when computed again: the weights were left as they are; suspect memory or another "
+            "part of the machine")
+
+
+def find_non_finite(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str, quantity: str,
+                    config: Config) -> tuple[str, Path] | None:
+    """The prompt of the first row that is not finite, and the file with its batch; None where all is finite this time.
+
+    Training keeps nothing for this. So compute this rank's part of the update again, batch by batch, and the first batch that is
+    not finite row by row.
+    """
+    def finite(positions: list[int], steps: list[int]) -> bool:
+        learner.optimizer.zero_grad(set_to_none=True)
+        watched = torch.stack([value.double().sum() for value in backward((positions, steps)).values()])
+        gradients = [p.grad for p in learner.policy.parameters if p.grad is not None]
+        return bool(watched.isfinite().all()) and (quantity == "loss" or all(g.isfinite().all() for g in gradients))
+
+    found = None
+    for positions, steps in batches:
+        if not finite(positions, steps):
+            worst = next((j for j, k in zip(positions, steps) if not finite([j], [k])), positions[0])
+            prompts, rows = [samples.prompts[j] for j in positions], samples.trajectory.rows(steps, positions)
+            text = learner.policy.encode([p.text for p in prompts])
+            with torch.no_grad():
+                log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
+            indices = [samples.indices[j] for j in positions]
+            path = save_debug_tensors(
+                config, where.partition(",")[0], prompts, samples=torch.tensor(indices), steps=torch.tensor(steps),
+                advantages=advantages[indices], **tensors_of(rows), log_prob_again=log_prob, mean_again=mean)
+            found = samples.prompts[worst].text, path
+            break
+    learner.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def tensors_of(record) -> dict[str, Tensor]:
+    """The tensors among the fields of a Trajectory or of Rows."""
+    return {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+
+
+def save_debug_tensors(config: Config, where: str, prompts: list[Prompt], **tensors: Tensor) -> Path:
+    """Write a batch that is not finite as a safetensors file, its prompts as json in the metadata; the latest of a rank and epoch."""
+    name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
+    path = Path(config.output_dir) / config.run_name / "nonfinite" / name
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
+                  {"prompts": json.dumps([p.text for p in prompts])})
+
+    try_write(str(path), write)
+    return path

@@ -1,0 +1,145 @@
+"""What a run says: statistics of its updates over all ranks, lines on the terminal, progress bars."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import distributed
+from config import Config
+from distributed import is_main
+from grpo import zero_variance_groups
+from harness import signals
+from harness.faults import Interrupted, NonFiniteUpdate
+
+
+class Statistics:
+    """Statistics of an epoch's updates, kept on the device until an update ends.
+
+    An update is: `add` for each batch of rows, `end_backward`, and after the optimizer's step `end_update`.
+    """
+
+    NAMES = ("policy_loss", "kl", "approx_kl", "clip_fraction_high", "clip_fraction_low", "ratio")
+
+    def __init__(self):
+        self.epoch, self.rows_trained = dict.fromkeys(self.NAMES, 0.0), 0
+        self.grad_norms, self.overflows, self.skipped = [], 0, 0
+        self.deviations = []                                     # largest |ratio - 1| of each update
+        self._start_update()
+
+    def _start_update(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._rows, self._largest = 0, torch.zeros((), dtype=torch.float64)
+
+    def add(self, ratio_deviation: Tensor, **values: Tensor) -> None:
+        """Add a batch of rows. All are (M,)."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double().sum()
+        self._rows += len(ratio_deviation)
+        self._largest = torch.maximum(self._largest.to(ratio_deviation.device), ratio_deviation.detach().double().max())
+
+    def end_backward(self, rows: int) -> None:  # all ranks
+        """Put all ranks' sums together, in the one small collective of an update, which carries the stop flag too.
+
+        rows: of the update over all ranks. Those that were left out for their zero advantage count, with a ratio of 1.
+        Raises Interrupted or NonFiniteUpdate on all ranks alike.
+        """
+        own = [*(self._sums.get(name, torch.zeros(())).double().cpu() for name in self.NAMES), self._rows, self._largest.cpu()]
+        every_rank = distributed.gather_vectors(torch.tensor([*own, signals.stop_asked()], dtype=torch.float64))
+        *sums, counted, _, stop = every_rank.sum(0).tolist()
+        if stop:
+            raise Interrupted
+        self._averages = {name: value / rows for name, value in zip(self.NAMES, sums)}
+        self._averages["ratio"] += (rows - counted) / rows
+        self._deviation, self._all_rows = every_rank[:, -2].max().item(), rows
+        if not np.isfinite(sums).all():
+            raise NonFiniteUpdate("loss")
+
+    def end_update(self, grad_norm: float, may_overflow: bool) -> None:
+        """The optimizer stepped. may_overflow: float16's loss scale, if one is in use, skipped the step by itself."""
+        if not np.isfinite(grad_norm) and not may_overflow:
+            raise NonFiniteUpdate("gradient")
+        if np.isfinite(grad_norm):
+            self.grad_norms.append(grad_norm)
+        else:
+            self.overflows += 1
+        for name, value in self._averages.items():
+            self.epoch[name] += value * self._all_rows
+        self.rows_trained += self._all_rows
+        self.deviations.append(self._deviation)
+        self._start_update()
+
+    def leave_out_update(self) -> None:
+        self.skipped += 1
+        self._start_update()
+
+    def check_ratio(self, first: bool, config: Config, epoch: int) -> None:
+        """In an epoch's first update, before the weights change: the policy is the one that sampled, so each ratio must be 1.
+
+        first: whether it is this process's first update, which gets a line in any case.
+        """
+        if first:
+            say(f"before the first update, max |ratio - 1| is {self._deviation:.1e}; clip_range is {config.clip_range:g}")
+        if self._deviation > config.clip_range:
+            warn(f"before the first update of epoch {epoch} a ratio is {self._deviation:.1e} from 1, more than clip_range "
+                 f"{config.clip_range:g}; usual causes: batches of other sizes in training than in the rollout, above all in "
+                 "half precision; another dtype here than there; dropout")
+        self.before = self._deviation
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the epoch's rows, gradient norms, and how many updates overflowed or were left out."""
+        known = {"ratio_deviation_before": self.before} if hasattr(self, "before") else {}
+        if self.rows_trained:
+            known |= {name: value / self.rows_trained for name, value in self.epoch.items()}
+            known["ratio_deviation"] = max(self.deviations)
+        return known | {"grad_norm": float(np.mean(self.grad_norms)) if self.grad_norms else 0.0,
+                        "overflows": self.overflows, "skipped_updates": self.skipped}
+
+
+def reward_metrics(scores: dict[str, Tensor], group_ids: Tensor) -> dict[str, float]:
+    """Mean of each reward over the epoch's images, the spread of the total, and the share of groups without any."""
+    return {**mean_scores("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
+            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids)}
+
+
+def mean_scores(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
+    """Mean of each score and metric, over the samples that it says something about."""
+    return {f"{prefix}/{name}": values.double().nanmean().item() for name, values in scores.items()
+            if not values.isnan().all()}
+
+
+def say(text: str) -> None:
+    """Print a line on the main rank without disturbing a progress bar."""
+    if is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    if is_main():
+        tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+def progress(items: Sequence, what: str) -> Iterator:
+    """The items, under a progress bar on the main rank's terminal. They end early at a stop signal; the next collective tells."""
+    for item in tqdm(items, desc=what, leave=False, disable=None if is_main() else True):      # None: only on a terminal
+        if signals.stop_asked():
+            return
+        yield item
+
+
+def epoch_line(metrics: dict, history: list[dict], config: Config) -> str:
+    """An epoch in a line. history: the epochs before."""
+    line, recent = f"epoch {metrics['epoch']}/{config.epochs}: ", [*history[-4:], metrics]
+    if "approx_kl" not in metrics:
+        return f"{line}skipped, {metrics['seconds']:.1f} s"
+    first = next((m["reward/total"] for m in history if "reward/total" in m), metrics["reward/total"])
+    left = (config.epochs - metrics["epoch"]) * np.median([m["seconds"] for m in recent if "seconds" in m])
+    return line + (
+        f"reward {metrics['reward/total']:.4f} ({metrics['reward/total'] - first:+.4f}), approx_kl {metrics['approx_kl']:.1e}, "
+        f"clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, gradient {metrics['grad_norm']:.3f}, "
+        f"{metrics['images_per_second']:.1f} images/s, {timedelta(seconds=round(left))} left")

@@ -1,0 +1,315 @@
+"""A run from its command line to its end: start-up, resuming, the epoch that counts whole or not at all, what follows an epoch."""
+
+import contextlib
+import functools
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+import distributed
+from adapters import find_adapter
+from config import Config, parse_config, validate
+from distributed import LostRank, is_main
+from harness import signals
+from harness.batches import choose_batches, describe
+from harness.checkpoint import (Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics,
+                                write_settings)
+from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, raise_if_stopping, within_memory)
+from harness.gallery import Display
+from harness.program import leave
+from harness.report import epoch_line, say
+from harness.scoring import Scorer
+from learner import Learner
+from policy import Policy, check_model
+from prompts import Prompt, load_prompts
+from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
+
+
+# ---------------------------------------------------------------------------------------------------------- start-up
+
+def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Callable) -> int:
+    """Start a run as the command line says, give it to `train`, and end it; the exit code. Mistakes end in one line.
+
+    evaluate: train.evaluate, which this file does not import because train imports this file.
+    """
+    plan, command = "", ""
+    try:
+        run, lock, command = start(arguments, evaluate)                    # the lock is held until this function ends
+        plan = run.plan
+        with signals.stopping_on_signals(command):
+            with run.saved_whatever_happens():
+                run.evaluate_only() if run.config.eval_only else train(run)
+            if not run.config.eval_only:
+                run.finish()
+    except BaseException as error:
+        end_with(error, plan, command)
+        raise                                                              # a fault of this program
+    run.scorer.close()
+    run.eval_scorer.close()
+    distributed.shutdown()
+    return 0
+
+
+def end_with(error: BaseException, plan: str, command: str) -> None:
+    """End the process with one line for an error that is not a fault of this program.
+
+    command: what goes on from the last whole epoch; "" before training, where nothing is to go on.
+    """
+    if command:
+        said = [str(error)] if isinstance(error, Interrupted) else []      # other errors have a line of their own
+        say("; ".join([*said, *getattr(error, "__notes__", ()), f"to go on: {command}"]))
+    if isinstance(error, Interrupted):
+        leave(0)
+    if isinstance(error, LostRank):
+        # Another rank ended, and its own error is the one to read.
+        print(f"rank {distributed.rank()}: stopped, another rank is gone or did not answer ({error})", file=sys.stderr)
+        leave(1)
+    mistakes = (RewardError, NonFinite) if command else (RewardError, ValueError, OSError, ImportError)
+    if isinstance(error, (*mistakes, TrainingError, DoesNotFit)):
+        # All ranks meet a mistake alike, so the main rank speaks for all. torchrun ends all ranks with the first that ends:
+        # let it be the main one. Out of memory, and an epoch that was not saved, may be one rank's alone.
+        if isinstance(error, mistakes) and not is_main():
+            time.sleep(30)
+        if isinstance(error, DoesNotFit) and "the plan was" not in str(error):
+            error = f"{error}; the plan was: {plan}"
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        leave(2)
+    if command and isinstance(error, SystemExit):                          # of user code: the run has not come to its end
+        raise RuntimeError(f"the run was ended by {error!r}") from error
+
+
+def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
+    """Find everything that can be found wrong before a model loads. Raises ConfigError, ValueError, OSError or ImportError."""
+    preset, config = parse_config(arguments, quiet=not is_main())
+    validate(config)
+    distributed.own_device()                     # before a file with rewards is imported, which may put a model on it
+    weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
+    check_reward_weights(weights, dict(config.reward_urls))
+    train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
+    for prompts in (train_prompts, test_prompts):
+        check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
+    check_model(config.model)
+    if config.lora_path:
+        find_adapter(config.lora_path)
+    if config.wandb and not importlib.util.find_spec("wandb"):
+        raise ImportError("--wandb needs the package wandb: pip install wandb")
+    return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
+
+
+def make_rewards(config: Config, device: torch.device) -> Rewards:
+    """Build the rewards of training and of evaluation, which have the weight 0."""
+    return build_rewards(
+        dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
+        start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
+        threads=config.reward_threads, device=str(device), batch=config.reward_batch, models=dict(config.reward_models),
+        urls=dict(config.reward_urls), deadline=config.reward_deadline, max_unanswered=config.max_unanswered,
+        trust_remote_code=config.trust_remote_code)
+
+
+def make_policy(config: Config, device: torch.device) -> Policy:
+    """Load the policy. Every rank gets the same weights, an adapter's random start among them."""  # all ranks
+    torch.manual_seed(config.seed)
+    with within_memory("the model itself is too large: start fewer processes, or --offload-text-encoders",
+                       describe(config, distributed.world_size())):
+        policy = Policy(
+            config.model, device, config.dtype, resolution=config.resolution, max_sequence_length=config.max_sequence_length,
+            lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
+            full_finetune=config.full_finetune, with_reference=config.beta > 0, lora_path=config.lora_path,
+            offload_text_encoders=config.offload_text_encoders, gradient_checkpointing=config.gradient_checkpointing,
+            compile=config.compile)
+        distributed.broadcast_parameters(policy.parameters)
+        # NCCL takes its buffers at an operation's first call, outside PyTorch's reserve. Make that call now, before batch sizes
+        # are chosen by the memory that is left.
+        distributed.sum_gradients(policy.parameters)
+    for p in policy.parameters:
+        p.grad = None
+    policy.before_call = raise_if_stopping
+    return policy
+
+
+def start(arguments: list[str], evaluate: Callable) -> tuple["Run", object, str]:
+    """The run that the command line asks for, the lock on its directory, and the command that goes on with it."""  # all ranks
+    preset, config, train_prompts, test_prompts = prepare(arguments)
+    signals.end_with_launcher()
+    device = distributed.setup(config.collective_timeout)
+    # torchrun --max-restarts starts us again without a name: the run is then the one that its first start named.
+    name = config.run_name or signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    command = f"{signals.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
+    config = replace(config, run_name=name)
+    directory, lock, config = open_run(config) if is_main() else (None, None, None)
+    directory, config = distributed.broadcast_object((directory, config))
+    checkpoint = distributed.broadcast_object(newest_whole(directory, not config.eval_only) if is_main() else None)
+    rewards = make_rewards(config, device)
+    rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
+    policy = make_policy(config, device)
+    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution", describe(config, 1)):
+        config = choose_batches(policy, train_prompts, config)
+    if is_main():
+        write_settings(directory, config, preset)
+    run = Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts, test_prompts=test_prompts,
+              evaluate_policy=evaluate)
+    return run, lock, command
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+@dataclass
+class Run:
+    """What a run has, and what it does around its epochs. Only the main rank writes anything."""
+
+    config: Config
+    directory: Path
+    checkpoint: Path | None            # to go on from
+    policy: Policy
+    rewards: Rewards
+    prompts: list[Prompt]              # to train on
+    test_prompts: list[Prompt]
+    evaluate_policy: Callable          # train.evaluate
+    learner: Learner = field(init=False)
+    scorer: Scorer = field(init=False)             # of the rewards that are trained on
+    eval_scorer: Scorer = field(init=False)        # of all rewards
+
+    def __post_init__(self):
+        config, self.learner = self.config, Learner(self.policy, self.config)
+        self.scorer = Scorer(self.rewards.subset(weights=dict(config.rewards)), self.policy, config)
+        self.eval_scorer = Scorer(self.rewards, self.policy, config)
+        self.plan = describe(config, distributed.world_size(), self.policy.branches(config.guidance_scale))
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one, and say what this run is."""
+        config, checkpoint = self.config, self.checkpoint
+        state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
+        self.done = self.learner.restore(state) if checkpoint else 0        # epochs
+        self.whole = state["metrics"]                                       # metrics of the last whole epoch
+        history = cut_metrics(self.directory, self.done if checkpoint else -1) if is_main() and not config.eval_only else []
+        self.record = Record(self.directory, self.done, history, config.keep_checkpoints)        # other ranks' stays empty
+        known = self.done + bool(history and history[-1]["epoch"] == self.done)     # the first epoch not in the metrics yet
+        self.display = Display(self.directory, None if config.eval_only else known, config.wandb) if is_main() else None
+        say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
+            f"{sum(p.numel() for p in self.policy.parameters):,} trained weights, {len(self.prompts)} prompts, "
+            f"{len(self.test_prompts)} for evaluation, "
+            f"rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}")
+        if not config.eval_only:
+            say(self.plan)
+        if checkpoint:
+            say(f"{'evaluating' if config.eval_only else 'continuing after'} epoch {self.done}, from {checkpoint}")
+
+    def epochs_left(self) -> Iterator[int]:
+        """The epochs to train, from 1 on. Before the first comes what may be missing of the last whole epoch."""  # all ranks
+        if self.checkpoint and self.done >= self.config.epochs:
+            say(f"nothing is left to train: epoch {self.done} of --epochs {self.config.epochs} is done; a higher --epochs goes on")
+        if is_main() and self.checkpoint:
+            self.record.reduce_older()
+        # An epoch may have been saved before it was evaluated.
+        if distributed.broadcast_object(not self.record.history or self.record.history[-1]["epoch"] != self.done):
+            self.conclude(self.whole)
+        yield from range(self.done + 1, self.config.epochs + 1)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self, epoch: int) -> Iterator[dict]:
+        """Within, an epoch samples and trains, and puts its metrics into the dict. It counts whole or not at all.
+
+        Samples that are not finite leave the epoch out where --skip-nonfinite allows it, because advantages are global: without
+        these samples there are none. What else is raised in here ends the run, and `saved_whatever_happens` undoes the epoch.
+        """
+        config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
+        if config.updates_per_epoch > 1:                                   # else the first update is the epoch's last
+            self.learner.begin_updates(epoch - 1)
+        try:
+            yield metrics
+            seconds, images = time.perf_counter() - started, config.groups_per_epoch * config.group_size
+            metrics |= {"learning_rate": self.learner.learning_rate, "seconds": seconds, "images_per_second": images / seconds}
+        except (NonFinite, NonFiniteScore) as error:
+            self.learner.skip(error, config.updates_per_epoch)
+            metrics |= {"skipped_updates": config.updates_per_epoch, "seconds": time.perf_counter() - started}
+        self.learner.end_updates()
+        self.whole = metrics
+        say(epoch_line(metrics, self.record.history, config))
+
+    @contextlib.contextmanager
+    def saved_whatever_happens(self) -> Iterator[None]:
+        """Within, the run trains. Whatever ends it, the last whole epoch is saved, and a note of the error says so."""
+        self.resume()
+        try:
+            yield
+        except BaseException as error:
+            signals.at_safe_point()
+            try:
+                if not self.config.eval_only and self.learner.undo_updates():
+                    self.save(self.whole)
+            except Exception as failure:         # after a fault of the device or of this program, which is the error to read
+                print(f"warning: epoch {self.whole['epoch']} could not be saved ({failure})", file=sys.stderr)
+            saved = self.record.saved
+            error.add_note(f"epoch {saved} is saved" if saved else "that was before the first epoch was whole")
+            # These come on all ranks alike. With any other error this rank alone may be here: no collective.
+            if isinstance(error, (RewardError, NonFinite, Interrupted)):
+                distributed.wait_for_all()
+            raise
+
+    def conclude(self, metrics: dict) -> None:  # all ranks
+        """Evaluate, log and save after an epoch, as far as they are due."""
+        epoch, config = metrics["epoch"], self.config
+        if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
+            metrics = {**metrics, **self.evaluate(epoch)}
+        if is_main():
+            self.record.add(metrics)
+            self.display.curves(metrics)
+            if "eval/total" in metrics:
+                self.display.page()
+        self.whole = metrics
+        if epoch % config.save_every == 0 or epoch == config.epochs:
+            with signals.taking_its_time():
+                self.save(metrics)
+                distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
+
+    def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
+        """Metrics of the held-out prompts. The images go to the page."""
+        metrics, images, scores = self.evaluate_policy(self.learner, self.eval_scorer, self.test_prompts, self.config)
+        if is_main():
+            self.display.pictures(epoch, images, [p.text for p in self.test_prompts[:len(images)]], scores)
+        say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return metrics
+
+    def evaluate_only(self) -> None:  # all ranks
+        """Score the last checkpoint and draw the page. Nothing that was recorded changes."""
+        metrics = {"epoch": self.done, **self.evaluate(self.done)}
+        if is_main():
+            if not (self.directory / "metrics.jsonl").exists():
+                write_metrics(self.directory, metrics)
+            self.display.page()
+            say(f"images: {self.directory / 'index.html'}")
+
+    def save(self, metrics: dict) -> None:
+        """Write a checkpoint of the weights as they are after the epoch of `metrics`, unless there is one."""
+        if is_main() and (epoch := metrics["epoch"]) != self.record.saved:
+            self.record.save(epoch, self.learner.save_weights, {**self.learner.state(epoch), "metrics": metrics})
+
+    def finish(self) -> None:
+        """Say the score before and after, and where things are. Raises TrainingError if the last epoch could not be saved."""
+        if not is_main():
+            return
+        self.display.close()
+        record, directory = self.record, self.directory
+        evaluated = [m for m in record.history if "eval/total" in m]
+        if not evaluated:
+            return say(f"no evaluation in {directory / 'metrics.jsonl'}")
+        first, last = evaluated[0], evaluated[-1]
+        after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else "; no later evaluation"
+        say(f"eval/total {first['eval/total']:.4f} before training{after}")
+        if (directory / "index.html").exists():
+            say(f"images and curves: {directory / 'index.html'}")
+        if picture := self.display.comparison(first["epoch"], last["epoch"]):
+            say(f"before above after: {picture}")
+        best, newest = record.best(), record.saved
+        for which, epoch in [("best and last", best)] if best == newest else [("best", best), ("last", newest)]:
+            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):        # adapter or transformer
+                say(f"the {which} weights, of epoch {epoch}: {weights}")
+        say(f"metrics: {directory / 'metrics.jsonl'}")
+        if record.saved != self.config.epochs > self.done:
+            raise TrainingError(f"epoch {self.config.epochs} is not saved: make room, and the same command goes on from epoch "
+                                f"{record.saved}")

@@ -1,0 +1,86 @@
+"""Rewards run in a thread beside the sampling: one object owns the thread, what it was given, and what came of it."""
+
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import distributed
+from config import Config
+from harness import signals
+from harness.faults import Interrupted, NonFinite, save_debug_tensors
+from policy import Policy, to_host
+from prompts import Prompt
+from rewards import NonFiniteScore, Rewards
+
+
+class Scorer:
+    """Scores micro-batches of pictures in their order while the next one is sampled."""
+
+    def __init__(self, rewards: Rewards, policy: Policy, config: Config):
+        self.rewards, self.config = rewards, config
+        # A rank with one core that computes its own rewards gains nothing by two threads, which would only share the core.
+        self.waits = policy.device.type == "cpu" and distributed.cores() <= 1 and not config.reward_urls
+        # One thread for the rewards. The current CUDA device is per thread, so set it there.
+        on_gpu = policy.device.type == "cuda"
+        self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if on_gpu else None,
+                                         initargs=(policy.device,) if on_gpu else ())
+        self.pending: list[Future] = []
+
+    def submit(self, images: Tensor, latents: Tensor, prompts: list[Prompt], where: str,
+               debug_tensors: dict[str, Tensor]) -> None:
+        """Hand over pictures (B, H, W, 3) uint8 and the latents (B, C, H, W) that they were decoded from.
+
+        where: the epoch or "evaluation", for messages. debug_tensors: saved where the latents are not finite.
+        Raises what scoring an earlier batch raised, so that a reward that fails ends the sampling now.
+        """
+        wait_for_copy = to_host(latents.isfinite().flatten(1).all(1), images)
+        self.pending.append(self.thread.submit(self._score, wait_for_copy, prompts, where, debug_tensors))
+        try:
+            self._wait() if self.waits else self._raise_failed()
+        except BaseException:
+            self.pending = []
+            raise
+
+    def collect(self) -> dict[str, np.ndarray]:
+        """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.
+
+        A metric that a batch says nothing about is NaN there. Raises what scoring raised, or Interrupted at a stop signal.
+        """
+        try:
+            self._wait()
+            parts = [future.result() for future in self.pending]
+        finally:
+            self.pending = []
+        names = dict.fromkeys(name for part in parts for name in part)
+        return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
+
+    def close(self) -> None:
+        self.thread.shutdown()
+
+    def _score(self, wait_for_copy, prompts: list[Prompt], where: str, debug_tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Runs in the thread: it waits for the device's copies while the next micro-batch is sampled."""
+        finite, images = wait_for_copy()                                    # (B,) bool, (B, H, W, 3) uint8
+        if not finite.all():
+            path = save_debug_tensors(self.config, where, prompts, **debug_tensors)
+            raise NonFinite(f"{where}: latents are not finite for prompt {prompts[int(finite.int().argmin())].text!r}; tensors are "
+                            f"in {path}; lower --learning-rate, or in float16 use --dtype bfloat16")
+        try:
+            return self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+        except NonFiniteScore as error:
+            path = save_debug_tensors(self.config, where, prompts, images=images)
+            raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
+
+    def _wait(self) -> None:
+        """Wait for all scores. A failed reward is raised at once, and a signal waits for no slow reward."""
+        while wait(self.pending, timeout=0.2).not_done:
+            self._raise_failed()
+            if signals.stop_asked():
+                raise Interrupted
+        self._raise_failed()
+
+    def _raise_failed(self) -> None:
+        for future in self.pending:
+            if future.done():
+                future.result()
