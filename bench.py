@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distributed
 import train
 from config import batch_plan, refuse_repeated
+from harness import signals
 from harness.program import run_as_program
 from memory import DoesNotFit
 from policy import is_out_of_memory
@@ -418,6 +419,7 @@ def main() -> None:
                 os.environ.setdefault("OMP_NUM_THREADS", "1")            # as the launcher would, at greater length
             os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                                       *sys.argv])
+        signals.end_with_launcher()
         device = distributed.setup()
         settings = [Setting(words, device) for words in settings]
     except (ValueError, OSError, ImportError) as error:

@@ -36,6 +36,7 @@ from config import Config, batch_plan, describe, parse_config, steps_at_once, va
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
+from harness import signals
 from harness.program import leave, run_as_program
 from learner import Learner, learning_rate
 from memory import LESS_MEMORY, DoesNotFit, choose_batches, within_memory
@@ -116,7 +117,7 @@ def sample_epoch(policy: Policy, rewards: Rewards, prompts: list[Prompt], sigmas
     parts = [list(part) for _, part in itertools.groupby(mine, kind)]
     trajectories, pending, before_next = [], [], wait_for_scores if takes_turns(policy, config) else raise_failed
     for batch in progress([batch for part in parts for batch in batches(part, config.rollout_batch)], "sample"):
-        if distributed.stop_asked():
+        if signals.stop_asked():
             raise Interrupted
         drawn = [chosen[i // config.group_size] for i in batch]
         first_step = windows[[i // config.group_size for i in batch]]                                    # (B,)
@@ -174,7 +175,7 @@ def shared_starts(policy: Policy, chosen: list[Prompt], groups: list[int], windo
 def stoppable(velocity: Velocity) -> Velocity:
     """The same, but a signal waits for one call of a large network at most, not for a whole rollout."""
     def checked(latents: Tensor, sigma: Tensor) -> Tensor:
-        if distributed.stop_asked():
+        if signals.stop_asked():
             raise Interrupted
         return velocity(latents, sigma)
     return checked
@@ -215,7 +216,7 @@ def wait_for_scores(pending: list[Future]) -> None:
     """Until all scores are there, or one has failed, which is raised; a signal waits for no slow reward."""
     while wait(pending, timeout=0.2).not_done:
         raise_failed(pending)
-        if distributed.stop_asked():
+        if signals.stop_asked():
             raise Interrupted
     raise_failed(pending)
 
@@ -256,11 +257,11 @@ def train_epoch(learner: Learner, samples: Samples | None, advantages: Tensor, c
             mine = live + (idle[:-len(live) % config.train_batch] if config.half_precision else [])
         statistics = Statistics(policy.compute_dtype)
         for batch in batches(mine, config.train_batch):
-            if distributed.stop_asked():
+            if signals.stop_asked():
                 break
             accumulate_gradients(learner, samples, batch, advantages, terms, statistics, config)
             bar.update()
-        if distributed.any_rank(distributed.stop_asked()):                    # before the gradients, on which a GPU waits for all
+        if distributed.any_rank(signals.stop_asked()):                    # before the gradients, on which a GPU waits for all
             bar.close()
             raise Interrupted
         distributed.sum_gradients(policy.parameters)
@@ -314,7 +315,7 @@ def accumulate_gradients(learner: Learner, samples: Samples, batch: list[int], a
     A = advantages[[samples.indices[j] for j in batch]].to(policy.device, policy.compute_dtype)          # (B,)
     # Half precision takes one step at a time, as the rollout did: a batch of another size would change the ratio.
     for steps in divide_steps(trajectory, 1 if config.half_precision else config.train_batch):
-        if distributed.stop_asked():             # what is missing is of no use then: see train_epoch
+        if signals.stop_asked():             # what is missing is of no use then: see train_epoch
             return
         taken = trajectory.single_steps(steps)                                                           # M = len(steps) B samples
         log_prob, mean, std = replay(velocity(len(steps)), taken, 0)                                     # (M,), (M, C, H, W)
@@ -458,7 +459,7 @@ def evaluate_share(learner: Learner, rewards: Rewards, prompts: list[Prompt], co
     before_next = wait_for_scores if takes_turns(policy, config) else raise_failed
     with learner.average.applied():
         for batch in progress(batches(list(mine), config.rollout_batch), "evaluate"):
-            if distributed.stop_asked():
+            if signals.stop_asked():
                 raise Interrupted
             drawn = [prompts[i] for i in batch]
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
@@ -505,7 +506,7 @@ def together(task: Callable, *arguments):  # all ranks
     except (RewardError, NonFinite, Interrupted) as error:
         failure = error
     # A launcher signals all processes of a worker, so a reward's own ones end too, and it fails for no reason of its own.
-    if distributed.stop_asked() and not isinstance(failure, NonFinite):
+    if signals.stop_asked() and not isinstance(failure, NonFinite):
         failure = Interrupted()
     failures = [(rank, error) for rank, error in enumerate(distributed.gather_objects(failure)) if error is not None]
     for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):          # errors first
@@ -574,10 +575,11 @@ def make_policy(config: Config, device: torch.device) -> Policy:
 def main() -> None:
     try:
         preset, config, train_prompts, test_prompts = prepare(sys.argv[1:])
+        signals.end_with_launcher()
         device = distributed.setup(config.collective_timeout)
         # torchrun --max-restarts starts us again without a name: the run is then the one that its first start named.
-        name = config.run_name or distributed.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-        command = f"{distributed.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
+        name = config.run_name or signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        command = f"{signals.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
         config = replace(config, run_name=name)
         directory, lock, config = open_run(config) if is_main() else (None, None, None)        # held until this function ends
         directory, config = distributed.broadcast_object((directory, config))
@@ -597,7 +599,7 @@ def main() -> None:
         stop_without(error)
     scorer = scoring_thread(device)
     try:
-        with distributed.stopping_on_signals(command):
+        with signals.stopping_on_signals(command):
             run(config, directory, checkpoint, policy, rewards, train_prompts, test_prompts, scorer)
     except BaseException as error:
         said = [str(error)] if isinstance(error, Interrupted) else []        # other errors have a line of their own
@@ -680,7 +682,7 @@ class AfterEpoch:
             if "eval/total" in metrics:
                 self.display.page()
         if epoch % config.save_every == 0 or epoch == config.epochs:
-            with distributed.taking_its_time():
+            with signals.taking_its_time():
                 self.keep(metrics)
                 distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
 
@@ -742,7 +744,7 @@ def run(config: Config, directory: Path, checkpoint: Path | None, policy: Policy
             say(summary(metrics, record.history, config))
             after.conclude(metrics)
     except BaseException as error:
-        distributed.at_safe_point()
+        signals.at_safe_point()
         try:
             if learner.undo_updates():
                 after.keep(metrics)

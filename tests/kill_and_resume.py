@@ -92,7 +92,7 @@ def train_with(phase: str, count: int, rank: int, deed: str) -> None:
 
     def faulty(*arguments, **options):
         nonlocal calls
-        calls += distributed.rank() == rank and distributed.attempt() == 0
+        calls += distributed.rank() == rank and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
         if after:
             result = original(*arguments, **options)
         if calls == count:

@@ -35,9 +35,10 @@ def test_the_rows_counted_are_the_plans_and_the_phases_add_up_to_the_epoch(setti
 
 
 def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(setting, model):
-    like = bench.Setting(["--model", model, *FLAGS, "--num-steps", "4"], setting.device)
-    unlike = [bench.Setting(["--model", model, *FLAGS, *words], setting.device)
-              for words in (["--lora-rank", "2"], ["--groups-per-epoch", "1", "--group-size", "2"])]
+    words = ["--model", model, *FLAGS]
+    one_group = " ".join(words).replace("--groups-per-epoch 2 --group-size 3", "--groups-per-epoch 1 --group-size 2").split()
+    like = bench.Setting(" ".join(words).replace("--num-steps 3", "--num-steps 4").split(), setting.device)
+    unlike = [bench.Setting(changed, setting.device) for changed in ([*words, "--lora-rank", "2"], one_group)]
     for other in (like, *unlike):
         other.share_rates(setting)
     assert like.rates is setting.rates and all(other.rates is not setting.rates for other in unlike)
