@@ -35,11 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
 import train
-from config import batch_plan, refuse_repeated
+from config import refuse_repeated
 from harness import signals
+from harness.faults import DoesNotFit, is_out_of_memory
 from harness.program import run_as_program
-from memory import DoesNotFit
-from policy import is_out_of_memory
 from rewards import RewardError
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "waiting", "other")
@@ -173,7 +172,7 @@ class Setting:
         branches = self.policy.branches(self.config.guidance_scale)
         mine = len(distributed.share(self.images, distributed.rank(), distributed.world_size()))
         self.rows = {"rollout": clock.rows["rollout"], "reference": clock.rows["reference"], "decode": mine, "reward": mine,
-                     "replay": clock.rows["replay"] - clock.rows["filler"] * branches * batch_plan(self.config, 1).trained_steps}
+                     "replay": clock.rows["replay"] - clock.rows["filler"] * branches * self.config.trained_steps}
         return seconds
 
     # ------------------------------------------------------------------------------------------------------- the floor
@@ -248,7 +247,7 @@ class Setting:
             own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
             most = -(-self.images // distributed.world_size())               # a rank has no more to put into a batch,
             if piece in ("replay", "reference") and not self.config.half_precision:
-                most *= batch_plan(self.config, 1).trained_steps             # or where several steps go in one
+                most *= self.config.trained_steps             # or where several steps go in one
             batches = {min(most, batch) for batch in (-(-own // 4), -(-own // 2), own, 2 * own)}
             candidates = [(batch, n) for batch in sorted(batches) for n in sorted(threads)]
             if distributed.any_rank(self.rows[piece] > 0) and piece not in self.fastest:

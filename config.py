@@ -1,4 +1,4 @@
-"""The settings of a run: one flat dataclass, presets by name, the command line, validation, the batch plan.
+"""The settings of a run: one flat dataclass, presets by name, the command line, validation.
 
     python train.py [PRESET] [--field value ...]          no preset means tiny_ocr
 """
@@ -9,7 +9,7 @@ import difflib
 import io
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import tyro
@@ -33,11 +33,15 @@ MODULATION = ("norm1.linear", "norm1_context.linear")
 
 @dataclass(frozen=True)
 class Config:
-    """Flow-GRPO. Everything about the algorithm is global, over all ranks; what the machine can hold is per rank."""
+    """Flow-GRPO. Everything about the algorithm is global, over all ranks; what the machine can hold is
+    per rank.
+    """
 
     # ------------------------------------------------------------------------------------------------- the task
     model: str = "assets/tiny-sd3"
-    """A StableDiffusion3Pipeline or FluxPipeline: a directory, a hub id, or random:sd35m, random:sd35l, random:flux."""
+    """A StableDiffusion3Pipeline or FluxPipeline: a directory, a hub id, or random:sd35m, random:sd35l,
+    random:flux.
+    """
     prompts: str = "words"
     """A built-in set (words, ocr, geneval), a directory with train and test files, or a file."""
     rewards: tuple[tuple[str, float], ...] = (("rapidocr_line", 1.0),)
@@ -53,7 +57,9 @@ class Config:
     num_steps: int = 8
     """Denoising steps of a training sample."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance, in training and evaluation alike; 1 is none, and halves the transformer calls."""
+    """Classifier-free guidance, in training and evaluation alike; 1 is none, and halves the transformer
+    calls.
+    """
     rule: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """How a step becomes stochastic; see sampler.py."""
     noise_level: float = 0.9
@@ -61,11 +67,15 @@ class Config:
     timestep_fraction: float = 0.9
     """Without a window, the first floor(timestep_fraction * num_steps) steps are trained."""
     window_size: int = 3
-    """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window (Flow-GRPO-Fast, MixGRPO)."""
+    """Steps in a row that are stochastic and trained, the others being the ODE's; 0 is no window
+    (Flow-GRPO-Fast, MixGRPO).
+    """
     window_range: tuple[int, int] = (0, 5)
     """The window lies in steps first, ..., last - 1; where, is drawn anew for each group and epoch."""
     shared_start_noise: bool = False
-    """The images of a group start from one noise, and the ODE's steps before their window are computed once for the group."""
+    """The images of a group start from one noise, and the ODE's steps before their window are computed
+    once for the group.
+    """
 
     # -------------------------------------------------------------------------------------------------- algorithm
     groups_per_epoch: int = 24
@@ -77,15 +87,25 @@ class Config:
     epochs: int = 60
     """Rounds of sampling and training."""
     advantage_std: Literal["global", "group"] = "global"
-    """What advantages are divided by: the standard deviation over the epoch's rewards, or over the group's."""
+    """What advantages are divided by: the standard deviation over the epoch's rewards, or over the
+    group's.
+    """
     clip_range: float = 2e-3
-    """How far the probability ratio may move from 1. Log-probs are averaged over the latent, hence the small numbers."""
+    """How far the probability ratio may move from 1. Log-probs are averaged over the latent, hence the
+    small numbers.
+    """
     guard: bool = False
-    """GRPO-Guard (arXiv 2510.22319): a ratio that is centred at every step, and each step's loss divided by its length D."""
+    """GRPO-Guard (arXiv 2510.22319): a ratio that is centred at every step, and each step's loss divided
+    by its length D.
+    """
     beta: float = 0.0
-    """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's forward passes."""
+    """Weight of the KL to the reference, the network with its adapter off; 0 leaves out the reference's
+    forward passes.
+    """
     kl: Literal["per_time", "exact"] = "per_time"
-    """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s sqrt(D)."""
+    """per_time divides by 2 s^2, as the published settings were tuned; exact divides by 2 std^2, std = s
+    sqrt(D).
+    """
     learning_rate: float = 8e-4
     """AdamW's, in the first epoch."""
     learning_rate_half_life: float = 20.0
@@ -95,7 +115,9 @@ class Config:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm, taken over all trained weights."""
     ema_decay: float = 0.97
-    """Of the averaged weights that are evaluated and saved; warmed up as min((1 + n) / (10 + n), ema_decay)."""
+    """Of the averaged weights that are evaluated and saved; warmed up as min((1 + n) / (10 + n),
+    ema_decay).
+    """
     ema_every: int = 1
     """Optimizer steps between two updates of the average."""
 
@@ -107,21 +129,31 @@ class Config:
     lora_targets: tuple[str, ...] = ATTENTION + FEED_FORWARD + MODULATION
     """Linear layers that get an adapter, by the end of their names."""
     lora_path: str = ""
-    """An adapter to go on from: a peft or checkpoint directory, or a hub id; it brings its own rank, alpha and targets."""
+    """An adapter to go on from: a peft or checkpoint directory, or a hub id; it brings its own rank, alpha
+    and targets.
+    """
     full_finetune: bool = False
     """Train every weight of the transformer instead of an adapter."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Of the network's frozen weights and arithmetic; trained weights, latents and losses are at least float32."""
+    """Of the network's frozen weights and arithmetic; trained weights, latents and losses are at least
+    float32.
+    """
     seed: int = 1
     """A run is a function of it: prompts, noise, windows and the adapter's start."""
 
     # ----------------------------------------------------------------------------------------------------- machine
     rollout_batch: int = 48
-    """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the fastest."""
+    """Images sampled at once, per rank; 0 finds it out: on a GPU the largest that fits, on a CPU the
+    fastest.
+    """
     train_batch: int = 48
-    """Images replayed at once, per rank, in full precision at several of their steps if they are fewer; 0 finds it out likewise."""
+    """Images replayed at once, per rank, in full precision at several of their steps if they are fewer; 0
+    finds it out likewise.
+    """
     gradient_checkpointing: bool = False
-    """Compute a block's activations again in the backward pass instead of keeping them: less memory, more time."""
+    """Compute a block's activations again in the backward pass instead of keeping them: less memory, more
+    time.
+    """
     compile: bool = False
     """torch.compile the transformer's blocks: minutes at the start, then fewer and larger kernels."""
     offload_text_encoders: bool = False
@@ -141,9 +173,13 @@ class Config:
     trust_remote_code: bool = False
     """Allow the reward deqa to run the code that its checkpoint brings."""
     collective_timeout: float = 3600.0
-    """Seconds that a rank waits for the others, however slow their rewards are, before it takes them for dead."""
+    """Seconds that a rank waits for the others, however slow their rewards are, before it takes them for
+    dead.
+    """
     skip_nonfinite: int = 0
-    """Updates that may be left out, in all of the run, because a loss, gradient, reward or latent is not finite; then it stops."""
+    """Updates that may be left out, in all of the run, because a loss, gradient, reward or latent is not
+    finite; then it stops.
+    """
 
     # -------------------------------------------------------------------------------------------- evaluation, saving
     eval_every: int = 10
@@ -159,18 +195,29 @@ class Config:
     save_every: int = 10
     """Epochs between checkpoints; there is one at the end besides."""
     keep_checkpoints: int = 2
-    """Newest checkpoints from which a run can go on, beside the best by eval/total; of older ones only the adapter is kept."""
+    """Newest checkpoints from which a run can go on, beside the best by eval/total; of older ones only the
+    adapter is kept.
+    """
     output_dir: str = "runs"
     """Where runs are kept."""
     wandb: bool = False
     """Send the metrics to Weights & Biases too; TensorBoard has them in the run's directory anyway."""
     run_name: str = ""
-    """Directory of the run under output_dir; naming one that exists continues it. Empty: preset and time of day."""
+    """Directory of the run under output_dir; naming one that exists continues it. Empty: preset and time
+    of day.
+    """
 
     @property
     def half_precision(self) -> bool:
-        """Whether ratios start at 1 only where replay meets the rollout's batches; in full precision they are within 1e-5 anyway."""
+        """Whether ratios start at 1 only where replay meets the rollout's batches; in full precision they
+        are within 1e-5 anyway.
+        """
         return self.dtype in ("bfloat16", "float16")
+
+    @property
+    def trained_steps(self) -> int:
+        """Steps of each sample that are trained."""
+        return self.window_size or math.floor(self.timestep_fraction * self.num_steps + 1e-9)
 
 
 # What a continued run may change: the machine, how long, what is looked at and kept.
@@ -194,7 +241,6 @@ FLUX = dict(
     model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0, dtype="bfloat16",
     lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28, gradient_checkpointing=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
-replace = dataclasses.replace
 
 PRESETS = {
     "tiny_ocr": Config(),
@@ -262,7 +308,8 @@ def parse_options(default, arguments: list[str], prog: str, about: str, quiet: b
 
 
 def refuse_repeated(arguments: list[str], names: list[str]) -> None:
-    """Raises ConfigError if one of the options `names` is given twice, because the parser would drop the first.
+    """Raises ConfigError if one of the options `names` is given twice, because the parser would drop the
+    first.
 
     --a_b, --a-b, --a-b=value and --no-a-b are one option.
     """
@@ -276,7 +323,9 @@ def refuse_repeated(arguments: list[str], names: list[str]) -> None:
 
 
 def refuse_unknown(arguments: list[str], kind: type) -> None:
-    """Raises ConfigError if there are any, with the field of the dataclass `kind` that is closest to the first."""
+    """Raises ConfigError if there are any, with the field of the dataclass `kind` that is closest to the
+    first.
+    """
     if arguments:
         fields = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(kind)]
         word = arguments[0].partition("=")[0].replace("_", "-")
@@ -336,7 +385,7 @@ def validate(config: Config) -> None:
         require(0 <= first and last <= config.num_steps, "window_range",
                 f"with --num-steps {config.num_steps} it must lie in 0 to {config.num_steps}")
         require(config.window_size <= last - first, "window_size", f"it does not fit --window-range {first} {last}")
-    trained = batch_plan(config, 1).trained_steps
+    trained = config.trained_steps
     require(trained >= 1, "timestep_fraction", f"of {config.num_steps} steps it trains none; raise it")
     last_trained = config.window_range[1] if config.window_size else trained
     require(config.rule != "cps" or last_trained < config.num_steps, "rule",
@@ -344,72 +393,6 @@ def validate(config: Config) -> None:
     require(config.rule != "cps" or not config.guard, "guard", "its ratio needs the log-prob of a Gaussian, which cps has not; "
             "choose --rule flow_sde or dance_sde")
     require(not re.search(r"[/\\]|^\.{1,2}$", config.run_name), "run_name", "it names one directory under --output-dir")
-
-
-def steps_at_once(steps: int, images: int, size: int) -> int:
-    """How many trained steps of so many images are replayed in one call: in even parts, none larger than a batch of `size`."""
-    return math.ceil(steps / max(1, math.ceil(steps / max(1, size // images))))
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """What the settings come to on `world_size` ranks; counts are per epoch."""
-
-    samples: int            # global
-    trained_steps: int      # of each sample
-    samples_per_rank: int   # of the busiest rank
-    rollout_batches: int    # likewise
-    train_batches: int      # likewise, over all updates
-    rollout_images: int     # in the largest rollout batch
-    train_images: int       # in the largest training batch
-    steps_at_once: int      # of these images, in one call
-    rollout_calls: int      # transformer forwards of one image, global
-    replay_calls: int       # forward and backward, global
-    reference_calls: int    # forward, global
-
-
-def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
-    """Everything about batches that follows from the settings and the number of ranks.
-
-    branches: the transformer's calls for one velocity, 2 with classifier-free guidance.
-    """
-    samples = config.groups_per_epoch * config.group_size
-    trained = config.window_size or math.floor(config.timestep_fraction * config.num_steps + 1e-9)
-    per_rank = -(-samples // world_size)
-    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
-
-    def by_update(size: int) -> int:
-        return more * -(-(in_update + 1) // size) + (config.updates_per_epoch - more) * -(-in_update // size)
-
-    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples        # 0: not chosen yet
-    largest_update, half = in_update + bool(more), config.half_precision
-    train_images = min(train_batch, largest_update)
-    steps = samples * config.num_steps
-    if config.shared_start_noise and config.window_size:                  # on average over where the windows lie
-        before_window = (sum(config.window_range) - config.window_size) / 2
-        steps -= round((samples - config.groups_per_epoch) * before_window)
-    return BatchPlan(
-        samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=by_update(rollout_batch) if half else -(-per_rank // rollout_batch),
-        train_batches=by_update(train_batch),
-        rollout_images=min(rollout_batch, largest_update if half else per_rank), train_images=train_images,
-        steps_at_once=1 if half else steps_at_once(trained, train_images, train_batch),
-        rollout_calls=steps * branches,
-        replay_calls=samples * trained * branches,
-        reference_calls=samples * trained * branches if config.beta else 0)
-
-
-def describe(config: Config, world_size: int, branches: int = 1) -> str:
-    """The batch plan in words, for the start of a run."""
-    p = batch_plan(config, world_size, branches)
-    about = "about " if config.shared_start_noise else ""                 # by where windows lie, and how ranks share groups
-    return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, {config.num_steps} steps "
-            f"({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
-            f"per rank ({world_size}): up to {p.samples_per_rank} images; rollout batches: {p.rollout_batches} of up to "
-            f"{p.rollout_images if config.rollout_batch else 'any number'}; training batches: {p.train_batches} of up to "
-            f"{p.train_images if config.train_batch else 'any number'}, steps at once: {p.steps_at_once}\n"
-            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
-            f"{p.reference_calls:,} reference")
 
 
 def changed_fields(saved: dict, config: Config) -> list[str]:

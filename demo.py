@@ -30,8 +30,9 @@ import torch
 from PIL import Image
 
 from config import PRESETS, Config, parse_options, refuse_unknown
+from harness.faults import is_out_of_memory
 from harness.program import run_as_program
-from policy import FLUX, PEFT_FILES, Policy, check_model, find_adapter, is_out_of_memory
+from policy import FLUX, PEFT_FILES, Policy, check_model, find_adapter
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule
 

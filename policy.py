@@ -193,11 +193,6 @@ def from_hub(option: str, repository: str, name: str) -> Path | None:
                          f"({type(error).__name__}); give a directory, or go online") from error
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")      # of GPU, CPU and their libraries
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
 PEFT_FILES, DIFFUSERS_FILE = ("adapter_config.json", "adapter_model.safetensors"), "pytorch_lora_weights.safetensors"
 
 

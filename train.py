@@ -32,14 +32,15 @@ from tqdm import tqdm
 import distributed
 from checkpoint import (
     Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
-from config import Config, batch_plan, describe, parse_config, steps_at_once, validate
+from config import Config, parse_config, validate
 from distributed import LostRank, is_main
 from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from harness import signals
+from harness.batches import batch_plan, choose_batches, describe, steps_at_once
+from harness.faults import LESS_MEMORY, DoesNotFit, within_memory
 from harness.program import leave, run_as_program
 from learner import Learner, learning_rate
-from memory import LESS_MEMORY, DoesNotFit, choose_batches, within_memory
 from policy import Policy, Text, check_model, find_adapter, to_device, to_host
 from prompts import Prompt, epoch_prompt_indices, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights

@@ -5,7 +5,7 @@ import pytest
 import bench
 import distributed
 import train
-from config import batch_plan
+from harness.batches import batch_plan
 
 FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0 --timestep-fraction 0.7 --guidance-scale 4.5
     --beta 0.1 --groups-per-epoch 2 --group-size 3 --updates-per-epoch 2 --rollout-batch 4 --train-batch 2""".split()
