@@ -169,7 +169,7 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether rounding is coarse: ratios then start at 1 only if training replays the rollout's batches."""
+        """Whether rounding is coarse. Ratios then start at 1 only if training replays the rollout's batches."""
         return self.dtype in ("bfloat16", "float16")
 
     @property

@@ -30,15 +30,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import distributed
-from checkpoint import (
-    Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics, write_settings, written)
 from config import Config, parse_config, validate
 from distributed import LostRank, is_main
-from gallery import Display
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics, zero_variance_groups
 from harness import signals
 from harness.batches import batch_plan, choose_batches, describe, steps_at_once
 from harness.faults import LESS_MEMORY, DoesNotFit, within_memory
+from harness.checkpoint import (
+    Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, try_write, write_metrics, write_settings)
+from harness.gallery import Display
 from harness.program import leave, run_as_program
 from learner import Learner, learning_rate
 from policy import Policy, Text, check_model, find_adapter, to_device, to_host
@@ -414,7 +414,7 @@ def save_evidence(config: Config, where: str, prompts: list[Prompt], **tensors: 
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path,
                   {"prompts": json.dumps([p.text for p in prompts])})
 
-    written(str(path), write)
+    try_write(str(path), write)
     return path
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 import distributed
 import train
-from checkpoint import checkpoints
+from harness.checkpoint import checkpoints
 from config import parse_config
 from harness.batches import batch_plan
 from policy import Policy

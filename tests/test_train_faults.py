@@ -19,7 +19,7 @@ from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, t
 
 import distributed
 import train
-from checkpoint import checkpoints
+from harness.checkpoint import checkpoints
 from config import parse_config
 from harness import signals
 
