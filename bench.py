@@ -35,9 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
 import train
-from config import batch_plan, refuse_repeated
+from config import refuse_repeated
+from harness import signals
+from harness.faults import DoesNotFit, is_out_of_memory
 from harness.program import run_as_program
-from memory import DoesNotFit, is_out_of_memory
 from rewards import RewardError
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather", "waiting", "other")
@@ -108,7 +109,7 @@ class Clock:
             (self.setting.learner, "update", "optimizer", self.setting.learner.update),
             (policy, "cache_text", "text", policy.cache_text), (policy, "encode", "text", policy.encode),
             (policy, "decode", "decode", decode_and_keep)]
-        collectives = ("sum_gradients", "gather_rows", "gather_objects", "sum_over_ranks", "max_over_ranks")
+        collectives = ("sum_gradients", "gather_rows", "gather_objects", "gather_vectors")
         hooks = [network.register_forward_pre_hook(self.count, with_kwargs=True)
                  for network in (policy.pipe.transformer, policy.reference) if network is not None]
         with contextlib.ExitStack() as stack:
@@ -171,7 +172,7 @@ class Setting:
         branches = self.policy.branches(self.config.guidance_scale)
         mine = len(distributed.share(self.images, distributed.rank(), distributed.world_size()))
         self.rows = {"rollout": clock.rows["rollout"], "reference": clock.rows["reference"], "decode": mine, "reward": mine,
-                     "replay": clock.rows["replay"] - clock.rows["filler"] * branches * batch_plan(self.config, 1).trained_steps}
+                     "replay": clock.rows["replay"] - clock.rows["filler"] * branches * self.config.trained_steps}
         return seconds
 
     # ------------------------------------------------------------------------------------------------------- the floor
@@ -246,7 +247,7 @@ class Setting:
             own = self.config.train_batch if piece == "replay" else self.config.rollout_batch
             most = -(-self.images // distributed.world_size())               # a rank has no more to put into a batch,
             if piece in ("replay", "reference") and not self.config.half_precision:
-                most *= batch_plan(self.config, 1).trained_steps             # or where several steps go in one
+                most *= self.config.trained_steps             # or where several steps go in one
             batches = {min(most, batch) for batch in (-(-own // 4), -(-own // 2), own, 2 * own)}
             candidates = [(batch, n) for batch in sorted(batches) for n in sorted(threads)]
             if distributed.any_rank(self.rows[piece] > 0) and piece not in self.fastest:
@@ -417,6 +418,7 @@ def main() -> None:
                 os.environ.setdefault("OMP_NUM_THREADS", "1")            # as the launcher would, at greater length
             os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
                                       *sys.argv])
+        signals.end_with_launcher()
         device = distributed.setup()
         settings = [Setting(words, device) for words in settings]
     except (ValueError, OSError, ImportError) as error:

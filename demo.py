@@ -32,8 +32,8 @@ from PIL import Image
 from adapters import PEFT_FILES, find_adapter
 from config import PRESETS, Config, parse_options, refuse_unknown
 from families import FLUX
+from harness.faults import is_out_of_memory
 from harness.program import run_as_program
-from memory import is_out_of_memory
 from policy import Policy, check_model
 from rewards import RewardError, Rewards, build_rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule

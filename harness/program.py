@@ -1,7 +1,8 @@
 """How a program of this project runs: printing never raises, and its end waits for nobody.
 
-A run matters more than what it says, so a closed pipe, a terminal that is gone, a full disk or an ASCII console loses text
-and nothing else. User code may leave processes and threads behind, and Python would wait for them.
+A run matters more than what it says, so a closed pipe, a terminal that is gone, a full disk or an ASCII
+console loses text and nothing else. User code may leave processes and threads behind, and Python would wait
+for them.
 """
 
 import errno
@@ -16,11 +17,13 @@ from contextlib import suppress
 from typing import TextIO
 
 EXIT_SECONDS = 5.0           # for what user code left running, at the end of a run
-GONE = (errno.EPIPE, errno.EIO)              # nobody reads a pipe, or the terminal was closed: that does not come back
+GONE = (errno.EPIPE, errno.EIO)              # no reader of the pipe, or no terminal: neither comes back
 
 
 class Unfailing:
-    """A text stream that never raises when it is written to. What its encoding lacks is written as an escape."""
+    """A text stream that never raises when it is written to. What its encoding lacks is written as an
+    escape.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -51,7 +54,9 @@ class Unfailing:
             pass
 
     def let_go(self) -> None:
-        """Send what is written from now on, and what is still in a buffer, to nowhere, also what libraries in C write."""
+        """Send what is written from now on, and what is still in a buffer, to nowhere, also what libraries
+        in C write.
+        """
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -61,7 +66,8 @@ class Unfailing:
 def keep_printing_from_failing() -> None:
     """From now on, writing to standard output and standard error raises nothing."""
     with suppress(OSError):
-        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:       # was closed: else a file of ours would take the number
+        # Take the numbers of streams that are closed, because a file of ours would get them.
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(fd, True)
         os.close(fd)
     for name in ("stdout", "stderr"):
@@ -72,7 +78,9 @@ def keep_printing_from_failing() -> None:
 
 
 def run_as_program(main: Callable[[], int | None]) -> None:
-    """Run `main` and end the process with what it returns; on a fault of this program, with its traceback and 1."""
+    """Run `main` and end the process with what it returns; on a fault of this program, with its traceback
+    and 1.
+    """
     keep_printing_from_failing()
     try:
         code = main() or 0

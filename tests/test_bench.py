@@ -5,7 +5,7 @@ import pytest
 import bench
 import distributed
 import train
-from config import batch_plan
+from harness.batches import batch_plan
 
 FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0 --timestep-fraction 0.7 --guidance-scale 4.5
     --beta 0.1 --groups-per-epoch 2 --group-size 3 --updates-per-epoch 2 --rollout-batch 4 --train-batch 2""".split()
@@ -35,9 +35,10 @@ def test_the_rows_counted_are_the_plans_and_the_phases_add_up_to_the_epoch(setti
 
 
 def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(setting, model):
-    like = bench.Setting(["--model", model, *FLAGS, "--num-steps", "4"], setting.device)
-    unlike = [bench.Setting(["--model", model, *FLAGS, *words], setting.device)
-              for words in (["--lora-rank", "2"], ["--groups-per-epoch", "1", "--group-size", "2"])]
+    words = ["--model", model, *FLAGS]
+    one_group = " ".join(words).replace("--groups-per-epoch 2 --group-size 3", "--groups-per-epoch 1 --group-size 2").split()
+    like = bench.Setting(" ".join(words).replace("--num-steps 3", "--num-steps 4").split(), setting.device)
+    unlike = [bench.Setting(changed, setting.device) for changed in ([*words, "--lora-rank", "2"], one_group)]
     for other in (like, *unlike):
         other.share_rates(setting)
     assert like.rates is setting.rates and all(other.rates is not setting.rates for other in unlike)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import (
-    Record, checkpoints, cut_metrics, defect, load_state, newest_whole, prune_checkpoints, save_checkpoint, write_metrics, written)
-from gallery import read_metrics
+from harness.checkpoint import (
+    Record, checkpoints, cut_metrics, defect, load_state, newest_whole, prune_checkpoints, read_metrics, save_checkpoint,
+    try_write, write_metrics)
 
 
 def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, numbers: int = 100) -> None:
@@ -106,12 +106,12 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("numbers, who", [(90_000, "the library that saves the state"), (140_000, "the one that saves weights")])
 def test_a_disk_that_fills_up_during_a_checkpoint_is_a_warning_and_the_old_one_stays(small_disk, capsys, numbers, who):
     save(small_disk, 1)
-    assert not written("the checkpoint", save, small_disk, 2, 2, None, numbers)              # 360 or 560 kB, three times
+    assert not try_write("the checkpoint", save, small_disk, 2, 2, None, numbers)              # 360 or 560 kB, three times
     (line,) = capsys.readouterr().err.splitlines()
     assert "the checkpoint could not be written" in line and "No space left" in line
     assert [p.name for p in (small_disk / "checkpoints").iterdir()] == ["epoch_00001"]          # what filled the disk is gone
     assert not defect(small_disk / "checkpoints" / "epoch_00001")
-    assert written("the checkpoint", save, small_disk, 2) and epochs(checkpoints(small_disk)) == [1, 2]
+    assert try_write("the checkpoint", save, small_disk, 2) and epochs(checkpoints(small_disk)) == [1, 2]
 
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all_when_the_disk_is_full(small_disk):
@@ -127,7 +127,7 @@ def test_a_line_of_metrics_is_written_whole_or_not_at_all_when_the_disk_is_full(
 
 def test_only_the_disk_is_forgiven():
     with pytest.raises(ZeroDivisionError):
-        written("a checkpoint", lambda: 1 / 0)
+        try_write("a checkpoint", lambda: 1 / 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics
@@ -158,7 +158,7 @@ def test_lines_that_found_no_room_are_written_in_their_order_before_the_next_che
         record.save(epoch, lambda partial: (partial / "adapter").mkdir(), {"epoch": epoch})
         return [m["epoch"] for m in read_metrics(tmp_path / "metrics.jsonl")]
 
-    monkeypatch.setattr("checkpoint.write_metrics", write)
+    monkeypatch.setattr("harness.checkpoint.write_metrics", write)
     record.add({"epoch": 0, "eval/total": 1.0})                              # never a checkpoint, hence never the best one
     assert add_and_save(1, 0.9) == [0, 1] and record.saved == record.best() == 1
     room[0] = False

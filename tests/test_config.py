@@ -8,9 +8,9 @@ import itertools
 import pytest
 
 import config
-from config import (
-    PRESETS, Config, ConfigError, batch_plan, changed_fields, describe, parse_config, steps_at_once, to_dict, validate)
+from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
 from distributed import share
+from harness.batches import batch_plan, describe, steps_at_once
 from train import batches
 
 
@@ -185,7 +185,7 @@ def test_steps_share_calls_in_even_parts(steps, images, size, parts):
 
 
 def test_untrained_steps_are_floor_of_the_fraction_or_the_window():
-    steps = lambda **changes: batch_plan(dataclasses.replace(Config(), **{"window_size": 0, **changes}), 1).trained_steps
+    steps = lambda **changes: dataclasses.replace(Config(), **{"window_size": 0, **changes}).trained_steps
     assert steps(num_steps=10, timestep_fraction=0.9) == 9
     assert steps(num_steps=10, timestep_fraction=0.99) == 9
     assert steps(num_steps=10, timestep_fraction=1.0) == 10
@@ -216,7 +216,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_published_preset_has_its_published_settings(preset):
     c = PRESETS[preset]
-    assert PUBLISHED[preset] == (c.groups_per_epoch, c.group_size, c.num_steps, batch_plan(c, 1).trained_steps, c.guidance_scale,
+    assert PUBLISHED[preset] == (c.groups_per_epoch, c.group_size, c.num_steps, c.trained_steps, c.guidance_scale,
                                  c.rule, c.noise_level, c.clip_range, c.beta, c.advantage_std, c.dtype)
     task = preset.split("_")[1].replace("fast", "pickscore")
     assert c.rewards == ((task, 1.0),) and c.prompts.endswith(task) and c.resolution == (512, 512)

@@ -1,15 +1,13 @@
-"""Processes: who holds what, what all of them know, and that none outlives its launcher."""
+"""Processes: who holds what, and what all of them know."""
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import alive, wait_until
 
 import distributed
 
@@ -20,19 +18,21 @@ import json, os, signal, sys, threading, time
 from pathlib import Path
 import torch
 import distributed as d
+from harness import signals
 
+signals.end_with_launcher()
 d.setup()
 r = d.rank()
-with d.stopping_on_signals():                    # rank 2 alone is told, while it waits for the others, who wait for the signal
+with signals.stopping_on_signals():                    # rank 2 alone is told, while it waits for the others, who wait for the signal
     started = time.monotonic()
     if r == 2:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         d.wait_for_all()
     else:
-        while not d.stop_asked() and time.monotonic() < started + 20:
+        while not signals.stop_asked() and time.monotonic() < started + 20:
             time.sleep(0.01)
         d.wait_for_all()
-    stopped = d.stop_asked(), time.monotonic() - started
+    stopped = signals.stop_asked(), time.monotonic() - started
     agreed = [d.any_rank(r == 2), d.any_rank(False)]
 shared = torch.nn.Parameter(torch.full((2, 2), float(r)))
 single = torch.nn.Parameter(torch.full((3,), float(r)))
@@ -45,7 +45,7 @@ d.sum_gradients([shared, single])
 d.broadcast_parameters(starts)
 rows = list(d.share(5, r, 3))
 found = {
-    "stopped": stopped, "agreed": agreed, "remembered": d.remembered("name", f"of rank {r}"),
+    "stopped": stopped, "agreed": agreed, "remembered": signals.remembered("name", f"of rank {r}"),
     "world": d.world_size(), "main": d.is_main(),
     "object": d.broadcast_object({"from": r}),
     "rows": d.gather_rows(torch.tensor([[10.0 * i, 1.0] for i in rows]).reshape(-1, 2), rows, 5).tolist(),
@@ -56,16 +56,6 @@ found = {
 Path(sys.argv[1], f"{r}.json").write_text(json.dumps(found))
 d.shutdown()
 """
-
-SLEEPERS = """
-import os, sys, time
-from pathlib import Path
-import distributed
-distributed.setup()
-Path(sys.argv[1], str(os.getpid())).touch()
-time.sleep(600)
-"""
-
 
 def launch(script: Path, folder: Path, ranks: int) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script, folder]
@@ -139,142 +129,6 @@ def test_one_process_is_world_size_one_and_its_collectives_leave_values_as_they_
         assert torch.equal(untouched.grad, torch.zeros(2))
     finally:
         distributed.shutdown()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_workers_end_within_seconds_when_their_launcher_is_killed(tmp_path):
-    (tmp_path / "sleepers.py").write_text(SLEEPERS)
-    folder = tmp_path / "pids"
-    folder.mkdir()
-    launcher = launch(tmp_path / "sleepers.py", folder, 2)
-    try:
-        wait_until(lambda: len(list(folder.iterdir())) == 2, 200)
-        workers = [int(path.name) for path in folder.iterdir()]
-    finally:
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait()
-    wait_until(lambda: not any(map(alive, workers)), 5)
-
-
-# A reward computes in a thread while the run goes on; what it starts must be as in any other program.
-CHILDREN = """
-import concurrent.futures, multiprocessing, os, signal, subprocess, sys, threading, time
-from pathlib import Path
-import distributed as d
-from harness.program import exit_within
-
-def pool(method):
-    with multiprocessing.get_context(method).Pool(2) as p:
-        assert p.map(float, [1, 2, 3]) == [1, 2, 3]
-
-def terminated():
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
-    child.start()
-    child.terminate()
-    child.join(10)
-    assert child.exitcode == -signal.SIGTERM, child.exitcode
-
-def executor():
-    with concurrent.futures.ProcessPoolExecutor(2) as e:
-        assert list(e.map(float, [1, 2, 3])) == [1, 2, 3]
-
-def by_hand(number=signal.SIGTERM):
-    if not (pid := os.fork()):
-        time.sleep(600)
-        os._exit(0)
-    os.kill(pid, number)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
-
-def program(**options):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], **options)
-    child.terminate()
-    assert child.wait(10) == -signal.SIGTERM
-
-ways = [lambda: pool("fork"), lambda: pool("spawn"), lambda: pool("forkserver"), terminated, executor, by_hand,
-        program, lambda: program(close_fds=False), lambda: program(preexec_fn=os.setpgrp),
-        lambda: program(close_fds=False, preexec_fn=lambda: None)]
-outlives = dict(forked=lambda: os.fork() or (time.sleep(600), os._exit(0)),
-                process=lambda: multiprocessing.Process(target=time.sleep, args=(600,)).start(),
-                daemon=lambda: multiprocessing.Process(target=time.sleep, args=(600,), daemon=True).start(),
-                pool=lambda: keep.append(multiprocessing.Pool(2)), executor=lambda: keep.append(long_lived()))
-keep, failed = [], []
-
-def long_lived():
-    executor = concurrent.futures.ProcessPoolExecutor(2)
-    executor.submit(time.sleep, 600)
-    return executor
-
-def reward():
-    try:
-        for way in ways if sys.argv[2] == "ways" else [outlives[sys.argv[2]]]:
-            way()
-        assert not d.stop_asked(), "taken for the run's own"
-    except BaseException as error:
-        failed.append(repr(error))
-        raise
-
-if __name__ == "__main__":
-    d.setup()
-    with d.stopping_on_signals():
-        thread = threading.Thread(target=reward)
-        thread.start()
-        thread.join()
-    assert not failed, failed
-    with concurrent.futures.ProcessPoolExecutor(2) as e:          # and after it
-        assert list(e.map(float, [1, 2])) == [1, 2]
-    Path(sys.argv[1], "done").write_text(str(os.getpid()))
-    d.shutdown()
-    if sys.argv[3] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    exit_within(2)
-"""
-
-
-@pytest.mark.parametrize("what, end", [("ways", "ends"), *((kind, end) for kind in (
-    "forked", "process", "daemon", "pool", "executor") for end in ("ends", "killed"))])
-@pytest.mark.skipif(sys.platform != "linux", reason="that children end with a process that was killed is Linux's")
-def test_processes_of_user_code_obey_signals_and_do_not_outlive_the_run(tmp_path, what, end):
-    (tmp_path / "children.py").write_text(CHILDREN)
-    environment = {**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, tmp_path / "children.py", tmp_path, what, end], env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        process.wait(100)
-        assert process.returncode == (0 if end == "ends" else -signal.SIGKILL), process.stderr.read()
-        _, errors = process.communicate(timeout=5)               # what still ran would hold these open
-    finally:
-        process.kill()
-        process.wait()
-
-
-ORPHAN = """
-import sys, time
-from pathlib import Path
-import distributed
-Path(sys.argv[1], "imported").touch()
-while not Path(sys.argv[1], "launcher is gone").exists():
-    time.sleep(0.01)
-distributed.setup()                              # would wait for others, for an hour
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="orphans are told by their parent's death")
-def test_a_worker_whose_launcher_is_killed_before_it_sets_up_ends_too(tmp_path):
-    (tmp_path / "orphan.py").write_text(ORPHAN)
-    environment = {**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parent), "RANK": "0", "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    words = f"'{sys.executable}' '{tmp_path}/orphan.py' '{tmp_path}' & echo $! > '{tmp_path}/pid'; wait"
-    launcher = subprocess.Popen(["sh", "-c", words], env=environment, stderr=subprocess.DEVNULL)
-    try:
-        wait_until((tmp_path / "imported").exists, 200)
-    finally:
-        launcher.send_signal(signal.SIGKILL)
-        launcher.wait()
-    worker = int((tmp_path / "pid").read_text())
-    assert alive(worker)
-    (tmp_path / "launcher is gone").touch()
-    wait_until(lambda: not alive(worker), 5)
 
 
 @pytest.mark.parametrize("granted, ranks, cores", [(2, None, 2), (2, 1, 2), (2, 2, 1), (3, 2, 1), (2, 8, 0), (64, 8, 8)])

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 import distributed
 import train
-from config import PRESETS, Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
+from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
+from harness.batches import batch_plan, describe
 from prompts import Prompt, load_prompts
 from rewards import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, REGISTRY, Detection, check_reward_prompts,
                      check_reward_weights, geneval_score, quoted_text, text_score)

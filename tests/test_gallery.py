@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import CHEAP, ROOT, images_of, metrics_of, train_here  # noqa: F401  (a fixture)
 
 import train
-from gallery import POINTS, Display, save_images, write_page
+from harness.gallery import POINTS, Display, save_images, write_page
 
 HOSTILE = ["</script><script>document.title = 'run'</script>", "<img src=x onerror=\"document.title = 'run'\">", "<!--", "{{data}}",
            "a sign that says \"it's\" & 'that's it' \\ \u2028 \u202e", "日本語 😀", ""]
@@ -148,7 +148,8 @@ def test_the_command_writes_the_page_of_a_run_and_one_that_compares_several_besi
     runs = [make_run(tmp_path / name / "same") for name in "ab"] + [make_run(tmp_path / "a" / "third")]
 
     def gallery(*arguments) -> tuple[int, str, str]:
-        done = subprocess.run([sys.executable, ROOT / "gallery.py", *arguments], capture_output=True, text=True, cwd=tmp_path)
+        done = subprocess.run([sys.executable, "-m", "harness.gallery", *arguments], capture_output=True, text=True, cwd=tmp_path,
+                              env={**os.environ, "PYTHONPATH": str(ROOT)})
         return done.returncode, done.stdout.strip(), done.stderr
 
     own = page_of(runs[0]).read_bytes()

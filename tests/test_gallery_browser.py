@@ -15,7 +15,7 @@ from PIL import Image
 from test_gallery import HOSTILE, make_run, page_of, runs_on
 from test_train import CHEAP, metrics_of, train_here  # noqa: F401  (a fixture)
 
-from gallery import save_images, write_page
+from harness.gallery import save_images, write_page
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 

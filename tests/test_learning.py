@@ -6,6 +6,7 @@ mean of what is sampled is m itself. So the reward, minus the squared distance t
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 import distributed
 import train
-from config import Config, replace, validate
+from config import Config, validate
 from prompts import Prompt
 from sampler import RULES, replay
 

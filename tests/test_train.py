@@ -22,8 +22,9 @@ from PIL import Image
 
 import distributed
 import train
-from checkpoint import checkpoints
-from config import batch_plan, parse_config
+from harness.checkpoint import checkpoints
+from config import parse_config
+from harness.batches import batch_plan
 from policy import Policy
 
 ROOT = Path(train.__file__).parent

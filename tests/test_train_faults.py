@@ -19,8 +19,9 @@ from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, t
 
 import distributed
 import train
-from checkpoint import checkpoints
+from harness.checkpoint import checkpoints
 from config import parse_config
+from harness import signals
 
 
 # ------------------------------------------------------------------------------------------------ small and odd settings
@@ -252,7 +253,7 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
         train_here, unbroken, left, monkeypatch, capsys):
     def signalled(value):
         os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(distributed.stop_asked, 5)
+        wait_until(signals.stop_asked, 5)
         return value
 
     def slow_reward(value):
@@ -285,7 +286,7 @@ def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch_how
         os.kill(os.getpid(), number)
         time.sleep(1.2)
         os.kill(os.getpid(), number)
-        wait_until(distributed.stop_asked, 5)
+        wait_until(signals.stop_asked, 5)
         return value
 
     name = f"noticed-{number.name}"

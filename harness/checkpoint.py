@@ -22,7 +22,6 @@ from typing import IO
 import torch
 
 from config import PRESETS, Config, changed_fields, to_dict
-from gallery import read_metrics
 
 
 def open_run(config: Config) -> tuple[Path, IO, Config]:
@@ -90,7 +89,7 @@ def sync(path: Path) -> None:
         os.close(file)
 
 
-def written(what: str, write: Callable, *arguments) -> bool:
+def try_write(what: str, write: Callable, *arguments) -> bool:
     """Whether `write(*arguments)` went through. Where the disk is full or fails, that is a warning: a run does not end by it."""
     try:
         write(*arguments)
@@ -217,6 +216,22 @@ def write_metrics(directory: Path, metrics: dict) -> None:
             raise
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; one that holds no metrics, as a crash may leave it, is left out with a warning."""
+    metrics = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []         # the last one may be half written
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if isinstance(values, dict) and "epoch" in values:
+            metrics.append(values)
+        else:
+            print(f"warning: line {number} of {path} holds no metrics: {line[:50]!r}", file=sys.stderr, flush=True)
+    return metrics
+
+
 def cut_metrics(directory: Path, epochs: int) -> list[dict]:
     """The lines of the first `epochs` epochs; all others, which a resumed run writes again, are dropped from the file."""
     metrics = [m for m in read_metrics(directory / "metrics.jsonl") if m["epoch"] <= epochs]
@@ -241,20 +256,20 @@ class Record:
         self._write_lines()
 
     def _write_lines(self) -> bool:
-        while self._waiting and written("a line of metrics.jsonl", write_metrics, self.directory, self._waiting[0]):
+        while self._waiting and try_write("a line of metrics.jsonl", write_metrics, self.directory, self._waiting[0]):
             self._waiting.pop(0)
         return not self._waiting
 
     def save(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
         """A checkpoint, but not before its line of metrics; of older ones, all but the best are reduced."""
-        if self._write_lines() and written(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch,
+        if self._write_lines() and try_write(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch,
                                            save_weights, state):
             self.saved = epoch
             self.reduce_older()
 
     def reduce_older(self) -> None:
         """Also at a run's start, to end what a killed one began."""
-        written("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, self.best())
+        try_write("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, self.best())
 
     def best(self) -> int | None:
         """The epoch that evaluation liked best, of those with a checkpoint."""

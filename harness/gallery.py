@@ -1,6 +1,6 @@
 """What people look at: the page of a run, its pictures as they evolve, its curves elsewhere.
 
-    python gallery.py runs/<name> [more runs ...] [--output FILE]        the page of a run, or one page that compares several
+    python -m harness.gallery runs/<name> [more runs ...] [--output FILE]        the page of a run, or one page that compares several
 
 A run keeps, besides what this file does not write (`config.json`, `metrics.jsonl`):
 
@@ -30,7 +30,9 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-ASSETS = Path(__file__).resolve().parent / "assets"
+from harness.checkpoint import read_metrics
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
 THUMBNAIL = 256          # pixels of the longer side
 POINTS = 2000            # of a curve on the page; no screen shows more
@@ -211,22 +213,6 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
             "metrics": {key: [plain(m.get(key)) for m in shown] for key in names},
             "evaluations": evaluations,
             "config": json.loads(config.read_text()) if config.exists() else {}}
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that holds no metrics, as a crash may leave it, is left out with a warning."""
-    metrics = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []         # the last one may be half written
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        if isinstance(values, dict) and "epoch" in values:
-            metrics.append(values)
-        else:
-            print(f"warning: line {number} of {path} holds no metrics: {line[:50]!r}", file=sys.stderr, flush=True)
-    return metrics
 
 
 def read_evaluation(folder: Path, page_folder: Path) -> dict:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import distributed
-import memory
 from config import Config
-from memory import DoesNotFit, choose_batches, fastest, largest_that_fits, within_memory
+from harness import batches
+from harness.batches import choose_batches, fastest, largest_that_fits
+from harness.faults import DoesNotFit, within_memory
 from rewards import RewardError
 
 
@@ -36,7 +37,7 @@ def test_the_fastest_batch_is_chosen_and_none_beyond_the_most():
 @pytest.mark.parametrize("dtype, chosen", [("float32", (48, 72)), ("bfloat16", (24, 24))])
 def test_batches_hold_as_much_as_a_rank_has_for_one_call_and_leave_two_rollouts(monkeypatch, dtype, chosen):
     """96 images on each of two ranks, four updates, three trained steps."""
-    monkeypatch.setattr(memory, "fastest", lambda sizes, trial: sizes[-1])
+    monkeypatch.setattr(batches, "fastest", lambda sizes, trial: sizes[-1])
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather_objects", lambda value: [value, value])
     config = dataclasses.replace(Config(), rollout_batch=0, train_batch=0, dtype=dtype)

@@ -1,0 +1,186 @@
+"""How many samples one call takes: the batch plan, and the batch sizes that were not given.
+
+The plan is arithmetic on the settings and the number of ranks. Sizes that were not given are found out by
+trials.
+"""
+
+import math
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+import distributed
+from config import Config
+from draws import batches
+from harness.faults import is_out_of_memory
+from policy import Policy
+from prompts import Prompt
+
+
+# ----------------------------------------------------------------------------- the plan
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What the settings come to on a number of ranks. Counts are per epoch."""
+
+    samples: int            # global
+    trained_steps: int      # of each sample
+    samples_per_rank: int   # of the busiest rank
+    rollout_batches: int    # likewise
+    train_batches: int      # likewise, over all updates
+    rollout_images: int     # in the largest rollout batch
+    train_rows: int         # in the largest training batch: a row is one trained step of one image
+    rollout_calls: int      # transformer forwards of one image, global
+    replay_calls: int       # forward and backward, global
+    reference_calls: int    # forward, global
+
+
+def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
+    """Everything about batches that follows from the settings and the number of ranks.
+
+    branches: the transformer's calls for one velocity, 2 with classifier-free guidance.
+    """
+    samples = config.groups_per_epoch * config.group_size
+    trained, per_rank = config.trained_steps, -(-samples // world_size)
+    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
+
+    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples * trained  # 0: not chosen yet
+    updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)               # samples of each
+    # In half precision a training batch is a rollout batch, or a part of it, at one step; else it holds any rows.
+    if config.half_precision:
+        rollouts = [images for n in updates for images in even_parts(n, rollout_batch)]
+        trainings = [rows for images in rollouts for rows in even_parts(images, train_batch) * trained]
+    else:
+        rollouts = even_parts(per_rank, rollout_batch)
+        trainings = [rows for n in updates for rows in even_parts(n * trained, train_batch)]
+    steps = samples * config.num_steps
+    if config.shared_start_noise and config.window_size:                  # on average over the windows' places
+        before_window = (sum(config.window_range) - config.window_size) / 2
+        steps -= round((samples - config.groups_per_epoch) * before_window)
+    return BatchPlan(
+        samples=samples, trained_steps=trained, samples_per_rank=per_rank,
+        rollout_batches=len(rollouts), rollout_images=max(rollouts),
+        train_batches=len(trainings), train_rows=max(trainings),
+        rollout_calls=steps * branches,
+        replay_calls=samples * trained * branches,
+        reference_calls=samples * trained * branches if config.beta else 0)
+
+
+def even_parts(total: int, size: int) -> list[int]:
+    """The sizes into which `draws.batches` divides so many items."""
+    return [len(part) for part in batches(range(total), size)]
+
+
+def describe(config: Config, world_size: int, branches: int = 1) -> str:
+    """The batch plan in words, for the start of a run."""
+    p = batch_plan(config, world_size, branches)
+    # The count depends on where windows lie and how ranks share groups.
+    about = "about " if config.shared_start_noise else ""
+    return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, "
+            f"{config.num_steps} steps ({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
+            f"per rank ({world_size}): up to {p.samples_per_rank} images; "
+            f"rollout batches: {p.rollout_batches} of up to "
+            f"{p.rollout_images if config.rollout_batch else 'any number'}; "
+            f"training batches: {p.train_batches} of up to "
+            f"{p.train_rows if config.train_batch else 'any number of'} rows\n"
+            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
+            f"{p.reference_calls:,} reference")
+
+
+# ----------------------------------------------------------------------------- sizes that were not given
+
+def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:
+    """Choose the batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest.
+
+    In half precision the rollout takes the training's size, because both must run the same kernels for ratios
+    to start at 1.
+    """  # all ranks
+    plan, half = batch_plan(config, distributed.world_size()), config.half_precision
+    in_update = -(-plan.samples_per_rank // config.updates_per_epoch)                   # images
+    # What comes later: AdamW's two moments, the average, the summed gradient.
+    later = 4 * sum(p.numel() * p.element_size() for p in policy.parameters)
+
+    # What this process may have: others on the same GPU, such as a reward server, keep what they hold.
+    memory = 0
+    if policy.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
+
+    def trial(size: int, training: bool) -> float:
+        """Seconds of an image. Raises OutOfMemoryError, also if less than a fifth of a GPU is left for all
+        else.
+        """
+        text = policy.encode([prompts[i % len(prompts)].text for i in range(size)])
+        velocity = policy.velocity(text, config.guidance_scale)
+        latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
+        sigma = latents.new_full((size,), 0.5)
+        if policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(policy.device)
+        started = time.perf_counter()
+        try:
+            with torch.set_grad_enabled(training):
+                v = velocity(latents, sigma)
+                if training:
+                    v.sum().backward()
+            v.cpu()                              # waits until a GPU is done
+        finally:
+            for p in policy.parameters:
+                p.grad = None
+        if policy.device.type == "cuda":
+            # A single image passes if it ran at all, because there is nothing smaller to fall back on.
+            if size > 1 and torch.cuda.max_memory_allocated(policy.device) + later > 0.8 * memory:
+                raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
+        return (time.perf_counter() - started) / size
+
+    def slowest_rank(seconds: float) -> float:
+        return distributed.gather_vectors(torch.tensor([seconds])).max().item()
+
+    def choose(training: bool) -> int:
+        # In full precision steps share batches. At least two rollouts, so that one is scored beside the
+        # other.
+        most = in_update
+        if not half:
+            most = in_update * plan.trained_steps if training else -(-plan.samples_per_rank // 2)
+        # Sizes that divide the work evenly, each at least a quarter larger than the one before.
+        sizes = [most]
+        for parts in range(2, most + 1):
+            if (size := -(-most // parts)) <= 0.8 * sizes[0]:
+                sizes.insert(0, size)
+        if policy.device.type == "cuda":
+            return largest_that_fits(sizes, lambda size: trial(size, training))
+        return fastest(sizes, lambda size: slowest_rank(trial(size, training)))
+
+    rollout_batch, train_batch = config.rollout_batch, config.train_batch
+    if half:
+        rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
+    train_batch = train_batch or choose(training=True)
+    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
+    chosen = distributed.gather_objects((rollout_batch, train_batch))
+    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
+
+
+def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
+    """The last of the rising `sizes` before one for which `trial` runs out of memory. The first one must
+    fit.
+    """
+    fitting = sizes[0]
+    trial(fitting)
+    try:
+        for size in sizes[1:]:
+            trial(size)
+            fitting = size
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        traceback.clear_frames(error.__traceback__)
+    torch.cuda.empty_cache()
+    return fitting
+
+
+def fastest(sizes: list[int], trial: Callable[[int], float], most: int = 64) -> int:
+    """The size up to `most` with the fewest seconds of an image, by the better of two trials."""
+    sizes = [size for size in sizes if size <= most] or sizes[:1]
+    trial(sizes[0])                              # warm
+    return min(sizes[-4:], key=lambda size: min(trial(size), trial(size)))
