@@ -35,6 +35,7 @@ class Family:
     published                {NAME: settings of the transformer} for `--model random:NAME`
     vae, scheduler           settings in which a random pipeline departs from diffusers' defaults
     clip_tokens              embeddings that stand before those of T5
+    may_lack                 parts that a pipeline can do without, besides those that diffusers calls optional
     """
 
     pipeline: type[DiffusionPipeline]
@@ -43,9 +44,16 @@ class Family:
     vae: dict[str, float] = {}
     scheduler: dict[str, float | bool] = {}
     clip_tokens: int = 0
+    may_lack: tuple[str, ...] = ()
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
+
+    @classmethod
+    def parts(cls) -> list[str]:
+        """Name the parts that a pipeline of this family must have."""
+        optional = (*cls.pipeline._optional_components, *cls.may_lack)
+        return [name for name in inspect.signature(cls.pipeline).parameters if name not in optional]
 
     def tiling(self) -> tuple[int, int, int | None]:
         """Return a latent's channels, the side of a patch in latent pixels, and the most patches on a side.
@@ -101,6 +109,7 @@ class SD3(Family):
     vae = dict(scaling_factor=1.5305, shift_factor=0.0609)
     scheduler = dict(shift=3.0)
     clip_tokens = 77
+    may_lack = ("text_encoder_3", "tokenizer_3")      # T5, whose embeddings are then zeros
 
     def tiling(self) -> tuple[int, int, int | None]:
         config = self.pipe.transformer.config

@@ -9,6 +9,7 @@
 
 import contextlib
 import copy
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -45,6 +46,20 @@ def check_model(model: str) -> type[Family]:
         if model not in known:
             raise ValueError(f"--model {model!r} is unknown: {', '.join(known)} are made with random weights")
         return known[model]
+    index = read_index(model)
+    kind = index["_class_name"]
+    if kind not in FAMILIES:
+        raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
+    family = FAMILIES[kind]
+    if missing := [name for name in family.parts() if not index.get(name, [None])[0]]:
+        raise ValueError(f"--model {model!r} has no {missing[0]}: its model_index.json leaves it out; save the "
+                         "whole pipeline")
+    check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
+    return family
+
+
+def read_index(model: str) -> dict:
+    """Read model_index.json, which names the pipeline's class and those of its parts. Raises ValueError."""
     path = find_file("--model", model, "model_index.json")
     if path is None:
         missing = ("on the hub it has no model_index.json" if is_hub_id(model)
@@ -52,14 +67,10 @@ def check_model(model: str) -> type[Family]:
         raise ValueError(f"--model {model!r} is no diffusers pipeline: {missing}")
     try:
         index = json.loads(path.read_text())
-        kind = index["_class_name"]
+        return index | {"_class_name": index["_class_name"]}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name "
                          "its class") from error
-    if kind not in FAMILIES:
-        raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
-    check_scheduler(model, index.get("scheduler"), find_file("--model", model, SCHEDULER_FILE))
-    return FAMILIES[kind]
 
 
 # ---- copies between host and device ------------------------------------------------------------------------
@@ -171,8 +182,24 @@ class Policy:
         if self.model.startswith("random:"):
             name = self.model.removeprefix("random:")
             return random_pipeline(family, name, self.device, dtype=dtype, vae_dtype=self.compute_dtype)
-        dtypes = {"default": self.dtype, "transformer": dtype, "vae": self.compute_dtype}
-        return family.pipeline.from_pretrained(self.model, use_safetensors=True, dtype=dtypes)
+        # Pass None for the parts that the index leaves out, because diffusers would miss them.
+        left_out = {name: None for name, entry in read_index(self.model).items() if entry == [None, None]}
+        load = functools.partial(
+            family.pipeline.from_pretrained, self.model, **left_out,
+            dtype={"default": self.dtype, "transformer": dtype, "vae": self.compute_dtype})
+        # Try full precision, then the files of half precision. Silence diffusers, because it logs each failure.
+        verbosity = diffusers_logging.get_verbosity()
+        diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+        try:
+            return load()
+        except (OSError, ValueError) as error:
+            try:
+                return load(variant="fp16")
+            except (OSError, ValueError):
+                reason = " ".join(str(error).split())
+                raise ValueError(f"--model {self.model!r} cannot be loaded: {reason:.300}") from error
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
 
     def set_resolution(self, resolution: tuple[int, int]) -> None:
         """Set the height and width of the next images, in pixels.
