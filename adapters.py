@@ -177,7 +177,7 @@ def kept_settings(settings: dict) -> LoraConfig:
         if name not in defaults and value is not True and not isinstance(value, dict | list):
             continue
         raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter "
-                         "without it, or merge it into its model (merge_and_unload), which is then the --model")
+                         "without it, or merge it into its model (merge_and_unload), then the --model")
     return LoraConfig(**{name: settings[name] for name in EXACT_SETTINGS if name in settings},
                       base_model_name_or_path=settings.get("base_model_name_or_path"))
 
@@ -209,8 +209,7 @@ def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str
                 ) -> tuple[PeftModel, dict[str, Tensor]]:
     """Add the adapter's layers to a transformer. Returns it with the tensors that belong into these layers.
 
-    Raises ValueError that names the first tensor that does not fit. The transformer is then of no further
-    use.
+    Raises ValueError, with the first tensor that does not fit. The transformer is then of no further use.
     """
     config, tensors = read_adapter(lora_path)
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None

@@ -3,6 +3,7 @@
 A new family is one more subclass of `Family`, listed in FAMILIES. sigma runs from 1 (noise) to 0 (data).
 """
 
+import functools
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ logging.set_verbosity_error()
 from diffusers import (  # noqa: E402
     AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
     SD3Transformer2DModel, StableDiffusion3Pipeline)
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
 Text = tuple[Tensor, Tensor]      # embeddings (B, L, D), pooled embeddings (B, P)
 
@@ -235,7 +237,32 @@ def check_scheduler(model: str, entry: list | None, file: Path | None) -> None:
         refuse("time_shift_type", '"exponential" or "linear"')
 
 
-# ---- random weights ----------------------------------------------------------------------------------------
+# ---- pipelines ---------------------------------------------------------------------------------------------
+
+def load_pipeline(family: type[Family], model: str, index: dict, *, dtypes: dict[str, torch.dtype]
+                  ) -> DiffusionPipeline:
+    """Load a pipeline from a directory or the hub. index: its model_index.json. dtypes: by part, or
+    "default".
+
+    Weights may be in safetensors or .bin files, in full or in half precision. Raises ValueError in one line.
+    """
+    # Pass None for the parts that the index leaves out, because diffusers would miss them.
+    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    load = functools.partial(family.pipeline.from_pretrained, model, dtype=dtypes, **left_out)
+    # Silence diffusers, because it logs what is missing even where the next try finds it.
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        try:
+            return load(variant="fp16")
+        except (OSError, ValueError):
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--model {model!r} cannot be loaded: {reason:.300}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
 
 def random_pipeline(family: type[Family], name: str, device: torch.device, *, dtype: torch.dtype,
                     vae_dtype: torch.dtype) -> DiffusionPipeline:

@@ -475,7 +475,7 @@ def test_a_pipeline_without_a_readable_index_is_refused_with_the_file(tmp_path, 
     (RepositoryNotFoundError("401\nlong", response=RESPONSE), "neither here nor on the hub"),
     (LocalEntryNotFoundError("off line\nlong"), "go online"),
     (OSError("several\nlines"), "go online"),
-    (RemoteEntryNotFoundError("404\nlong", response=RESPONSE), "has neither|has no model_index.json")])
+    (RemoteEntryNotFoundError("404\nlong", response=RESPONSE), "has neither|model_index.json is missing")])
 def test_what_the_hub_does_not_give_is_told_in_one_line_with_the_way_out(look, option, error, hint, monkeypatch):
     def download(*_):
         raise error
