@@ -4,6 +4,9 @@ Two formats are read: peft's pair of files and diffusers' single file. `Policy.s
 """
 
 import json
+import math
+import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -36,30 +39,27 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_file(option: str, place: str, name: str) -> Path | None:
-    """Find the file `name` in a directory or a hub repository. Returns None if the place has no such file."""
-    if is_hub_id(place):
-        return from_hub(option, place, name)
-    path = Path(place) / name
-    return path if path.is_file() else None
+    """Find the file `name` in a directory, or download it from a hub repository. Returns None if it has no
+    such file.
 
-
-def from_hub(option: str, repository: str, name: str) -> Path | None:
-    """Download one file of a hub repository. Returns None if the repository has no such file.
-
-    Raises ValueError in one line, with the command-line option that named the repository.
+    Raises ValueError in one line, with the command-line option that named the place.
     """
+    if not is_hub_id(place):
+        path = Path(place) / name
+        return path if path.is_file() else None
+    token = "give your token with `hf auth login` or in HF_TOKEN"
     try:
-        return Path(hf_hub_download(repository, name))
+        return Path(hf_hub_download(place, name))
     except RemoteEntryNotFoundError:
         return None
     except GatedRepoError as error:
-        raise ValueError(f"{option} {repository!r} is gated: accept its licence on its page of the hub, then give "
-                         "your token with `hf auth login` or in HF_TOKEN") from error
+        raise ValueError(f"{option} {place!r} is gated: accept its licence on its page of the hub, then "
+                         f"{token}") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{option} {repository!r} is neither here nor on the hub: correct it, or if it is private, "
-                         "give your token with `hf auth login` or in HF_TOKEN") from error
+        raise ValueError(f"{option} {place!r} is neither here nor on the hub: correct it, or if private, "
+                         f"{token}") from error
     except Exception as error:
-        raise ValueError(f"{option} {repository!r} is neither a directory here nor could it be had from the hub "
+        raise ValueError(f"{option} {place!r} is neither a directory here nor could it be had from the hub "
                          f"({type(error).__name__}); give a directory, or go online") from error
 
 
@@ -68,54 +68,90 @@ def from_hub(option: str, repository: str, name: str) -> Path | None:
 def find_adapter(lora_path: str) -> tuple[Path, LoraConfig]:
     """Find the file with an adapter's tensors, and read its settings as training will keep them.
 
-    An adapter lies in a directory, in a checkpoint's `adapter` directory, or on the hub. Loads no tensors.
-    Raises ValueError in one line.
+    Loads no tensors but each layer's alpha. Raises ValueError in one line.
     """
     *settings_file, weights = adapter_files(lora_path)
     try:
         with safe_open(weights, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            alphas = {key: float(file.get_tensor(key)) for key, shape in shapes.items()
+                      if key.endswith(".alpha") and math.prod(shape) == 1}
             metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+        if not shapes:
+            raise ValueError("its file holds no tensors")
+        if of_text := [key for key in shapes if key.startswith("text_encoder")]:
+            raise ValueError(f"{of_text[0]} is of a text encoder, and only the transformer is trained here: "
+                             "save the transformer's tensors alone")
+        if settings_file:
+            return weights, kept_settings(json.loads(settings_file[0].read_text()))
+        settings = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
+        return weights, kept_settings(settings or settings_of_tensors(shapes, alphas))
     except SafetensorError as error:
         raise ValueError(f"{weights} is no whole safetensors file ({error}): fetch it again") from error
-    if not shapes:
-        raise ValueError(f"--lora-path {lora_path!r} holds no tensors: {weights} is empty")
-    try:
-        if settings_file:
-            settings = json.loads(settings_file[0].read_text())
-        else:
-            other = [key for key in shapes if not key.startswith("transformer.") or ".lora_" not in key]
-            if other:
-                raise ValueError(f"it adapts more than the transformer, or in an older format: {other[0]}; load it "
-                                 "in diffusers and save it again")
-            settings = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
-            if not settings:                                                     # alpha is the rank, as diffusers takes it
-                layers = sorted({key.removeprefix("transformer.").partition(".lora_")[0] for key in shapes})
-                rank = next(shape[0] for key, shape in shapes.items() if ".lora_A." in key)
-                settings = dict(r=rank, lora_alpha=rank, target_modules=layers)
-        return weights, kept_settings(settings)
-    except (ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
-        raise ValueError(f"--lora-path {lora_path!r} has settings that make no adapter "
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"--lora-path {lora_path!r} is no adapter that can be trained on "
                          f"({type(error).__name__}: {error})") from error
 
 
 def adapter_files(lora_path: str) -> list[Path]:
-    """Find peft's two files of an adapter or diffusers' one. The file with the tensors is the last."""
+    """Find peft's two files of an adapter or diffusers' one. The file with the tensors is the last.
+
+    They lie in a directory or a hub repository, or one level below: in `adapter`, where our checkpoints have
+    them, or in `lora`, where those of Flow-GRPO's authors do.
+    """
     place = Path(lora_path)
     if not place.exists() and not is_hub_id(lora_path):
-        raise ValueError(f"--lora-path {lora_path!r} does not exist: give an adapter's directory, a checkpoint or a "
-                         "hub id")
+        raise ValueError(f"--lora-path {lora_path!r} does not exist: give an adapter's directory, a "
+                         "checkpoint or a hub id")
     if place.name == PEFT_FILES[1]:
         place = place.parent
     if place.suffix == ".safetensors" and place.is_file():
         return [place]
-    place = place / "adapter" if (place / "adapter").is_dir() else place
-    for names in (PEFT_FILES, (DIFFUSERS_FILE,)):
-        files = [find_file("--lora-path", str(place), name) for name in names]
-        if all(files):
-            return files
-    raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} nor "
-                     f"{DIFFUSERS_FILE}, and other formats are not loaded")
+    for below in ("", "adapter/", "lora/"):
+        for names in (PEFT_FILES, (DIFFUSERS_FILE,)):
+            files = [find_file("--lora-path", str(place), below + name) for name in names]
+            if all(files):
+                return files
+    deeper = [path for name in (PEFT_FILES[1], DIFFUSERS_FILE) for below in ("*/", "*/*/", "*/*/*/")
+              for path in place.glob(below + name)]
+    hint = f"give {deeper[0].parent}" if deeper else "other formats are not loaded"
+    raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} "
+                     f"nor {DIFFUSERS_FILE}; {hint}")
+
+
+def settings_of_tensors(shapes: dict[str, tuple[int, ...]], alphas: dict[str, float]) -> dict:
+    """Derive the settings of a diffusers file that does not state them, as diffusers does.
+
+    A layer's rank is the height of its lora_A. Its alpha is the tensor `.alpha`, or its rank if no layer has
+    one. Raises ValueError, with the cause, if the tensors are not LoRA of a transformer in today's format.
+    """
+    parts = (".lora_A.", ".lora_B.", ".lora_magnitude_vector", ".alpha")
+    for key in shapes:
+        if key.startswith("base_model.model."):
+            raise ValueError(f"{key} is of a peft adapter: name the file {PEFT_FILES[1]}, and put its "
+                             f"{PEFT_FILES[0]} beside it")
+        if not any(part in key for part in parts):
+            whole = ".lora" not in key and key.endswith((".weight", ".bias"))
+            cause = "a weight of the model itself (modules_to_save)" if whole else "in an older format"
+            raise ValueError(f"{key} is {cause}: load it in diffusers and save its LoRA layers again")
+
+    def layer_of(key: str) -> str:
+        return re.sub(r"\.(lora_[AB]\.|lora_magnitude_vector|alpha$).*", "", key.removeprefix("transformer."))
+
+    ranks = {layer_of(key): shape[0] for key, shape in shapes.items() if ".lora_A." in key}
+    if not ranks:
+        raise ValueError("it holds no lora_A, so no layer has a rank")
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alphas = {layer_of(key): alpha for key, alpha in alphas.items()} or ranks
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    # Patterns and targets are regular expressions, in which "^proj_out" is not the proj_out of a block.
+    return dict(
+        r=rank, rank_pattern={f"^{re.escape(layer)}": n for layer, n in ranks.items() if n != rank},
+        lora_alpha=alpha,
+        alpha_pattern={f"^{re.escape(layer)}": n for layer, n in alphas.items() if n != alpha},
+        target_modules="|".join(map(re.escape, ranks)),
+        use_dora=any(".lora_magnitude_vector" in key for key in shapes),
+        lora_bias=any(".lora_B.bias" in key for key in shapes))
 
 
 def kept_settings(settings: dict) -> LoraConfig:
@@ -130,19 +166,18 @@ def kept_settings(settings: dict) -> LoraConfig:
         raise ValueError(f"its settings are of peft type {kind} and name the layers "
                          f"{settings.get('target_modules')}: only LORA with its layers named is supported")
     if start not in PLAIN_STARTS:
-        raise ValueError(f"its init_lora_weights is {start!r}, which changes the model's own weights: give an "
-                         "adapter of the model as it is; for pissa, olora and corda, peft makes one with "
+        raise ValueError(f"its init_lora_weights is {start!r}, which changes the model's own weights: give "
+                         "an adapter of the model as it is; for pissa, olora and corda, peft makes one with "
                          "save_pretrained(..., path_initial_model_for_weight_conversion=...)")
     defaults = LoraConfig().to_dict()
     for name, value in settings.items():
         if name in EXACT_SETTINGS | DROPPED_SETTINGS or not value or value == defaults.get(name):
             continue
-        # A newer peft writes settings that this one does not know. A number or a string alone turns nothing
-        # on.
+        # A newer peft writes settings that this one does not know. A number or a string turns nothing on.
         if name not in defaults and value is not True and not isinstance(value, dict | list):
             continue
-        raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter without it, "
-                         "or merge this one into its model (peft's merge_and_unload) and give that as --model")
+        raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter "
+                         "without it, or merge it into its model (merge_and_unload), then the --model")
     return LoraConfig(**{name: settings[name] for name in EXACT_SETTINGS if name in settings},
                       base_model_name_or_path=settings.get("base_model_name_or_path"))
 
@@ -150,17 +185,21 @@ def kept_settings(settings: dict) -> LoraConfig:
 def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Read an adapter's settings, and its tensors under peft's names. Raises ValueError in one line."""
     weights, config = find_adapter(lora_path)
-    tensors = load_file(weights)
-    if weights.name != PEFT_FILES[1]:
-        tensors = {f"base_model.model.{key.removeprefix('transformer.')}": value for key, value in tensors.items()}
+    tensors = {}
+    for key, value in load_file(weights).items():
+        if not value.isfinite().all():
+            raise ValueError(f"--lora-path {lora_path!r}: {key} has shape {tuple(value.shape)} and numbers "
+                             "that are not finite, so its training broke; give an earlier checkpoint")
+        if not key.endswith(".alpha"):
+            if weights.name != PEFT_FILES[1]:
+                key = f"base_model.model.{key.removeprefix('transformer.')}"
+            # Older versions of peft ended this name otherwise.
+            tensors[key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = value
     return config, tensors
 
 
 def load_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str = "default") -> PeftModel:
-    """Add an adapter to a transformer, to be trained. The transformer may have other adapters already.
-
-    Raises ValueError as `fit_adapter` does.
-    """
+    """Add an adapter to a transformer, which may have others. Raises ValueError as `fit_adapter` does."""
     network, tensors = fit_adapter(network, lora_path, model, name)
     set_peft_model_state_dict(network, tensors, adapter_name=name)
     return network
@@ -170,23 +209,22 @@ def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str
                 ) -> tuple[PeftModel, dict[str, Tensor]]:
     """Add the adapter's layers to a transformer. Returns it with the tensors that belong into these layers.
 
-    Raises ValueError that names the first tensor that does not fit. The transformer is then of no further
-    use.
+    Raises ValueError, with the first tensor that does not fit. The transformer is then of no further use.
     """
     config, tensors = read_adapter(lora_path)
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
+    other_model = f"give the model that it was trained on ({trained_on or 'it does not say which'})"
 
-    def require(ok: bool, key: str, needed: str) -> None:
-        if not ok:
-            found = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
-            raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {needed}; "
-                             f"give the model that it was trained on ({trained_on or 'it does not say which'})")
+    def refuse(key: str, reason: str) -> None:
+        found = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
+        raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {key} {found}, {reason}")
 
     base = network.get_base_model() if isinstance(network, PeftModel) else network
-    layers = {layer for layer, _ in base.named_modules()}
+    layers = {layer for layer, _ in base.named_modules() if layer}
     for key in tensors:
-        layer = key.removeprefix("base_model.model.").partition(".lora_")[0]
-        require(layer in layers, key, "the model has no such layer")
+        layer, is_lora, _ = key.removeprefix("base_model.model.").partition(".lora_")
+        if not is_lora or layer not in layers:
+            refuse(key, why_not_a_layer(key, layers) or f"the model has no such layer; {other_model}")
     try:
         if isinstance(network, PeftModel):
             network.add_adapter(name, config)
@@ -196,9 +234,24 @@ def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str
         raise ValueError(f"--lora-path {lora_path!r} does not fit --model {model!r}: {error}") from error
     own = get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
     for key, value in own.items():
-        fits = key in tensors and tensors[key].shape == value.shape
-        require(fits, key, f"the model needs {tuple(value.shape)}")
-    for key, value in tensors.items():
-        require(key in own, key, "but its own settings do not name that layer")
-        require(bool(value.isfinite().all()), key, "and numbers that are not finite")
+        if key not in tensors or tensors[key].shape != value.shape:
+            refuse(key, f"the model needs {tuple(value.shape)}; {other_model}")
+    for key in tensors:
+        if key not in own:
+            refuse(key, "but its own settings do not name that layer; give those that were saved with it")
     return network, tensors
+
+
+def why_not_a_layer(key: str, layers: set[str]) -> str:
+    """Name the cause if a tensor is of no LoRA layer of the model. Returns "" if it is of another model."""
+    layer, is_lora, _ = key.removeprefix("base_model.model.").partition(".lora_")
+    if not is_lora:
+        return "a weight of the model itself (modules_to_save, bias); save the LoRA tensors alone"
+    parts = layer.split(".")
+    wrappers = [part for part in parts if part in ("_orig_mod", "module")]
+    for start in range(len(parts)):
+        if ".".join(part for part in parts[start:] if part not in wrappers) in layers:
+            prefix = wrappers[0] if wrappers else ".".join(parts[:start])
+            return ("a layer of the model under the name of a wrapper (DDP, torch.compile, a pipeline); take "
+                    f"'{prefix}.' out of the names in the file")
+    return ""

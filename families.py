@@ -3,6 +3,7 @@
 A new family is one more subclass of `Family`, listed in FAMILIES. sigma runs from 1 (noise) to 0 (data).
 """
 
+import functools
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ logging.set_verbosity_error()
 from diffusers import (  # noqa: E402
     AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
     SD3Transformer2DModel, StableDiffusion3Pipeline)
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
 
 Text = tuple[Tensor, Tensor]      # embeddings (B, L, D), pooled embeddings (B, P)
 
@@ -35,6 +37,7 @@ class Family:
     published                {NAME: settings of the transformer} for `--model random:NAME`
     vae, scheduler           settings in which a random pipeline departs from diffusers' defaults
     clip_tokens              embeddings that stand before those of T5
+    may_lack                 parts that a pipeline can do without, besides those that diffusers calls optional
     """
 
     pipeline: type[DiffusionPipeline]
@@ -43,9 +46,16 @@ class Family:
     vae: dict[str, float] = {}
     scheduler: dict[str, float | bool] = {}
     clip_tokens: int = 0
+    may_lack: tuple[str, ...] = ()
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
+
+    @classmethod
+    def parts(cls) -> list[str]:
+        """Name the parts that a pipeline of this family must have."""
+        optional = (*cls.pipeline._optional_components, *cls.may_lack)
+        return [name for name in inspect.signature(cls.pipeline).parameters if name not in optional]
 
     def tiling(self) -> tuple[int, int, int | None]:
         """Return a latent's channels, the side of a patch in latent pixels, and the most patches on a side.
@@ -101,6 +111,7 @@ class SD3(Family):
     vae = dict(scaling_factor=1.5305, shift_factor=0.0609)
     scheduler = dict(shift=3.0)
     clip_tokens = 77
+    may_lack = ("text_encoder_3", "tokenizer_3")      # T5, whose embeddings are then zeros
 
     def tiling(self) -> tuple[int, int, int | None]:
         config = self.pipe.transformer.config
@@ -226,7 +237,32 @@ def check_scheduler(model: str, entry: list | None, file: Path | None) -> None:
         refuse("time_shift_type", '"exponential" or "linear"')
 
 
-# ---- random weights ----------------------------------------------------------------------------------------
+# ---- pipelines ---------------------------------------------------------------------------------------------
+
+def load_pipeline(family: type[Family], model: str, index: dict, *, dtypes: dict[str, torch.dtype]
+                  ) -> DiffusionPipeline:
+    """Load a pipeline from a directory or the hub. index: its model_index.json. dtypes: by part, or
+    "default".
+
+    Weights may be in safetensors or .bin files, in full or in half precision. Raises ValueError in one line.
+    """
+    # Pass None for the parts that the index leaves out, because diffusers would miss them.
+    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    load = functools.partial(family.pipeline.from_pretrained, model, dtype=dtypes, **left_out)
+    # Silence diffusers, because it logs what is missing even where the next try finds it.
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        try:
+            return load(variant="fp16")
+        except (OSError, ValueError):
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--model {model!r} cannot be loaded: {reason:.300}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
 
 def random_pipeline(family: type[Family], name: str, device: torch.device, *, dtype: torch.dtype,
                     vae_dtype: torch.dtype) -> DiffusionPipeline:

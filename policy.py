@@ -22,9 +22,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from adapters import find_file, fit_adapter, is_hub_id, load_adapter
+from adapters import find_file, fit_adapter, load_adapter
 from families import (
-    FAMILIES, SCHEDULER_FILE, Family, Text, check_scheduler, compile_blocks, random_pipeline, random_text)
+    FAMILIES, SCHEDULER_FILE, Family, Text, check_scheduler, compile_blocks, load_pipeline, random_pipeline,
+    random_text)
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -37,29 +38,35 @@ Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma
 def check_model(model: str) -> type[Family]:
     """Find the family of `model`: a pipeline's directory, a hub id or random:NAME. Loads no weights.
 
-    Raises ValueError in one line if the model is unknown, or if its scheduler draws otherwise than training
-    samples.
+    Raises ValueError in one line if the model is unknown, or if its scheduler draws what training does not.
     """
     if model.startswith("random:"):
         known = {f"random:{name}": family for family in FAMILIES.values() for name in family.published}
         if model not in known:
             raise ValueError(f"--model {model!r} is unknown: {', '.join(known)} are made with random weights")
         return known[model]
+    index = read_index(model)
+    family = FAMILIES.get(kind := index["_class_name"])
+    if family is None:
+        raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
+    for name in family.parts():
+        if not index.get(name, [None])[0]:
+            raise ValueError(f"--model {model!r} has no {name}: its model_index.json leaves it out; add it")
+    check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
+    return family
+
+
+def read_index(model: str) -> dict:
+    """Read model_index.json: the pipeline's class, and [library, class] of each part. Raises ValueError."""
     path = find_file("--model", model, "model_index.json")
     if path is None:
-        missing = ("on the hub it has no model_index.json" if is_hub_id(model)
-                   else f"{model}/model_index.json does not exist")
-        raise ValueError(f"--model {model!r} is no diffusers pipeline: {missing}")
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: {model}/model_index.json is missing")
     try:
         index = json.loads(path.read_text())
-        kind = index["_class_name"]
+        return index | {"_class_name": index["_class_name"]}
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name "
                          "its class") from error
-    if kind not in FAMILIES:
-        raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
-    check_scheduler(model, index.get("scheduler"), find_file("--model", model, SCHEDULER_FILE))
-    return FAMILIES[kind]
 
 
 # ---- copies between host and device ------------------------------------------------------------------------
@@ -95,9 +102,8 @@ class Policy:
     """A pipeline's transformer, which an adapter or full fine-tuning trains, and the frozen parts around it.
 
     The network computes in `dtype`, and its frozen weights have that dtype. Trained weights are float32, or
-    float64 if `dtype` is "float64". The reference policy is the network without its adapter. It is the model
-    itself also when training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the
-    model.
+    float64 if `dtype` is "float64". The reference policy is the network without its adapter, also when
+    training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the model.
     """
 
     before_call: Callable[[], None] | None = None
@@ -109,8 +115,7 @@ class Policy:
                  lora_targets: tuple[str, ...] | str = "all-linear", full_finetune: bool = False,
                  with_reference: bool = True, offload_text_encoders: bool = False,
                  gradient_checkpointing: bool = False, compile: bool = False):
-        """Load the model, and give it a new adapter, the adapter at `lora_path`, or (with `lora_rank` 0)
-        none.
+        """Load the model and give it an adapter: a new one, that at `lora_path`, or none (`lora_rank` 0).
 
         resolution: height and width in pixels. max_sequence_length: tokens of the T5 encoder. An adapter at
         `lora_path` keeps its own rank, alpha and targets. with_reference: full fine-tuning keeps a frozen
@@ -125,8 +130,7 @@ class Policy:
         self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32
         self.max_sequence_length = max_sequence_length
         if device.type == "cuda":
-            # Forbid TF32 in convolutions if full precision was asked for, because cuDNN's default is to round
-            # to it.
+            # Full precision forbids TF32, to which cuDNN rounds the inputs of convolutions by default.
             torch.backends.cudnn.allow_tf32 = dtype not in ("float32", "float64")
 
         family = check_model(model)
@@ -140,10 +144,9 @@ class Policy:
                 part.requires_grad_(False).to("cpu" if on_host else device)
 
         transformer = self.pipe.transformer.requires_grad_(full_finetune)
-        self.reference = None
+        self.network, self.reference = transformer, None
         if full_finetune and with_reference:
             self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
-        self.network = transformer
         if lora_path and not full_finetune:
             self.network = load_adapter(transformer, lora_path, model)
         elif lora_rank and not full_finetune:
@@ -172,13 +175,12 @@ class Policy:
             name = self.model.removeprefix("random:")
             return random_pipeline(family, name, self.device, dtype=dtype, vae_dtype=self.compute_dtype)
         dtypes = {"default": self.dtype, "transformer": dtype, "vae": self.compute_dtype}
-        return family.pipeline.from_pretrained(self.model, use_safetensors=True, dtype=dtypes)
+        return load_pipeline(family, self.model, read_index(self.model), dtypes=dtypes)
 
     def set_resolution(self, resolution: tuple[int, int]) -> None:
         """Set the height and width of the next images, in pixels.
 
-        Raises ValueError if the model's patches do not tile them, or if the scheduler has no schedule for
-        them.
+        Raises ValueError if the model's patches do not tile them, or if the scheduler has no shift for them.
         """
         channels, patch, most = self.family.tiling()
         scale = self.pipe.vae_scale_factor
@@ -200,8 +202,7 @@ class Policy:
         """Count the rows that the network computes per image: 2 with classifier-free guidance, else 1."""
         return self.family.branches(guidance_scale)
 
-    # ---- adapters
-    # --------------------------------------------------------------------------------------------
+    # ---- adapters ------------------------------------------------------------------------------------------
 
     def add_adapter(self, name: str, lora_path: str) -> None:
         """Load another adapter onto the same weights.
@@ -229,8 +230,7 @@ class Policy:
             if isinstance(layer, LoraLayer):
                 layer.set_scale(name, strength)
 
-    # ---- text
-    # ------------------------------------------------------------------------------------------------
+    # ---- text ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def cache_text(self, prompts: list[str], guidance_scale: float = 1.0) -> None:
@@ -281,8 +281,7 @@ class Policy:
             if name.startswith("text_encoder") and part is not None:
                 part.to(device)
 
-    # ---- velocity
-    # --------------------------------------------------------------------------------------------
+    # ---- velocity ------------------------------------------------------------------------------------------
 
     def velocity(self, text: Text, guidance_scale: float = 1.0, network: torch.nn.Module | None = None,
                  negative_prompt: str = "") -> Velocity:
@@ -341,8 +340,7 @@ class Policy:
         finally:
             self.network.base_model.enable_adapter_layers()
 
-    # ---- images
-    # ----------------------------------------------------------------------------------------------
+    # ---- images --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -360,8 +358,7 @@ class Policy:
             images.append((image * 255).round().to(torch.uint8))
         return torch.cat(images).permute(0, 2, 3, 1).contiguous()
 
-    # ---- saving
-    # ----------------------------------------------------------------------------------------------
+    # ---- saving --------------------------------------------------------------------------------------------
 
     def save(self, directory: Path) -> None:
         """Save the trained weights in the formats that others load.

@@ -1,8 +1,8 @@
 """Prompt sets: built-in ones and the user's files. Also which prompts an epoch draws.
 
 A source is a built-in name ("words", "ocr", "geneval"), a file or a directory. A .txt file holds one prompt
-per line. A .jsonl file holds GenEval metadata (arXiv 2310.11513), one JSON object per line. The splits "train"
-and "test" of a built-in set are disjoint. A directory holds one file per split. A single file serves as both.
+per line. A .jsonl file holds GenEval metadata (arXiv 2310.11513), one JSON object per line. The splits train
+and test of a built-in set are disjoint. A directory holds one file per split. A single file serves as both.
 """
 
 import json

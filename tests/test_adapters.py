@@ -161,6 +161,53 @@ def test_checkpoints_and_diffusers_files_load_as_adapters(each_model, tmp_path):
         assert (found - expected).abs().max() > 1e-3                                      # where alpha is taken for the rank
 
 
+UNSTATED = {                           # settings that a diffusers file without metadata shows in its tensors alone
+    "ranks": (dict(rank_pattern={"0.attn.to_q": 5, "1.attn.to_k": 2}, target_modules=["to_q", "to_k"]), {}),
+    "dora": (dict(use_dora=True), {}),
+    "bias of B": (dict(lora_bias=True), {}),
+    "one alpha": ({}, {"": 1.5}),
+    "alphas": (dict(rank_pattern={"0.attn.to_q": 5}), {"": 6.0, "0.attn.to_q": 2.0}),
+    "alphas of some": (dict(rank_pattern={"0.attn.to_q": 5}), {"1.attn.to_v": 1.0}),
+    "one name in another": (dict(target_modules=r"proj_out|single_transformer_blocks\.0\.proj_out",
+                                 rank_pattern={"^proj_out": 2}), {}),
+    "the top alone": (dict(target_modules="proj_out"), {}),
+}
+
+
+@pytest.mark.parametrize("settings, alphas", UNSTATED.values(), ids=UNSTATED)
+def test_a_diffusers_file_without_settings_means_what_diffusers_takes_it_for(flux_model, tmp_path, settings, alphas):
+    """FLUX, whose loader alone reads alphas in diffusers."""
+    written_by_peft(flux_model, tmp_path / "peft", LoraConfig(**{"r": 3, "target_modules": ATTENTION_SHORT, **settings}))
+    tensors = {key.replace("base_model.model.", "transformer."): value
+               for key, value in load_file(tmp_path / "peft" / "adapter_model.safetensors").items()}
+    layers = {key.partition(".lora_")[0] for key in tensors}
+    for end, alpha in alphas.items():
+        tensors |= {f"{layer}.alpha": torch.tensor(alpha) for layer in layers if layer.endswith(end)}
+    save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
+    pipe = fresh_pipeline(flux_model)
+    pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    policy = adapted(flux_model, tmp_path / "pytorch_lora_weights.safetensors")
+    text, x = policy.encode(PROMPTS), start_noise(policy)
+    with torch.no_grad():
+        expected, untrained = (policy.velocity(text, network=network)(x, SIGMA)
+                               for network in (pipe.transformer, load_pipeline(flux_model).transformer))
+        assert (policy.velocity(text)(x, SIGMA) - expected).abs().max() < 1e-5
+        assert (expected - untrained).abs().max() > 1e-3
+        policy.save(tmp_path / "on")
+        again = adapted(flux_model, tmp_path / "on")
+        assert (again.velocity(text)(x, SIGMA) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("below", ["lora", "adapter"])
+def test_a_checkpoint_of_the_authors_layout_is_an_adapter(model, tmp_path, below):
+    written_by_peft(model, tmp_path / "checkpoint-60" / below)
+    found = adapted(model, tmp_path / "checkpoint-60")
+    for p, expected in zip(found.parameters, adapted(model, tmp_path / "checkpoint-60" / below).parameters, strict=True):
+        assert torch.equal(p, expected)
+    message = refusal(find_adapter, str(tmp_path))                                        # two levels: several may lie there
+    assert message.endswith(f"give {tmp_path / 'checkpoint-60' / below}")
+
+
 def test_an_adapter_comes_from_the_hub_by_its_id_in_either_format(model, tmp_path, monkeypatch):
     written_by_peft(model, tmp_path / "peft")
     policy = adapted(model, tmp_path / "peft")
@@ -169,14 +216,15 @@ def test_an_adapter_comes_from_the_hub_by_its_id_in_either_format(model, tmp_pat
     shutil.copy(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tmp_path / "diffusers")
 
     def download(repository, name):
-        assert repository in ("someone/peft", "someone/diffusers")
+        assert repository in ("someone/peft", "someone/diffusers", "someone/authors")
         path = tmp_path / repository.partition("/")[2] / name
         if not path.exists():
             raise RemoteEntryNotFoundError("404", response=RESPONSE)
         return str(path)
 
     monkeypatch.setattr(adapters, "hf_hub_download", download)
-    for name in ("someone/peft", "someone/diffusers"):
+    shutil.copytree(tmp_path / "peft", tmp_path / "authors" / "lora")
+    for name in ("someone/peft", "someone/diffusers", "someone/authors"):
         for found, expected in zip(adapted(model, name).parameters, policy.parameters, strict=True):
             assert torch.equal(found, expected)
 
@@ -337,6 +385,37 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused_with_the_first_of_them(m
     assert expected in message and model in message and str(tmp_path) in message
 
 
+@pytest.mark.parametrize("rename, cause", [
+    (lambda key: "module." + key, "take 'module.' out"),
+    (lambda key: key.replace("base_model.model.", "base_model.model.module."), "take 'module.' out"),
+    (lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."), "take '_orig_mod.' out"),
+    (lambda key: key.replace(".attn.", "._orig_mod.attn."), "take '_orig_mod.' out"),
+    (lambda key: key.replace("base_model.model.", "base_model.model.transformer."), "take 'transformer.' out"),
+    (lambda key: key.replace("base_model.model.", "diffusion_model."), "take 'diffusion_model.' out"),
+    (lambda key: "base_model.model.proj_out.weight" if "0.attn.to_q.lora_A" in key else key, "modules_to_save"),
+    (lambda key: key.replace("base_model.model.", "text_encoder."), "of a text encoder")])
+def test_an_adapter_under_other_names_is_refused_with_the_cause(model, tmp_path, rename, cause):
+    written_by_peft(model, tmp_path, LoraConfig(r=3, target_modules=ATTENTION_SHORT))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({rename(key): value for key, value in load_file(weights).items()}, weights)
+    message = refusal(adapted, model, tmp_path)
+    assert cause in message and "give the model" not in message
+
+
+@pytest.mark.parametrize("key, cause", [
+    ("base_model.model.transformer_blocks.0.attn.to_q.lora_A.weight", "put its adapter_config.json beside it"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora.down.weight", "in an older format"),
+    ("lora_unet_blocks_0_attn.lora_down.weight", "in an older format"),
+    ("transformer.proj_out.weight", "modules_to_save"),
+    ("transformer.transformer_blocks.0.attn.to_q.lora_B.weight", "no lora_A"),
+    ("text_encoder.text_model.q_proj.lora_A.weight", "of a text encoder")])
+def test_a_file_that_diffusers_would_not_take_as_it_is_is_refused_with_the_cause(tmp_path, key, cause):
+    weights = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({key: torch.zeros(2, 2)}, weights)
+    message = refusal(find_adapter, str(weights))
+    assert cause in message and (key in message or "no lora_A" in cause)
+
+
 def test_what_holds_no_adapter_of_ours_is_refused(model, tmp_path):
     assert "does not exist" in refusal(find_adapter, str(tmp_path / "nothing"))
     assert "does not exist" in refusal(adapted, model, "nothing")
@@ -396,7 +475,7 @@ def test_a_pipeline_without_a_readable_index_is_refused_with_the_file(tmp_path, 
     (RepositoryNotFoundError("401\nlong", response=RESPONSE), "neither here nor on the hub"),
     (LocalEntryNotFoundError("off line\nlong"), "go online"),
     (OSError("several\nlines"), "go online"),
-    (RemoteEntryNotFoundError("404\nlong", response=RESPONSE), "has neither|has no model_index.json")])
+    (RemoteEntryNotFoundError("404\nlong", response=RESPONSE), "has neither|model_index.json is missing")])
 def test_what_the_hub_does_not_give_is_told_in_one_line_with_the_way_out(look, option, error, hint, monkeypatch):
     def download(*_):
         raise error

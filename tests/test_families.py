@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import (DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
-                       FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FluxPipeline, FluxTransformer2DModel)
+                       FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FluxPipeline, FluxTransformer2DModel,
+                       StableDiffusion3Pipeline)
+from safetensors.torch import load_file
 
 import adapters
 import policy as policy_module
@@ -95,6 +97,89 @@ def test_flux_without_guidance_embeddings_and_shift_as_schnell_is_ends_where_its
     assert policy.schedule_arguments(4) == {"shift": 1.0, "sigma_min": 0.25}
     for guidance_scale in (1.0, 3.5):
         assert (policy_latents(policy, noise, 4, guidance_scale) - expected).abs().max() < 1e-5
+
+
+def latents_agree(directory: Path, half: bool = False) -> None:
+    """The policy draws what the pipeline at `directory` draws, loaded as diffusers' users load it."""
+    policy = make_policy(str(directory))
+    pipe = DiffusionPipeline.from_pretrained(directory, **parts_left_out(directory), **({"variant": "fp16"} if half else {}))
+    pipe.set_progress_bar_config(disable=True)
+    noise = start_noise(policy)
+    expected = pipeline_latents(pipe.to(torch.float32), noise, (16, 32), num_inference_steps=4, guidance_scale=2.0)
+    assert (policy_latents(policy, noise, 4, 2.0) - expected).abs().max() < 2e-5
+
+
+def parts_left_out(directory: Path) -> dict:
+    return {name: None for name, entry in json.loads((directory / "model_index.json").read_text()).items()
+            if entry == [None, None]}
+
+
+def test_sd3_without_t5_draws_what_its_pipeline_draws(model, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path)
+    assert parts_left_out(tmp_path).keys() >= {"text_encoder_3", "tokenizer_3"}
+    latents_agree(tmp_path)
+    policy = make_policy(str(tmp_path), offload_text_encoders=True)
+    embeds, whole = policy.encode(PROMPTS)[0], untrained_policy(model).encode(PROMPTS)[0]
+    assert torch.equal(embeds[:, :-TOKENS], whole[:, :-TOKENS])
+    assert not embeds[:, -TOKENS:].any() and whole[:, -TOKENS:].any()
+
+
+@pytest.mark.parametrize("family, part", [("sd3", "text_encoder"), ("sd3", "text_encoder_2"), ("sd3", "tokenizer"), ("sd3", "vae"),
+                                          ("flux", "text_encoder"), ("flux", "text_encoder_2"), ("flux", "tokenizer_2"),
+                                          ("flux", "transformer")])
+def test_a_pipeline_without_a_part_that_it_needs_is_refused_before_it_loads(model, flux_model, family, part, tmp_path):
+    directory = without_weights({"sd3": model, "flux": flux_model}[family], tmp_path)
+    index = json.loads((directory / "model_index.json").read_text())
+    for broken in (index | {part: [None, None]}, {name: entry for name, entry in index.items() if name != part}):
+        (directory / "model_index.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=f"has no {part}: its model_index.json leaves it out") as error:
+            check_model(str(directory))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("parts", ["all", "transformer"])
+def test_weights_in_files_of_half_precision_load(each_model, tmp_path, parts):
+    DiffusionPipeline.from_pretrained(each_model, dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
+    if parts == "transformer":
+        for whole in ("vae", *(p.name for p in Path(each_model).glob("text_encoder*"))):
+            shutil.rmtree(tmp_path / whole)
+            shutil.copytree(Path(each_model) / whole, tmp_path / whole)
+    assert not list((tmp_path / "transformer").glob("*model.safetensors"))
+    latents_agree(tmp_path, half=True)
+
+
+def test_weights_in_bin_files_load_and_run_no_code(each_model, tmp_path):
+    load_pipeline(each_model).save_pretrained(tmp_path, safe_serialization=False)
+    for encoder in tmp_path.glob("text_encoder*/model.safetensors"):                      # transformers no longer writes others
+        torch.save(load_file(encoder), encoder.with_name("pytorch_model.bin"))
+        encoder.unlink()
+    assert list((tmp_path / "transformer").glob("*.bin")) and not list(tmp_path.glob("*/*.safetensors"))
+    latents_agree(tmp_path)
+    torch.save({"weight": Runs(tmp_path / "ran")}, next((tmp_path / "transformer").glob("*.bin")))
+    with pytest.raises(Exception):
+        make_policy(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pipeline_whose_file_is_missing_is_refused_in_one_line(model, tmp_path, caplog):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    for file in (tmp_path / "transformer").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError) as error:
+        make_policy(str(tmp_path))
+    assert str(error.value).startswith(f"--model {str(tmp_path)!r} cannot be loaded: ") and "\n" not in str(error.value)
+    assert not caplog.text
 
 
 def test_every_input_of_flux_matters(flux_model):

@@ -20,7 +20,7 @@ from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, t
 import distributed
 import train
 from harness.checkpoint import checkpoints
-from config import parse_config
+from config import Config, parse_config
 from harness import signals
 
 
@@ -53,10 +53,9 @@ def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path)
 @pytest.fixture
 def no_model(tmp_path) -> str:
     """The index of a pipeline without its parts: whatever loads it fails."""
-    (tmp_path / "index" / "scheduler").mkdir(parents=True)
-    (tmp_path / "index" / "model_index.json").write_text(json.dumps({
-        "_class_name": "StableDiffusion3Pipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}))
-    (tmp_path / "index" / "scheduler" / "scheduler_config.json").write_text("{}")
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        (tmp_path / "index" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(train.__file__).parent / Config.model / name, tmp_path / "index" / name)
     return str(tmp_path / "index")
 
 
