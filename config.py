@@ -127,7 +127,7 @@ class Config:
     offload_text_encoders: bool = False
     """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1
-    """CPU cores of each CPU-bound local reward, per rank."""
+    """CPU cores of each local text reward, per rank."""
     reward_batch: int = 16
     """Images that a local reward's network sees at once, per rank."""
     reward_models: tuple[tuple[str, str], ...] = ()

@@ -25,8 +25,9 @@ import distributed
 import train
 from config import PRESETS, Config, ConfigError, batch_plan, changed_fields, describe, parse_config, to_dict, validate
 from prompts import Prompt, load_prompts
-from rewards import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, REGISTRY, Detection, check_reward_prompts,
-                     check_reward_weights, geneval_score, quoted_text, text_score)
+from engines.geneval import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, Detection, geneval_score)
+from engines.ocr import quoted_text, text_score
+from rewards import REGISTRY, check_reward_prompts, check_reward_weights
 from sampler import rollout, timestep_schedule
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
