@@ -628,3 +628,44 @@ def test_what_a_file_prints_and_logs_at_its_import_and_later_is_shown(own_reward
     )
     build_rewards({"chatty_rewards:score": 1.0}).probe("a", {}, 8, 8)
     assert capfd.readouterr() == ("imported\n", "called\n")
+
+
+# ---------------------------------------------------------------- factories and prompt checks of one's own
+
+
+def test_a_file_of_ones_own_may_hold_a_factory_that_gets_the_options_that_it_names(own_rewards, tmp_path):
+    (tmp_path / "own_factory.py").write_text(
+        "def brightness(*, device, batch, model='default'):\n"
+        "    assert (device, batch, model) == ('cuda:1', 3, 'here')\n"
+        "    return lambda images, prompts, metadata: images.mean((1, 2, 3))\n"
+        "def exits(*, device):\n    raise SystemExit(3)\n"
+        "def other(*, model='default'):\n    return lambda *batch: None\n"
+    )
+    name = "own_factory:brightness"
+    build_rewards({name: 1.0}, device="cuda:1", batch=3, models={name: "here"}).probe("a", {}, 8, 8)
+    with pytest.raises(ValueError) as error:
+        build_rewards({"own_factory:exits": 1.0})
+    assert one_line(error, "'own_factory:exits' cannot be built", "SystemExit: 3")
+    with pytest.raises(ValueError) as error:
+        build_rewards({"own_factory:other": 1.0}, models={"own_factory:other.part": "x"})
+    assert one_line(error, "'own_factory:other.part'", "model")
+
+
+def test_a_reward_of_ones_own_may_check_its_prompts(own_rewards, tmp_path):
+    (tmp_path / "checking_rewards.py").write_text(
+        "def score(images, prompts, metadata):\n    return [0] * len(images)\n"
+        "def check(prompt, metadata):\n    metadata.pop('tag')\n"
+        "score.check_prompt = check\n"
+    )
+    metadata = [{"tag": 1}, {}]
+    with pytest.raises(ValueError) as error:
+        check_reward_prompts({"checking_rewards:score": 1.0}, ["a", "b"], metadata)
+    assert one_line(error, "'checking_rewards:score'", "KeyError", "'tag'") and metadata == [{"tag": 1}, {}]
+
+
+def test_a_file_of_ones_own_that_is_served_elsewhere_is_not_imported(own_rewards, tmp_path):
+    (tmp_path / "served_rewards.py").write_text("raise SystemExit(1)\n")
+    urls = {"served_rewards:score": "http://host:1"}
+    check_reward_weights({"served_rewards:score": 1.0}, urls)
+    check_reward_prompts({"served_rewards:score": 1.0}, ["a"], [{}], urls)
+    build_rewards({"served_rewards:score": 1.0}, urls=urls)

@@ -259,6 +259,15 @@ def test_every_built_in_prompt_can_be_judged(split):
     check_reward_prompts({"geneval": 1}, [each.text for each in built_in], [each.metadata for each in built_in])
 
 
+def test_objects_with_null_for_what_they_do_not_have_are_judged_as_without():
+    """The library `datasets` writes every field of any object back, null where an object has none."""
+    for tag, include, found, exclude, *judged in TABLE:
+        nulls = [{"color": None, "position": None} | clause for clause in include]
+        metadata = {"tag": tag, "include": nulls, "exclude": exclude or None}
+        check_prompt("a prompt", metadata)
+        assert geneval_score(found, metadata) == geneval_score(found, {"tag": tag, "include": include, "exclude": exclude})
+
+
 def with_clause(**change):
     return {"tag": "position", "include": [want("dog"), want("cat") | change]}
 

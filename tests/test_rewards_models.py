@@ -455,7 +455,7 @@ def test_paddleocr_reads_with_models_of_local_directories(tmp_path, monkeypatch)
 
 
 class Peer:
-    """A server in a thread; `answer(body, headers) -> (status, bytes)` is what it says to a POST."""
+    """A server in a thread; `answer(body, headers) -> (status, bytes[, headers])` is what it says to a POST."""
 
     def __init__(self, answer, port=0):
         peer, self.requests, self.at_once, self.most_at_once = self, [], 0, 0
@@ -468,11 +468,13 @@ class Peer:
                     peer.requests.append((self.path, body, self.headers))
                     peer.at_once += 1
                     peer.most_at_once = max(peer.most_at_once, peer.at_once)
-                status, content = answer(body, self.headers)
+                status, content, *more = answer(body, self.headers)
                 with lock:
                     peer.at_once -= 1
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                for header in more:
+                    self.send_header(*header)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -569,6 +571,50 @@ def test_a_request_that_a_server_refuses_is_not_repeated(status):
             ask(peer)(grey([10, 20]), ["a", "b"], [{}] * 2)
         one_line(error, peer.address, str(status), "such model")
         assert len(peer.requests) <= 2  # one for each picture
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_asks_to_wait_is_asked_again_and_not_before(status):
+    times = []
+
+    def answer(body, headers):
+        times.append(time.monotonic())
+        return (200, b"here") if len(times) > 1 else (status, b"slower", ("Retry-After", "1"))
+
+    with Peer(answer) as peer:
+        assert rewards.post(f"http://{peer.address}/", content=b"abc").content == b"here"
+    assert len(times) == 2 and times[1] - times[0] >= 1
+
+
+def test_a_server_that_asks_to_wait_for_longer_than_the_deadline_stops_at_the_deadline():
+    with Peer(lambda body, headers: (429, b"quota", ("Retry-After", "3600"))) as peer, pytest.raises(RewardError) as error:
+        rewards.post(f"http://{peer.address}/", content=b"abc", deadline=0.5)
+    one_line(error, peer.address, "0.5 s", "429 quota")
+
+
+def test_a_proxy_in_the_environment_does_not_hide_a_server_on_this_machine(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    rewards.http_client.cache_clear()
+    with Peer(lambda body, headers: (200, b"here")) as peer:
+        for host in (peer.address, peer.address.replace("127.0.0.1", "localhost")):
+            assert rewards.post(f"http://{host}/", content=b"abc", deadline=5).content == b"here"
+    rewards.http_client.cache_clear()
+
+
+@pytest.mark.parametrize("location, address", [("https://other:1/v1", "https://other:1/v1"), ("/new", "/new")])
+def test_a_redirect_names_the_address_to_give(location, address):
+    with Peer(lambda body, headers: (307, b"", ("Location", location))) as peer, pytest.raises(RewardError) as error:
+        rewards.post(f"http://{peer.address}/old", content=b"abc")
+    one_line(error, peer.address, "redirects", address)
+
+
+def test_a_request_that_is_too_large_says_how_to_make_it_smaller():
+    with Peer(lambda body, headers: (413, b"too large")) as peer, pytest.raises(RewardError) as error:
+        rewards.post(f"http://{peer.address}/", content=b"abc")
+    one_line(error, peer.address, "413", "--reward-batch")
 
 
 # ---------------------------------------------------------------- judges
@@ -716,6 +762,12 @@ def test_more_than_the_allowed_share_of_pictures_without_a_score_stops_however_m
         with pytest.raises(RewardError, match="of the last 1000"):
             for _ in range(6):
                 reward(grey([0, 4] * 20), ["cat"] * 40, [{}] * 40)
+
+
+def test_an_answer_in_a_list_of_parts_is_read():
+    parts = [{"type": "text", "text": "Final "}, {"type": "audio"}, {"type": "text", "text": "Score: 4"}]
+    with judge(lambda image, text, request: parts) as peer:
+        assert ask(peer)(grey([0]), ["cat"], [{}])["unifiedreward"] == pytest.approx(4 / 5)
 
 
 def test_what_is_no_chat_completion_stops_with_what_came():

@@ -71,7 +71,7 @@ def serve(own_files):
     """`serve(name, *flags, token=None)`: the real command; (process, URL, the file of its log), once it listens."""
     processes = []
 
-    def start(name, *flags, token=None, port=0):
+    def start(name, *flags, token=None, port=0, shown=r"127\.0\.0\.1"):
         log = own_files / f"log{len(processes)}"
         environment = {name: value for name, value in os.environ.items() if name != "REWARD_TOKEN"}
         environment |= {"OMP_NUM_THREADS": "1"} | ({"REWARD_TOKEN": token} if token else {})
@@ -79,7 +79,7 @@ def serve(own_files):
         process = subprocess.Popen(command, cwd=own_files, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
         processes.append(process)
         wait_until(lambda: "\n" in log.read_text() or process.poll() is not None, 60)
-        found = re.search(rf"serving {name} at (http://127\.0\.0\.1:\d+):", log.read_text())
+        found = re.search(rf"serving {name} at (http://{shown}:\d+):", log.read_text())
         assert found, log.read_text()
         return process, found[1], log
 
@@ -776,6 +776,21 @@ def test_serving_asks_for_its_packages_by_name_and_importing_loads_none_of_them(
     assert "pip install fastapi uvicorn" in ran.stderr and ran.stderr.count("\n") == 1
     loaded = "import sys, engines.serve; print({'fastapi', 'uvicorn', 'pydantic', 'httpx2', 'torch', 'tyro'} & set(sys.modules))"
     assert run_command(code=loaded).stdout == "set()\n"
+
+
+def test_a_server_may_listen_on_ipv6(serve):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    url = serve("jpeg_compressibility", "--host", "::1", shown=r"\[::1\]")[1]
+    assert remote("jpeg_compressibility", url)(noise(2), ["", ""], [{}, {}])["total"].shape == (2,)
+
+
+def test_the_way_to_start_a_server_is_told_with_an_address_that_it_takes():
+    with pytest.raises(RewardError) as error:
+        remote("geneval", "http://[::1]:9", deadline=0.1)(noise(1), [""], [{}])
+    assert one_line(error, "python rewards.py serve geneval --host ::1 --port 9")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
