@@ -289,32 +289,41 @@ def import_reward(name: str) -> Callable:
     """
     module, _, attribute = REGISTRY.get(name, name).partition(":")
     module = module.removesuffix(".py")
+    if module not in sys.modules:
+        import_user_file(name, module)
+    found = getattr(sys.modules[module], attribute, None)
+    if found is None:
+        raise ValueError(f"reward {name!r}: module {module!r} has no {attribute!r}")
+    if not callable(found):
+        kind = type(found).__name__
+        raise ValueError(f"reward {name!r} is a {kind}, not a function of (images, prompts, metadata)")
+    return found
+
+
+def import_user_file(name: str, module: str) -> None:
+    """Import the module of the reward `name`. Whatever it raises is a ValueError, also SystemExit."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     # Keep what argparse prints, because a file that parses a command line prints a usage and exits. Restore
     # torch's settings, because a file may switch off the gradients that training needs.
-    printed, print_message = [], argparse.ArgumentParser._print_message
+    printed, print_message = [""], argparse.ArgumentParser._print_message
     torch = sys.modules.get("torch")
     settings = (torch.is_grad_enabled(), torch.get_default_dtype()) if torch else None
     argparse.ArgumentParser._print_message = lambda parser, message, file=None: printed.append(message)
     try:
         with own_random_streams:
-            found = getattr(importlib.import_module(module), attribute, None)
+            importlib.import_module(module)
     except KeyboardInterrupt:  # Ctrl-C, because imports run in the main thread
         raise
     except BaseException as error:
-        reason = f"({one_line(f'{type(error).__name__}: {error} {printed[-1] if printed else str()}', 300)})"
-        raise ValueError(f"reward {name!r}: cannot import {module!r} from {os.getcwd()} {reason}") from error
+        problem = f"cannot import {module!r} from {os.getcwd()}"
+        reason = one_line(f"{one_line(error, 300)} {printed[-1]}", 300)
+        raise ValueError(f"reward {name!r}: {problem} ({reason})") from error
     finally:
         argparse.ArgumentParser._print_message = print_message
         if settings:
             torch.set_grad_enabled(settings[0])
             torch.set_default_dtype(settings[1])
-    if not callable(found):
-        problem = f"is a {type(found).__name__}, not a function of (images, prompts, metadata)"
-        raise ValueError(f"reward {name!r}: module {module!r} has no {attribute!r}" if found is None
-                         else f"reward {name!r} {problem}")
-    return found
 
 
 def build_reward(name: str, urls: Places = {}, models: Places = {}, **options: Any) -> Reward:
@@ -412,13 +421,13 @@ def split_batch(columns: Sequence[Sequence], size: int) -> list[list[Sequence]]:
     return [[column[start:start + size] for column in columns] for start in range(0, len(columns[0]), size)]
 
 
-def concatenate(answers: list) -> Any:
+def concatenate(answers: list[tuple[np.ndarray, Columns]]) -> tuple[np.ndarray, Columns]:
     """Join the answers to the parts of a batch. A metric is NaN in a part that does not have it."""
-    scores, metrics = zip(*(answer if isinstance(answer, tuple) else (answer, {}) for answer in answers))
+    scores, metrics = zip(*answers)
     absent = [np.full(len(part), np.nan, np.float32) for part in scores]
-    joint = {name: np.concatenate([part.get(name, nan) for part, nan in zip(metrics, absent)])
-             for name in dict.fromkeys(name for part in metrics for name in part)}
-    return (np.concatenate(scores), joint) if joint else np.concatenate(scores)
+    names = dict.fromkeys(name for part in metrics for name in part)
+    return np.concatenate(scores), {name: np.concatenate([
+        part.get(name, nan) for part, nan in zip(metrics, absent)]) for name in names}
 
 
 def is_remote(name: str, urls: Places) -> bool:

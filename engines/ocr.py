@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards import Reward, concatenate, import_from, shorten, split_batch
+from rewards import Reward, import_from, shorten, split_batch
 
 Reader = Callable[[np.ndarray], list[str]]  # (B, H, W, 3) uint8 -> the text in each picture
 
@@ -89,7 +89,7 @@ def text_reward(make_reader: Callable[[], Reader], count: int, share: int) -> Re
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         for prompt in prompts:
             quoted_text(prompt)
-        return concatenate(list(threads.map(score, split_batch((images, prompts, metadata), share))))
+        return np.concatenate(list(threads.map(score, split_batch((images, prompts, metadata), share))))
 
     return reward
 
