@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import distributed
 import train
 from config import refuse_repeated
+from draws import rank_slice
 from harness import signals
 from harness.faults import DoesNotFit, is_out_of_memory
 from harness.program import run_as_program
@@ -170,7 +171,7 @@ class Setting:
         for phase in PHASES:
             self.phases[phase].append(clock.seconds[phase])
         branches = self.policy.branches(self.config.guidance_scale)
-        mine = len(distributed.share(self.images, distributed.rank(), distributed.world_size()))
+        mine = len(rank_slice(self.images, distributed.rank(), distributed.world_size()))
         self.rows = {"rollout": clock.rows["rollout"], "reference": clock.rows["reference"], "decode": mine, "reward": mine,
                      "replay": clock.rows["replay"] - clock.rows["filler"] * branches * self.config.trained_steps}
         return seconds

@@ -127,7 +127,7 @@ class Config:
     offload_text_encoders: bool = False
     """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1
-    """CPU cores of each CPU-bound local reward, per rank."""
+    """CPU cores of each local text reward, per rank."""
     reward_batch: int = 16
     """Images that a local reward's network sees at once, per rank."""
     reward_models: tuple[tuple[str, str], ...] = ()
@@ -176,11 +176,6 @@ class Config:
     def half_precision(self) -> bool:
         """Whether rounding is coarse. Ratios then start at 1 only if training replays the rollout's batches."""
         return self.dtype in ("bfloat16", "float16")
-
-    @property
-    def trained_steps(self) -> int:
-        """Steps of each sample that are trained."""
-        return self.window_size or math.floor(self.timestep_fraction * self.num_steps + 1e-9)
 
 
 # What a continued run may change: the machine, its length, what is looked at and what is kept.

@@ -4,7 +4,6 @@ The plan is arithmetic on the settings and the number of ranks. Sizes that were 
 trials.
 """
 
-import math
 import time
 import traceback
 from collections.abc import Callable

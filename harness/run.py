@@ -92,7 +92,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     check_reward_weights(weights, dict(config.reward_urls))
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
-        check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts])
+        check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
+                             dict(config.reward_urls))
     check_model(config.model)
     if config.lora_path:
         find_adapter(config.lora_path)

@@ -26,8 +26,9 @@ import train
 from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
 from harness.batches import batch_plan, describe
 from prompts import Prompt, load_prompts
-from rewards import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, REGISTRY, Detection, check_reward_prompts,
-                     check_reward_weights, geneval_score, quoted_text, text_score)
+from engines.geneval import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, Detection, geneval_score)
+from engines.ocr import quoted_text, text_score
+from rewards import REGISTRY, check_reward_prompts, check_reward_weights
 from sampler import rollout, timestep_schedule
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))

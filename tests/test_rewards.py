@@ -24,7 +24,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import rewards
-from rewards import RewardError, build_rewards, check_reward_prompts, check_reward_weights, text_score
+from engines import ocr
+from engines.ocr import text_score
+from rewards import RewardError, build_reward, build_rewards, check_reward_prompts, check_reward_weights
 
 LINE = (64, 32)  # width, height of a picture of one word
 SCENE = (512, 512)
@@ -47,7 +49,7 @@ def noisy_words(words, seed=0):
 
 @functools.cache
 def reward(name):
-    return rewards.REGISTRY[name](rewards.Options())
+    return build_reward(name)
 
 
 def score(name, image, target):
@@ -71,7 +73,7 @@ def one_line(error, *contents):
     [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("intention", "execution", 5)],
 )
 def test_edit_distance_of_textbook_pairs(a, b, distance):
-    assert rewards.edit_distance(a, b) == rewards.edit_distance(b, a) == distance
+    assert ocr.edit_distance(a, b) == ocr.edit_distance(b, a) == distance
 
 
 def test_edit_distance_is_its_recursive_definition_and_a_metric():
@@ -83,7 +85,7 @@ def test_edit_distance_is_its_recursive_definition_and_a_metric():
         return min(recursive(a[1:], b) + 1, recursive(a, b[1:]) + 1, substituted)
 
     words = ["".join(letters) for n in range(5) for letters in itertools.product("ab", repeat=n)][::2]
-    distances = {(a, b): rewards.edit_distance(a, b) for a in words for b in words}
+    distances = {(a, b): ocr.edit_distance(a, b) for a in words for b in words}
     for (a, b), distance in distances.items():
         assert distance == recursive(a, b) == distances[b, a]
         assert (distance == 0) == (a == b)
@@ -122,13 +124,13 @@ def test_text_score_of_an_empty_target_is_an_error():
     ],
 )
 def test_quoted_text_is_between_the_first_pair_of_double_quotes(prompt, quoted):
-    assert rewards.quoted_text(prompt) == quoted
+    assert ocr.quoted_text(prompt) == quoted
 
 
 @pytest.mark.parametrize("prompt", ["a cat", "", 'one " quote', 'says ""', 'says "  "', 'says "" and "cat"', "'cat'"])
 def test_a_prompt_without_a_quoted_text_is_an_error_that_names_it(prompt):
     with pytest.raises(ValueError) as error:
-        rewards.quoted_text(prompt)
+        ocr.quoted_text(prompt)
     assert one_line(error, repr(prompt))
 
 
@@ -180,7 +182,7 @@ def test_a_picture_without_text_scores_zero_and_logs_nothing(name, size, caplog)
     blank = np.full((size[1], size[0], 3), 128, np.uint8)
     logging.getLogger("RapidOCR").addHandler(caplog.handler)
     try:
-        assert rewards.REGISTRY[name](rewards.Options())(blank[None], ['"word"'], [{}]) == [0]
+        assert build_reward(name)(blank[None], ['"word"'], [{}]) == [0]
     finally:
         logging.getLogger("RapidOCR").removeHandler(caplog.handler)
     assert not caplog.records
@@ -234,7 +236,7 @@ def test_rapidocr_line_scores_a_picture_the_same_in_any_batch_to_the_bit(network
 
 def test_rapidocr_line_recognises_without_detection_at_the_width_of_the_picture(network_calls):
     score("rapidocr_line", render("cat", LINE, 22), "cat")
-    assert [inputs.shape for inputs, _ in network_calls] == [(rewards.LINE_BATCH, 3, 48, 96)]
+    assert [inputs.shape for inputs, _ in network_calls] == [(ocr.LINE_BATCH, 3, 48, 96)]
 
 
 @pytest.mark.parametrize("name", ["rapidocr", "rapidocr_line"])
@@ -251,7 +253,7 @@ def test_rapidocr_never_touches_the_network(name, size, monkeypatch):
     for call in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, call, refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    fresh = rewards.REGISTRY[name](rewards.Options())
+    fresh = build_reward(name)
     assert fresh(render("cat", size, 22)[None], ['"cat"'], [{}]) == [1]
 
 
@@ -277,7 +279,7 @@ def test_an_engine_is_used_by_one_thread_at_a_time():
         inside.pop()
         return ["cat"] * len(images)
 
-    shared = rewards.text_workers(lambda: read, 1, 1)
+    shared = ocr.text_reward(lambda: read, 1, 1)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: shared(np.zeros((1, 8, 8, 3), np.uint8), ['"cat"'], [{}]), range(8)))
     assert seen == [1] * 8
@@ -296,10 +298,10 @@ def test_a_background_worker_gives_the_scores_of_the_main_thread():
 
 def test_paddle_text_joins_the_lines_of_both_result_shapes():
     box = [[0, 0], [9, 0], [9, 9], [0, 9]]
-    assert rewards.paddle_text([{"rec_texts": ["green", "tea"], "rec_scores": [0.9, 0.8]}]) == "green tea"
-    assert rewards.paddle_text([{"rec_texts": [], "rec_scores": []}]) == ""
-    assert rewards.paddle_text([[[box, ("green", 0.9)], [box, ("tea", 0.8)]]]) == "green tea"
-    assert rewards.paddle_text([None]) == rewards.paddle_text([[]]) == ""
+    assert ocr.paddle_text([{"rec_texts": ["green", "tea"], "rec_scores": [0.9, 0.8]}]) == "green tea"
+    assert ocr.paddle_text([{"rec_texts": [], "rec_scores": []}]) == ""
+    assert ocr.paddle_text([[[box, ("green", 0.9)], [box, ("tea", 0.8)]]]) == "green tea"
+    assert ocr.paddle_text([None]) == ocr.paddle_text([[]]) == ""
 
 
 @pytest.mark.parametrize(
@@ -610,7 +612,7 @@ def test_what_a_reward_returns_in_place_of_numbers_is_named(reward, named):
 def test_a_file_that_parses_a_command_line_is_one_line_and_prints_nothing(own_rewards, tmp_path, capfd):
     (tmp_path / "parsing_rewards.py").write_text(
         "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--needed', required=True)\n"
-        "print('hello')\nparser.parse_args([])\n"
+        "parser.parse_args([])\n"
     )
     with pytest.raises(ValueError) as error:
         check_reward_weights({"parsing_rewards:score": 1.0})
@@ -626,3 +628,44 @@ def test_what_a_file_prints_and_logs_at_its_import_and_later_is_shown(own_reward
     )
     build_rewards({"chatty_rewards:score": 1.0}).probe("a", {}, 8, 8)
     assert capfd.readouterr() == ("imported\n", "called\n")
+
+
+# ---------------------------------------------------------------- factories and prompt checks of one's own
+
+
+def test_a_file_of_ones_own_may_hold_a_factory_that_gets_the_options_that_it_names(own_rewards, tmp_path):
+    (tmp_path / "own_factory.py").write_text(
+        "def brightness(*, device, batch, model='default'):\n"
+        "    assert (device, batch, model) == ('cuda:1', 3, 'here')\n"
+        "    return lambda images, prompts, metadata: images.mean((1, 2, 3))\n"
+        "def exits(*, device):\n    raise SystemExit(3)\n"
+        "def other(*, model='default'):\n    return lambda *batch: None\n"
+    )
+    name = "own_factory:brightness"
+    build_rewards({name: 1.0}, device="cuda:1", batch=3, models={name: "here"}).probe("a", {}, 8, 8)
+    with pytest.raises(ValueError) as error:
+        build_rewards({"own_factory:exits": 1.0})
+    assert one_line(error, "'own_factory:exits' cannot be built", "SystemExit: 3")
+    with pytest.raises(ValueError) as error:
+        build_rewards({"own_factory:other": 1.0}, models={"own_factory:other.part": "x"})
+    assert one_line(error, "'own_factory:other.part'", "model")
+
+
+def test_a_reward_of_ones_own_may_check_its_prompts(own_rewards, tmp_path):
+    (tmp_path / "checking_rewards.py").write_text(
+        "def score(images, prompts, metadata):\n    return [0] * len(images)\n"
+        "def check(prompt, metadata):\n    metadata.pop('tag')\n"
+        "score.check_prompt = check\n"
+    )
+    metadata = [{"tag": 1}, {}]
+    with pytest.raises(ValueError) as error:
+        check_reward_prompts({"checking_rewards:score": 1.0}, ["a", "b"], metadata)
+    assert one_line(error, "'checking_rewards:score'", "KeyError", "'tag'") and metadata == [{"tag": 1}, {}]
+
+
+def test_a_file_of_ones_own_that_is_served_elsewhere_is_not_imported(own_rewards, tmp_path):
+    (tmp_path / "served_rewards.py").write_text("raise SystemExit(1)\n")
+    urls = {"served_rewards:score": "http://host:1"}
+    check_reward_weights({"served_rewards:score": 1.0}, urls)
+    check_reward_prompts({"served_rewards:score": 1.0}, ["a"], [{}], urls)
+    build_rewards({"served_rewards:score": 1.0}, urls=urls)

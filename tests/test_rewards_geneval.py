@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import prompts
-import rewards
-from rewards import Detection, build_rewards, check_reward_prompts, geneval_check, geneval_relations, geneval_score
+from engines import geneval
+from engines.geneval import Detection, check_prompt, geneval_relations, geneval_score
+from rewards import build_reward, build_rewards, check_reward_prompts
 
 
 def at(name, x=0, y=0, confidence=0.95, color=None):
@@ -130,12 +131,12 @@ TABLE = [
 @pytest.mark.parametrize("tag, include, found, exclude, score, strict, accuracy", TABLE)
 def test_a_picture_is_judged_as_reasoned_by_hand(tag, include, found, exclude, score, strict, accuracy):
     metadata = {"tag": tag, "include": include, "exclude": exclude}
-    geneval_check("a prompt", metadata)
+    check_prompt("a prompt", metadata)
     assert geneval_score(found, metadata) == (pytest.approx(score, abs=1e-12), strict, accuracy)
 
 
 def test_the_table_covers_every_tag():
-    assert {row[0] for row in TABLE} == set(rewards.GENEVAL_TAGS)
+    assert {row[0] for row in TABLE} == set(geneval.GENEVAL_TAGS)
 
 
 def test_exclude_may_be_left_out():
@@ -187,14 +188,14 @@ def scenes(count, seed=0):
             if rng.random() < 0.4:
                 clause["color"] = pick(("red", "blue"))
             if include and rng.random() < 0.6:
-                clause["position"] = [pick(rewards.GENEVAL_RELATIONS), 0]
+                clause["position"] = [pick(geneval.GENEVAL_RELATIONS), 0]
             include.append(clause)
         exclude = [want(pick(("dog", "cat")), int(rng.integers(2, 4)))] if rng.random() < 0.3 else []
         found = [
             at(pick(("dog", "cat")), *rng.uniform(0, 100, 2), rng.uniform(0.2, 1), pick(("red", "red", "red", "blue")))
             for _ in range(rng.integers(0, 6))
         ]
-        yield found, {"tag": pick(rewards.GENEVAL_TAGS), "include": include, "exclude": exclude}
+        yield found, {"tag": pick(geneval.GENEVAL_TAGS), "include": include, "exclude": exclude}
 
 
 def test_strict_is_a_score_of_one_with_nothing_excluded_and_implies_accuracy():
@@ -235,7 +236,7 @@ def test_a_mirrored_or_enlarged_picture_is_judged_alike():
 def test_only_the_colours_that_are_asked_for_matter():
     for found, metadata in scenes(500):
         judged = geneval_score(found, metadata)
-        asked = rewards.geneval_color_asked(found, metadata)
+        asked = geneval.geneval_color_asked(found, metadata)
         for each in found:
             if each not in asked:
                 each.color = None
@@ -246,16 +247,25 @@ def test_only_the_colours_that_are_asked_for_matter():
 
 
 def test_the_names_are_those_of_the_built_in_prompts():
-    assert list(rewards.GENEVAL_CLASSES) == prompts.GENEVAL_OBJECTS
-    assert list(rewards.GENEVAL_COLORS) == prompts.GENEVAL_COLORS
-    assert rewards.GENEVAL_RELATIONS == prompts.GENEVAL_POSITIONS
-    assert set(rewards.GENEVAL_TAGS) == set(prompts.GENEVAL_SIZES)
+    assert list(geneval.GENEVAL_CLASSES) == prompts.GENEVAL_OBJECTS
+    assert list(geneval.GENEVAL_COLORS) == prompts.GENEVAL_COLORS
+    assert geneval.GENEVAL_RELATIONS == prompts.GENEVAL_POSITIONS
+    assert set(geneval.GENEVAL_TAGS) == set(prompts.GENEVAL_SIZES)
 
 
 @pytest.mark.parametrize("split", prompts.SPLITS)
 def test_every_built_in_prompt_can_be_judged(split):
     built_in = prompts.load_prompts("geneval", split)
     check_reward_prompts({"geneval": 1}, [each.text for each in built_in], [each.metadata for each in built_in])
+
+
+def test_objects_with_null_for_what_they_do_not_have_are_judged_as_without():
+    """The library `datasets` writes every field of any object back, null where an object has none."""
+    for tag, include, found, exclude, *judged in TABLE:
+        nulls = [{"color": None, "position": None} | clause for clause in include]
+        metadata = {"tag": tag, "include": nulls, "exclude": exclude or None}
+        check_prompt("a prompt", metadata)
+        assert geneval_score(found, metadata) == geneval_score(found, {"tag": tag, "include": include, "exclude": exclude})
 
 
 def with_clause(**change):
@@ -286,7 +296,6 @@ def with_clause(**change):
         (with_clause(count=True), ["not True"]),
         (with_clause(count="2"), ["not '2'"]),
         (with_clause(color="grey"), ["'grey'", "white"]),
-        (with_clause(color=None), ['"color"', "None"]),
         (with_clause(position="left of"), ["'left of'", "[relation"]),
         (with_clause(position=["left of"]), ["['left of']"]),
         (with_clause(position=["beside", 0]), ["'beside'", "left of, right of, above, below"]),
@@ -315,7 +324,7 @@ HEIGHT, WIDTH = 40, 72
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Directories in the hub's format: {name of rewards.MODELS: a small random checkpoint of the class it names}."""
+    """Directories in the hub's format: {name for `models`: a small random checkpoint}."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, Mask2FormerConfig,
                               Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig)
@@ -429,7 +438,7 @@ def in_this_process(models, batch=16):
 
 def test_objects_are_those_of_transformers_own_post_processing(models, pictures):
     with torch.inference_mode():
-        found = rewards.geneval_detector(rewards.Options(models=models))(pictures)
+        found = geneval.geneval_detector(models["geneval"], "cpu")(pictures)
     overlapping = 0
     for detections, reference in zip(found, reference_detections(models, pictures), strict=True):
         detections = sorted(detections, key=lambda detection: detection.confidence)
@@ -454,7 +463,7 @@ def test_a_colour_is_that_of_the_object_alone_on_grey(models, pictures):
         pairs.append((picture, Detection(name, 0.9, mask.getbbox(), np.array(mask))))
         expected.append(color_of(picture, name, np.array(mask)))
     with torch.inference_mode():
-        assert rewards.geneval_color_reader(rewards.Options(models=models, batch=7))(pairs) == expected
+        assert geneval.geneval_color_reader(models["geneval.clip"], "cpu", 7)(pairs) == expected
     assert len(set(expected)) > 3
 
 
@@ -479,12 +488,12 @@ def test_scores_are_the_rules_on_what_the_networks_find(models, pictures, metada
 
 def test_each_tag_has_its_accuracy_and_is_nan_elsewhere(models, pictures, metadata):
     scores = in_this_process(models)(pictures, ["a photo"] * len(pictures), metadata)
-    for tag in rewards.GENEVAL_TAGS:
+    for tag in geneval.GENEVAL_TAGS:
         own = np.array([each["tag"] == tag for each in metadata])
         by_tag = scores[f"geneval/accuracy/{tag}"]
         np.testing.assert_array_equal(by_tag[own], scores["geneval/accuracy"][own])
         assert own.any() and np.isnan(by_tag[~own]).all()
-    names = {"strict_accuracy", "accuracy", *(f"accuracy/{tag}" for tag in rewards.GENEVAL_TAGS)}
+    names = {"strict_accuracy", "accuracy", *(f"accuracy/{tag}" for tag in geneval.GENEVAL_TAGS)}
     assert set(scores) == {"geneval", "total"} | {f"geneval/{name}" for name in names}
 
 
@@ -514,14 +523,14 @@ def test_the_networks_see_at_most_a_batch_and_record_no_gradients(models, pictur
 
 
 def test_a_picture_without_objects_is_judged_without_any(models, metadata, monkeypatch):
-    monkeypatch.setattr(rewards, "GENEVAL_CONFIDENCE", 1.0)
+    monkeypatch.setattr(geneval, "GENEVAL_CONFIDENCE", 1.0)
     blank = np.full((2, HEIGHT, WIDTH, 3), 128, np.uint8)
     scores = in_this_process(models)(blank, ["a photo"] * 2, metadata[3:5])
     assert scores["geneval"].tolist() == scores["geneval/accuracy"].tolist() == [0, 0]
 
 
 def test_metadata_that_came_past_the_start_up_check_is_an_error_and_not_a_score(models, pictures):
-    score = rewards.REGISTRY["geneval"](rewards.Options(models=models))
+    score = build_reward("geneval", models=models)
     for name, reason in [("unicorn", "GenEval knows"), ("toothbrush", "COCO's 80 classes")]:  # the second: not of LABELS
         with pytest.raises(ValueError, match=reason) as error:
             score(pictures[:1], ["a photo"], [{"tag": "single_object", "include": [want(name)]}])

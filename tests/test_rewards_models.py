@@ -23,7 +23,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 import rewards
-from rewards import RewardError, build_rewards
+from engines import judges
+from rewards import RewardError, build_reward, build_rewards
 
 LONG = "a very long caption of a small brown dog " * 10  # more than 77 tokens
 PROMPTS = ["a red cat", LONG, "two green trees", 'a sign that says "hello"', "a red cat", LONG + "and a cat"]
@@ -311,12 +312,12 @@ def test_qwenvl_is_the_score_that_the_model_writes_about_each_picture(tmp_path, 
     import torch
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    monkeypatch.setattr(rewards, "ANSWER_TOKENS", 1)
-    monkeypatch.setattr(rewards, "QUALITY_QUESTION", "Well?")  # short, so that the picture weighs something beside it
+    monkeypatch.setattr(judges, "ANSWER_TOKENS", 1)
+    monkeypatch.setattr(judges, "QUALITY_QUESTION", "Well?")  # short, so that the picture weighs something beside it
     directory = qwen_checkpoint(tmp_path, speaks=True)
     network = Qwen2_5_VLForConditionalGeneration.from_pretrained(directory).eval()
     processor = AutoProcessor.from_pretrained(directory)
-    text = f"<|im_start|><|vision_start|><|image_pad|><|vision_end|>{rewards.QUALITY_QUESTION}<|im_end|><|im_start|>"
+    text = f"<|im_start|><|vision_start|><|image_pad|><|vision_end|>{judges.QUALITY_QUESTION}<|im_end|><|im_start|>"
     for images in (pictures(60, 90), pictures(64, 3)):
         expected = []
         for image in images:  # alone, so without padding
@@ -335,7 +336,7 @@ def test_qwenvl_is_the_score_that_the_model_writes_about_each_picture(tmp_path, 
 @needs_transformers
 @installed("torchvision.ops")
 def test_qwenvl_that_writes_no_score_stops_with_what_it_wrote(tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "ANSWER_TOKENS", 4)
+    monkeypatch.setattr(judges, "ANSWER_TOKENS", 4)
     reward = build_rewards({"qwenvl": 1}, models={"qwenvl": qwen_checkpoint(tmp_path, speaks=False)})
     with pytest.raises(RewardError) as error:
         reward(pictures(60, 90), PROMPTS, [{}] * 6)
@@ -454,7 +455,7 @@ def test_paddleocr_reads_with_models_of_local_directories(tmp_path, monkeypatch)
 
 
 class Peer:
-    """A server in a thread; `answer(body, headers) -> (status, bytes)` is what it says to a POST."""
+    """A server in a thread; `answer(body, headers) -> (status, bytes[, headers])` is what it says to a POST."""
 
     def __init__(self, answer, port=0):
         peer, self.requests, self.at_once, self.most_at_once = self, [], 0, 0
@@ -467,11 +468,13 @@ class Peer:
                     peer.requests.append((self.path, body, self.headers))
                     peer.at_once += 1
                     peer.most_at_once = max(peer.most_at_once, peer.at_once)
-                status, content = answer(body, self.headers)
+                status, content, *more = answer(body, self.headers)
                 with lock:
                     peer.at_once -= 1
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(content)))
+                for header in more:
+                    self.send_header(*header)
                 self.end_headers()
                 self.wfile.write(content)
 
@@ -561,13 +564,57 @@ def test_a_deadline_is_used_up_before_a_server_is_given_up():
     assert 1.5 <= time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize("status", [301, 400, 401, 404, 422, 429])
+@pytest.mark.parametrize("status", [301, 400, 401, 404, 422])
 def test_a_request_that_a_server_refuses_is_not_repeated(status):
     with Peer(lambda body, headers: (status, b'{"detail":"no\nsuch model"}')) as peer:
         with pytest.raises(RewardError) as error:
             ask(peer)(grey([10, 20]), ["a", "b"], [{}] * 2)
         one_line(error, peer.address, str(status), "such model")
         assert len(peer.requests) <= 2  # one for each picture
+
+
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_asks_to_wait_is_asked_again_and_not_before(status):
+    times = []
+
+    def answer(body, headers):
+        times.append(time.monotonic())
+        return (200, b"here") if len(times) > 1 else (status, b"slower", ("Retry-After", "1"))
+
+    with Peer(answer) as peer:
+        assert rewards.post(f"http://{peer.address}/", content=b"abc").content == b"here"
+    assert len(times) == 2 and times[1] - times[0] >= 1
+
+
+def test_a_server_that_asks_to_wait_for_longer_than_the_deadline_stops_at_the_deadline():
+    with Peer(lambda body, headers: (429, b"quota", ("Retry-After", "3600"))) as peer, pytest.raises(RewardError) as error:
+        rewards.post(f"http://{peer.address}/", content=b"abc", deadline=0.5)
+    one_line(error, peer.address, "0.5 s", "429 quota")
+
+
+def test_a_proxy_in_the_environment_does_not_hide_a_server_on_this_machine(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody listens
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    rewards.http_client.cache_clear()
+    with Peer(lambda body, headers: (200, b"here")) as peer:
+        for host in (peer.address, peer.address.replace("127.0.0.1", "localhost")):
+            assert rewards.post(f"http://{host}/", content=b"abc", deadline=5).content == b"here"
+    rewards.http_client.cache_clear()
+
+
+@pytest.mark.parametrize("location, address", [("https://other:1/v1", "https://other:1/v1"), ("/new", "/new")])
+def test_a_redirect_names_the_address_to_give(location, address):
+    with Peer(lambda body, headers: (307, b"", ("Location", location))) as peer, pytest.raises(RewardError) as error:
+        rewards.post(f"http://{peer.address}/old", content=b"abc")
+    one_line(error, peer.address, "redirects", address)
+
+
+def test_a_request_that_is_too_large_says_how_to_make_it_smaller():
+    with Peer(lambda body, headers: (413, b"too large")) as peer, pytest.raises(RewardError) as error:
+        rewards.post(f"http://{peer.address}/", content=b"abc")
+    one_line(error, peer.address, "413", "--reward-batch")
 
 
 # ---------------------------------------------------------------- judges
@@ -605,7 +652,7 @@ def test_a_score_is_a_number_from_one_to_five_after_the_last_mark(answer, score)
     ],
 )  # fmt: skip
 def test_qwenvl_answers_between_tags(answer, score):
-    assert rewards.judged(answer, rewards.QWENVL_SCORE) == score
+    assert judges.parse_score(answer, judges.QWENVL_SCORE) == score
 
 
 def test_a_judge_sees_each_picture_with_its_prompt_without_loss_and_no_score_is_swapped():
@@ -661,7 +708,7 @@ def test_qwenvl_asks_a_server_where_it_has_one(monkeypatch):
         scores = ask(peer, "qwenvl", models={"qwenvl": "my/judge"})(grey([1, 5, 2]), ["a", "b", "c"], [{}] * 3)
         assert all(headers["Authorization"] == "Bearer the key" for _, _, headers in peer.requests)
     np.testing.assert_allclose(scores["qwenvl"], [0.2, 1, 0.4])
-    assert asked == [(rewards.QUALITY_QUESTION, "my/judge", 0)] * 3
+    assert asked == [(judges.QUALITY_QUESTION, "my/judge", 0)] * 3
 
 
 def by_grey(image, text, request):
@@ -717,6 +764,12 @@ def test_more_than_the_allowed_share_of_pictures_without_a_score_stops_however_m
                 reward(grey([0, 4] * 20), ["cat"] * 40, [{}] * 40)
 
 
+def test_an_answer_in_a_list_of_parts_is_read():
+    parts = [{"type": "text", "text": "Final "}, {"type": "audio"}, {"type": "text", "text": "Score: 4"}]
+    with judge(lambda image, text, request: parts) as peer:
+        assert ask(peer)(grey([0]), ["cat"], [{}])["unifiedreward"] == pytest.approx(4 / 5)
+
+
 def test_what_is_no_chat_completion_stops_with_what_came():
     for content in (b"<html>a page</html>", b'{"object": "list"}', b"[]", b'{"choices": []}'):
         with Peer(lambda body, headers, content=content: (200, content)) as peer, pytest.raises(RewardError) as error:
@@ -727,12 +780,12 @@ def test_what_is_no_chat_completion_stops_with_what_came():
 @pytest.mark.parametrize("url", [None, "", "http://host:1/v1", "openai+host"])
 def test_unifiedreward_needs_the_address_of_a_server(url):
     with pytest.raises(ValueError) as error:
-        rewards.REGISTRY["unifiedreward"](rewards.Options(urls={} if url is None else {"unifiedreward": url}))
+        build_reward("unifiedreward") if url is None else judges.unifiedreward(url=url)
     one_line(error, "'unifiedreward'", "openai+http://host:port/v1", "vllm serve CodeGoat24/UnifiedReward-7b-v1.5")
 
 
 @pytest.mark.parametrize("options", [{"max_unanswered": 1.5}, {"batch": 0}, {"models": {"clip": "x"}}])
 def test_an_option_that_cannot_be_is_one_line(options):
     with pytest.raises(ValueError) as error:
-        rewards.Options(**options)
+        build_rewards({"jpeg_compressibility": 1}, **options)
     one_line(error, next(iter(options))[:5])

@@ -31,7 +31,9 @@ from test_rewards import noisy_words, render
 
 import rewards
 import train
-from rewards import RewardError, Rewards, build_rewards, read_plain_pickle
+from engines import clip, ocr, serve as server
+from engines.pickled import read_plain_pickle
+from rewards import RewardError, Rewards, build_rewards
 
 ROOT = Path(rewards.__file__).parent
 
@@ -69,7 +71,7 @@ def serve(own_files):
     """`serve(name, *flags, token=None)`: the real command; (process, URL, the file of its log), once it listens."""
     processes = []
 
-    def start(name, *flags, token=None, port=0):
+    def start(name, *flags, token=None, port=0, shown=r"127\.0\.0\.1"):
         log = own_files / f"log{len(processes)}"
         environment = {name: value for name, value in os.environ.items() if name != "REWARD_TOKEN"}
         environment |= {"OMP_NUM_THREADS": "1"} | ({"REWARD_TOKEN": token} if token else {})
@@ -77,7 +79,7 @@ def serve(own_files):
         process = subprocess.Popen(command, cwd=own_files, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT)
         processes.append(process)
         wait_until(lambda: "\n" in log.read_text() or process.poll() is not None, 60)
-        found = re.search(rf"serving {name} at (http://127\.0\.0\.1:\d+):", log.read_text())
+        found = re.search(rf"serving {name} at (http://{shown}:\d+):", log.read_text())
         assert found, log.read_text()
         return process, found[1], log
 
@@ -135,35 +137,35 @@ def one_line(error, *contents):
 # ---------------------------------------------------------------- workers
 
 
-def test_workers_run_side_by_side_and_each_has_one_call_at_a_time():
+def test_readers_run_side_by_side_and_each_has_one_call_at_a_time():
     together, busy = threading.Barrier(3, timeout=10), []
 
-    def make_worker():
+    def make_reader():
         inside = []
 
-        def worker(images, prompts, metadata):
+        def read(images):
             inside.append(1)
             busy.append(len(inside))
             together.wait()  # nobody passes before three are here
             inside.pop()
-            return images[:, 0, 0, 0].astype(np.float32)
+            return [str(image[0, 0, 0]) for image in images]
 
-        return worker
+        return read
 
-    shared = rewards.shared_out([make_worker() for _ in range(3)], 2)
     images = noise(18)
-    assert shared(images, [""] * 18, [{}] * 18).tolist() == images[:, 0, 0, 0].tolist()
+    prompts = [f'"{image[0, 0, 0]}"' for image in images]
+    assert ocr.text_reward(make_reader, 3, 2)(images, prompts, [{}] * 18).tolist() == [1] * 18
     assert busy == [1] * 9
 
 
 def test_an_engine_is_built_for_each_worker(monkeypatch):
-    built, make = [], rewards._rapidocr_engine
-    monkeypatch.setattr(rewards, "_rapidocr_engine", lambda **params: built.append(make(**params)) or built[-1])
+    built, make = [], ocr.rapidocr_engine
+    monkeypatch.setattr(ocr, "rapidocr_engine", lambda **params: built.append(make(**params)) or built[-1])
     build_rewards({"rapidocr_line": 1.0}, threads=3)
     assert len(built) == 3
 
 
-@pytest.mark.parametrize("name", ["jpeg_incompressibility", "jpeg_compressibility", "rapidocr_line", "rapidocr"])
+@pytest.mark.parametrize("name", ["rapidocr_line", "rapidocr"])
 def test_scores_do_not_depend_on_the_number_of_workers_to_the_bit(name):
     words = ["cat", "stone", "river", "moon", "tree", "lamp", "door", "bird", "fish"]
     images = noisy_words(words)
@@ -175,18 +177,20 @@ def test_scores_do_not_depend_on_the_number_of_workers_to_the_bit(name):
 
 
 def test_the_metrics_of_parts_are_joined_with_nan_where_a_part_has_none():
-    def worker(images, prompts, metadata):
-        return np.arange(len(images)), {prompts[0]: np.full(len(images), 7.0)} if prompts[0] else {}
-
-    scores, metrics = rewards.shared_out([worker], 2)(noise(5), ["", "", "a", "a", "b"], [{}] * 5)
+    part = [(np.arange(2), {}), (np.arange(2), {"a": np.full(2, 7.0)}), (np.arange(1), {"b": np.full(1, 7.0)})]
+    scores, metrics = rewards.concatenate(part)
     assert scores.tolist() == [0, 1, 0, 1, 0]
     np.testing.assert_array_equal(metrics["a"], [np.nan, np.nan, 7, 7, np.nan])
     np.testing.assert_array_equal(metrics["b"], [np.nan] * 4 + [7])
 
 
-def test_a_share_is_smaller_where_its_pictures_are_large():
+def test_a_request_holds_fewer_pictures_where_they_are_large(monkeypatch):
     sizes = []
-    reward = rewards.shared_out([lambda images, *_: sizes.append(len(images)) or np.zeros(len(images))], 4, 3 * 8 * 8 * 3)
+    monkeypatch.setattr(rewards, "REQUEST_BYTES", 3 * 8 * 8 * 3)
+    monkeypatch.setattr(rewards, "IN_FLIGHT", 1)
+    monkeypatch.setattr(rewards, "ask_server", lambda name, url, deadline, images, *_: (
+        sizes.append(len(images)) or np.zeros(len(images)), {}))
+    reward = rewards.remote_reward("any", "http://host:1", 4, 1.0)
     for height in (4, 8, 12, 100):
         reward(noise(8, height, 8), [""] * 8, [{}] * 8)
     assert sizes == [4, 4] + [3, 3, 2] + [2] * 4 + [1] * 8
@@ -230,8 +234,8 @@ def test_pictures_of_several_sizes_in_one_request_keep_their_places(jpeg):
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 5), (24, 64), (64, 1), (200, 301)])
 def test_pictures_travel_without_loss(height, width):
     image = noise(1, height, width)[0]
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(rewards.png(image)))), image)
-    (decoded,) = rewards.decode_pictures([base64.b64encode(rewards.png(image)).decode()], 1 << 20)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(rewards.picture_file(image, "PPM")))), image)
+    (decoded,) = server.decode_pictures([base64.b64encode(rewards.picture_file(image, "PPM")).decode()], 1 << 20)
     assert decoded.dtype == np.uint8 and np.array_equal(decoded, image)
 
 
@@ -240,7 +244,7 @@ def test_pictures_travel_without_loss(height, width):
 def test_any_usual_picture_file_is_read_as_rgb(form, mode):
     mode = {("JPEG", "P"): "CMYK", ("PPM", "P"): "RGBA"}.get((form, mode), mode)  # which have no palette
     file = file_of(Image.fromarray(noise(1)[0]).convert(mode), form)
-    (decoded,) = rewards.decode_pictures([base64.b64encode(file).decode()], 1 << 20)
+    (decoded,) = server.decode_pictures([base64.b64encode(file).decode()], 1 << 20)
     assert np.array_equal(decoded, np.asarray(Image.open(io.BytesIO(file)).convert("RGB")))
 
 
@@ -271,7 +275,7 @@ def slender():
     ("garbage", b"\x00\x01nonsense" * 9, "no picture of PNG"),
     ("a whole header and half of the data", file_of(noise(1)[0])[:900], "picture 1"),
     ("damaged data", file_of(noise(1)[0]).replace(b"IDAT", b"IDAX"), "picture 1"),
-    ("no pixels", rewards.png(np.zeros((0, 0, 3), np.uint8)), "picture 1"),
+    ("no pixels", b"P6 0 0 255\n", "picture 1"),
     ("too slender", slender(), "200 x 1"),
     ("too long", file_of(Image.new("1", (8193, 200))), "8193 x 200"),
     ("a bomb for pillow", file_of(Image.new("1", (20000, 20000))), "picture 1"),
@@ -381,14 +385,14 @@ class Recorded:
 
 
 def put(scorer, *prompts, height=8):
-    part = rewards.Part(noise(len(prompts), height, 8, seed=len(prompts)), list(prompts), [{}] * len(prompts), [])
+    part = server.Part(noise(len(prompts), height, 8, seed=len(prompts)), list(prompts), [{}] * len(prompts), [])
     scorer.put([part])
     return part
 
 
 def test_what_waits_is_merged_by_size_in_order_up_to_a_batch():
     reward = Recorded()
-    scorer = rewards.Scorer("name", reward, 4, 100, 1 << 20)
+    scorer = server.BatchScorer("name", reward, 4, 100, 1 << 20)
     first = put(scorer, "a")
     wait_until(lambda: reward.batches, 5)
     parts = [first, put(scorer, "b", "c"), put(scorer, "d", height=9), put(scorer, "e"), put(scorer, "f", "g"),
@@ -403,7 +407,7 @@ def test_what_waits_is_merged_by_size_in_order_up_to_a_batch():
 
 def test_nobody_fails_for_the_pictures_of_another():
     reward = Recorded()
-    scorer = rewards.Scorer("name", reward, 9, 100, 1 << 20)
+    scorer = server.BatchScorer("name", reward, 9, 100, 1 << 20)
     first = put(scorer, "a")
     wait_until(lambda: reward.batches, 5)
     parts = [first, put(scorer, "b", "c"), put(scorer, "d", "bad"), put(scorer, "e")]
@@ -417,18 +421,18 @@ def test_nobody_fails_for_the_pictures_of_another():
 
 def test_a_queue_is_bounded_by_pictures_and_by_bytes_and_a_part_given_up_is_not_scored():
     reward = Recorded()
-    scorer = rewards.Scorer("name", reward, 1, 3, 4 * 8 * 8 * 3)
+    scorer = server.BatchScorer("name", reward, 1, 3, 4 * 8 * 8 * 3)
     first = put(scorer, "a")
     wait_until(lambda: reward.batches, 5)
     given_up = put(scorer, "b", "c")
     for part in (dict(height=8), dict(height=80)):
-        with pytest.raises(rewards.queue.Full):
+        with pytest.raises(server.queue.Full):
             put(scorer, "d", **part)
     given_up.scores.cancel()
     reward.go.set()
     first.scores.result(10)
     wait_until(lambda: scorer.held == 0, 5)
-    with pytest.raises(rewards.queue.Full):
+    with pytest.raises(server.queue.Full):
         reward.go.clear()
         put(scorer, "e")
         put(scorer, "f", height=80)
@@ -486,7 +490,7 @@ def test_no_request_that_the_openapi_page_allows_or_forbids_makes_an_internal_er
     schema.config.checks.negative_data_rejection.expected_statuses = ["4xx"]
     # Equal lengths, whole pictures and quoted texts are more than a schema can say: what it allows may be refused.
     allowed = [schemathesis.checks.positive_data_acceptance]
-    pictures, statuses = [GOOD, base64.b64encode(rewards.png(noise(1, 3, 50)[0])).decode(), GOOD[:200]], set()
+    pictures, statuses = [GOOD, base64.b64encode(file_of(noise(1, 3, 50)[0])).decode(), GOOD[:200]], set()
 
     @hypothesis.settings(max_examples=15, deadline=None, database=None, derandomize=True,
                          suppress_health_check=list(hypothesis.HealthCheck))
@@ -708,10 +712,10 @@ def test_a_url_that_cannot_be_asked_is_one_line(urls, contents):
 
 
 def test_what_goes_wrong_in_building_a_reward_is_one_line_whatever_it_raises(monkeypatch):
-    def no_such_device(options):
+    def no_such_device(*, device):
         assert False, "compiled without that device"
 
-    monkeypatch.setitem(rewards.REGISTRY, "clipscore", no_such_device)
+    monkeypatch.setattr(clip, "clipscore", no_such_device)
     with pytest.raises(ValueError) as error:
         build_rewards({"clipscore": 1.0})
     assert one_line(error, "'clipscore' cannot be built", "AssertionError", "compiled without that device")
@@ -760,18 +764,33 @@ def test_what_cannot_be_served_is_one_line(capsys):
             (["jpeg_compressibility", "--threads", "0"], ["threads"]),
             (["jpeg_compressibility", "--url", "ftp://x"], ["ftp://x"]),
         ]:
-            assert rewards.main(["serve", *arguments]) == 2
+            assert server.main(["serve", *arguments]) == 2
             said = capsys.readouterr()
             assert not said.out and re.fullmatch(r"error: [^\n]+\n", said.err)
             assert all(content in said.err for content in contents)
 
 
 def test_serving_asks_for_its_packages_by_name_and_importing_loads_none_of_them():
-    code = "import sys, rewards; sys.modules['fastapi'] = sys.modules['uvicorn'] = None; rewards.main(sys.argv[1:])"
+    code = "import sys, engines.serve; sys.modules['fastapi'] = sys.modules['uvicorn'] = None; engines.serve.main(sys.argv[1:])"
     ran = run_command("serve", "jpeg_compressibility", "--port", "0", code=code)
     assert "pip install fastapi uvicorn" in ran.stderr and ran.stderr.count("\n") == 1
-    loaded = "import sys, rewards; print({'fastapi', 'uvicorn', 'pydantic', 'httpx2', 'torch', 'tyro'} & set(sys.modules))"
+    loaded = "import sys, engines.serve; print({'fastapi', 'uvicorn', 'pydantic', 'httpx2', 'torch', 'tyro'} & set(sys.modules))"
     assert run_command(code=loaded).stdout == "set()\n"
+
+
+def test_a_server_may_listen_on_ipv6(serve):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+    url = serve("jpeg_compressibility", "--host", "::1", shown=r"\[::1\]")[1]
+    assert remote("jpeg_compressibility", url)(noise(2), ["", ""], [{}, {}])["total"].shape == (2,)
+
+
+def test_the_way_to_start_a_server_is_told_with_an_address_that_it_takes():
+    with pytest.raises(RewardError) as error:
+        remote("geneval", "http://[::1]:9", deadline=0.1)(noise(1), [""], [{}])
+    assert one_line(error, "python rewards.py serve geneval --host ::1 --port 9")
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

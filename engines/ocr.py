@@ -1,0 +1,210 @@
+"""The text reward of Flow-GRPO (arXiv 2505.05470): does a picture show the text that its prompt quotes?
+
+`rapidocr` and `paddleocr` find and read the lines of a scene; `rapidocr_line` reads a picture as one line.
+"""
+import importlib.util
+import os
+import queue
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from rewards import Reward, import_from, shorten, split_batch
+
+Reader = Callable[[np.ndarray], list[str]]  # (B, H, W, 3) uint8 -> the text in each picture
+
+# Pictures that the line recogniser sees at once. The number is constant, because kernels for another batch
+# shape round differently and a picture's text must not depend on its batch.
+LINE_BATCH = 4
+
+
+# ---------------------------------------------------------------- the score
+
+def quoted_text(prompt: str) -> str:
+    """Return what stands between the first two double quotes of `prompt`, which its picture should show.
+
+    Raises ValueError, with the prompt, if there are none or only space is between them.
+    """
+    quoted = re.search(r'"([^"]*)"', prompt)
+    if quoted is None or not quoted[1].strip():
+        shown = shorten(repr(prompt), 200)
+        raise ValueError(f'prompt {shown} has no text between double quotes, as in: a sign that says "hello"')
+    return quoted[1]
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Return the Levenshtein distance: the fewest insertions, deletions and substitutions from `a` to `b`."""
+    distances = list(range(len(b) + 1))
+    for i, char_a in enumerate(a, 1):
+        previous, distances = distances, [i]
+        for j, char_b in enumerate(b, 1):
+            distances.append(min(previous[j] + 1, distances[-1] + 1, previous[j - 1] + (char_a != char_b)))
+    return distances[-1]
+
+
+def text_score(target: str, recognised: str) -> float:
+    """Return the text reward of a picture (arXiv 2505.05470, section 5). Case and spaces do not count.
+
+        1                                                    if the recognised text contains the target
+        1 - min(edit distance, len(target)) / len(target)    otherwise
+
+    Raises ValueError for an empty target.
+    """
+    target, recognised = ("".join(text.lower().split()) for text in (target, recognised))
+    if not target:
+        raise ValueError("the target of a text reward is empty")
+    if target in recognised:
+        return 1.0
+    return 1 - min(edit_distance(target, recognised), len(target)) / len(target)
+
+
+def check_prompt(prompt: str, metadata: dict) -> None:
+    """Raise ValueError for a prompt without a quoted text."""
+    quoted_text(prompt)
+
+
+def text_reward(make_reader: Callable[[], Reader], count: int, share: int) -> Reward:
+    """Return the reward that compares each prompt's quoted text with what a reader finds in its picture.
+
+    `make_reader` builds `count` readers, because an engine serves one thread at a time. Whichever reader is
+    free gets the next `share` pictures.
+    """
+    free, threads = queue.SimpleQueue(), ThreadPoolExecutor(count)
+    for _ in range(count):
+        free.put(make_reader())
+
+    def score(part: list[Sequence]) -> np.ndarray:
+        images, prompts, _ = part
+        reader = free.get()
+        try:
+            texts = reader(images)
+        finally:
+            free.put(reader)
+        pairs = zip(map(quoted_text, prompts), texts, strict=True)
+        return np.array([text_score(target, text) for target, text in pairs], np.float32)
+
+    def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
+        for prompt in prompts:
+            quoted_text(prompt)
+        return np.concatenate(list(threads.map(score, split_batch((images, prompts, metadata), share))))
+
+    return reward
+
+
+# ---------------------------------------------------------------- the readers
+
+def to_bgr(images: np.ndarray) -> np.ndarray:
+    """Reverse the channels, because PP-OCR models learnt from pictures in OpenCV's order."""
+    return np.ascontiguousarray(images[..., ::-1])
+
+
+def rapidocr_engine(**params: Any) -> Any:
+    """Build rapidocr on one core, with settings of its own in `params`."""
+    import_from("onnxruntime", "InferenceSession", "onnxruntime")  # which rapidocr does not require by itself
+    RapidOCR = import_from("rapidocr", "RapidOCR", "rapidocr")
+    return RapidOCR(params={
+        "Global.log_level": "error",  # because a picture without text is a score of 0, not a warning
+        "Global.use_cls": False,  # text that stands on its head is not read, as in the reference
+        "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+        "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,  # which is a tenth faster
+        **params})
+
+
+def rapidocr_reader() -> Reader:
+    """Build a reader of scenes by rapidocr, whose wheel holds its models.
+
+    A picture's lines are joined by a space, in reading order.
+    """
+    # The reference runs with these limits of PaddleOCR 2.x. rapidocr's own enlarge 512 x 512 to 736 x 736,
+    # which takes twice the time.
+    engine = rapidocr_engine(**{"Det.limit_type": "max", "Det.limit_side_len": 960})
+    return lambda images: [" ".join(engine(image).txts or ()) for image in to_bgr(images)]
+
+
+def rapidocr_line_reader() -> Reader:
+    """Build a reader of pictures of one word by rapidocr's recogniser, without detection.
+
+    Pictures are scaled to a height of 48, so the time grows with their width at that height.
+    """
+    # rapidocr widens a batch to its widest picture, starting from rec_img_shape. Start from a square, because
+    # the default start, 320, is mostly padding for a short word.
+    engine = rapidocr_engine(**{"Rec.rec_img_shape": [3, 48, 48], "Rec.rec_batch_num": LINE_BATCH})
+
+    def read(images: np.ndarray) -> list[str]:
+        padding = -len(images) % LINE_BATCH
+        lines = [*to_bgr(images), *[np.zeros_like(images[0])] * padding]
+        return list(engine.recognize_txt(lines).txts[: len(images)])
+
+    return read
+
+
+def paddle_text(result: list) -> str:
+    """Return the text in what PaddleOCR says of one picture, its lines joined by a space.
+
+    3.x: `[{"rec_texts": [text, ...], ...}]`. 2.x: `[[[box, (text, score)], ...]]`, or `[None]` without text.
+    """
+    page = result[0]
+    if isinstance(page, dict):
+        return " ".join(page["rec_texts"])
+    return " ".join(text for _, (text, _) in page or ())
+
+
+def paddle_model(kind: str, model: str) -> dict[str, str]:
+    """Return PaddleOCR's arguments for a model, which is a directory, a name or "" for its own choice."""
+    if not os.path.isdir(model):
+        return {f"text_{kind}_model_name": model} if model else {}
+    # PaddleOCR wants the name of what is in a directory, and inference.yml holds it.
+    safe_load = import_from("yaml", "safe_load", "pyyaml")
+    with open(os.path.join(model, "inference.yml"), encoding="utf-8") as file:
+        name = safe_load(file)["Global"]["model_name"]
+    return {f"text_{kind}_model_dir": model, f"text_{kind}_model_name": name}
+
+
+def paddleocr_reader(detection: str = "", recognition: str = "") -> Reader:
+    """Build a reader of scenes by PaddleOCR 3.x or 2.x, as the reference reads.
+
+    `detection`, `recognition`: directories of models or, in 3.x, names of PaddleOCR's own. PaddleOCR fetches
+    those for English in place of "". 3.x runs on paddlepaddle, or on onnxruntime if that is missing or a
+    model is an .onnx.
+    """
+    PaddleOCR = import_from("paddleocr", "PaddleOCR", "paddleocr paddlepaddle")
+    if not hasattr(PaddleOCR, "predict"):
+        models = {"det_model_dir": detection or None, "rec_model_dir": recognition or None}
+        reader = PaddleOCR(lang="en", use_gpu=False, use_angle_cls=False, cpu_threads=1, show_log=False,
+                           **models)
+        return lambda images: [paddle_text(reader.ocr(image, cls=False)) for image in to_bgr(images)]
+    models = paddle_model("detection", detection) | paddle_model("recognition", recognition)
+    engine = {"cpu_threads": 1}
+    onnx = any(model and os.path.isfile(f"{model}/inference.onnx") for model in (detection, recognition))
+    if onnx or importlib.util.find_spec("paddle") is None:
+        import_from("onnxruntime", "InferenceSession", "onnxruntime")
+        engine = {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": 1}}
+    reader = PaddleOCR(
+        **(models or {"lang": "en"}), **engine, device="cpu",
+        text_rec_score_thresh=0.5,  # the default of 2.x
+        use_doc_orientation_classify=False, use_doc_unwarping=False, use_textline_orientation=False)
+    return lambda images: [paddle_text(reader.predict(image)) for image in to_bgr(images)]
+
+
+# ---------------------------------------------------------------- the rewards
+
+def rapidocr(*, threads: int = 1) -> Reward:
+    """Build the text reward of scenes by rapidocr, with an engine on each of `threads` cores."""
+    return text_reward(rapidocr_reader, threads, 1)
+
+
+def rapidocr_line(*, threads: int = 1) -> Reward:
+    """Build the text reward of pictures of one word by rapidocr, an engine on each of `threads` cores."""
+    return text_reward(rapidocr_line_reader, threads, LINE_BATCH)
+
+
+def paddleocr(*, threads: int = 1, detection: str = "", recognition: str = "") -> Reward:
+    """Build the text reward of scenes by PaddleOCR; see `paddleocr_reader` for its models."""
+    return text_reward(lambda: paddleocr_reader(detection, recognition), threads, 1)
+
+
+rapidocr.check_prompt = rapidocr_line.check_prompt = paddleocr.check_prompt = check_prompt
