@@ -1,22 +1,20 @@
 """Flow-GRPO (arXiv 2505.05470) on one page, one image and one denoising step at a time: python plain.py
 Time runs from sigma = 1 (noise) to sigma = 0 (data): x_sigma = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
-Departures from the paper: a group shares the steps before its window, and the window alone is stochastic and
-trained, because the first steps would learn one ground for all pictures; the standard deviation that divides
-advantages is the epoch's, as in the authors' code; there is no guidance."""
+Departures from the paper: a group shares its steps before a window, and the window alone is stochastic and
+trained, because first steps would learn one ground for all pictures (WINDOW, FIRST = 7, (0, 0) trains all);
+the epoch's standard deviation divides advantages, as in the authors' code; there is no guidance."""
 import numpy as np
 import torch
 from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tqdm import tqdm
-
 from rewards import build_rewards
 
 SEED, EPOCHS, GROUPS, K, UPDATES = 1, 9, 24, 8, 4    # of an epoch: prompts, images of a prompt, updates
-T, WINDOW, FIRST = 8, 3, (2, 4)      # steps; trained and stochastic ones; lowest, highest first of these
+T, WINDOW, FIRST = 8, 3, (2, 4)      # denoising steps; stochastic, trained ones; bounds of the first of these
 NOISE_LEVEL, CLIP_RANGE, BETA = 0.9, 2e-3, 0.0       # a of eq. 9, e of eq. 5, weight of eq. 10 (0: left out)
-LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1.2e-3, 1e-4, 1.0
-LATENT = 1, 8, 6, 16                                 # 1 C H W, of a picture of 24 x 64 pixels
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, LATENT = 1.2e-3, 1e-4, 1.0, (1, 8, 6, 16)      # LATENT: 1 C H W
 LAYERS = r"transformer_blocks.+(to_[qkv]|_out\.0|add_out|proj|net\.2|linear)"     # the blocks' linear layers
 WORDS = """seed pace moth news kiwi hand toad knit cart mind onyx inch diary feast fever fact room fizz tax
     nab brisk rice fed dial oar five flex wig quick jelly foot hood ewe open dome topic villa gold zoo quad
@@ -37,10 +35,10 @@ def encode(pipe, prompt):                                                   # (1
     return pipe.encode_prompt(*[prompt] * 3, do_classifier_free_guidance=False, max_sequence_length=12)[::2]
 
 def policy(pipe, text, x, k, a):
-    """The Gaussian of step k from latents x (1, C, H, W). With a = 0, its mean is the ODE's step."""
+    """The Gaussian of step k from latents x (1, C, H, W) to x'. With a = 0, its mean is the ODE's step."""
     sigma, D = SIGMAS[k], SIGMAS[k] - SIGMAS[k + 1]
     v = pipe.transformer(x, *text, torch.tensor([1000 * sigma], dtype=x.dtype), return_dict=False)[0]
-    # s = a sqrt(sigma / (1 - sigma)). At sigma = 1, the second sigma stands below, because s diverges.
+    # s = a sqrt(sigma / (1 - sigma)), with the second sigma below at sigma = 1, because s diverges there
     s = a * (sigma / (1 - (SIGMAS[1] if k == 0 else sigma))) ** 0.5
     # mean = x (1 - s^2 D / (2 sigma))
     #      - v (1 + s^2 (1 - sigma) / (2 sigma)) D     (eq. 9)
@@ -58,36 +56,38 @@ def finish(pipe, text, x, first):
 def epoch(pipe, optimizer, reward, prompts, windows, starts, noise):
     """The mean reward. prompts, first steps: G. starts: (G, 1, C, H, W). noise: (G, K, S, 1, C, H, W)."""
     samples, r = [], []
-    for prompt, first, x, eps in zip(tqdm(prompts, "sample", leave=False), windows, starts, noise):
+    for prompt, first, start, eps in zip(tqdm(prompts, "sample", leave=False), windows, starts, noise):
         with torch.no_grad():
             text, images = encode(pipe, prompt), []
             for k in range(first):                      # The group shares the ODE's steps before its window.
-                x = policy(pipe, text, x, k, a=0).mean
-            # Each image takes stochastic steps of its own, because training needs their log-probs.
+                start = policy(pipe, text, start, k, a=0).mean
+            # Each image takes stochastic steps of its own, because only these have log-probs.
             for i in range(K):
-                path, log_probs = [x], []
-                for j in range(WINDOW):
-                    pi = policy(pipe, text, path[j], first + j, NOISE_LEVEL)
-                    path.append(pi.mean + pi.stddev * eps[i, j])
-                    log_probs.append(pi.log_prob(path[j + 1]).mean())
-                images.append(finish(pipe, text, path[-1], first + WINDOW))
-                samples.append((text, first, path, log_probs))
-        r.append(reward(np.concatenate(images), [prompt] * K, [{}] * K)["total"])     # OCR's
+                x, steps = start, []
+                for k in range(first, first + WINDOW):
+                    pi = policy(pipe, text, x, k, NOISE_LEVEL)
+                    x_next = pi.mean + pi.stddev * eps[i, k - first]
+                    steps.append((k, x, x_next, pi.log_prob(x_next).mean()))         # averaged over C H W
+                    x = x_next
+                images.append(finish(pipe, text, x, first + WINDOW))
+                samples.append((text, steps))
+        r.append(reward(np.concatenate(images), [prompt] * K, [{}] * K)["total"])   # (K), 1 - edits / letters
     # A = (r - mean(r of the group)) / (std(r) + 1e-4)     (eq. 4)
     r = torch.tensor(np.stack(r), dtype=torch.float64)      # (G, K)
     A = ((r - r.mean(1, keepdim=True)) / (r.std(correction=0) + 1e-4)).clamp(-5, 5).flatten().float()
-    # Each update replays its share of the samples, with gradients.
+    # Each update replays the steps of its share of the samples with gradients, which add up.
     for update in range(UPDATES):
-        for i in tqdm(mine := range(update, len(samples), UPDATES), "update", leave=False):
-            text, first, path, old_log_probs = samples[i]
-            for j in range(WINDOW):
-                pi = policy(pipe, text, path[j], first + j, NOISE_LEVEL)
-                # loss = max(-A rho, -A clip(rho, 1 - e, 1 + e)), rho = pi(x' | x) / pi_old(x' | x)   (eq. 5)
-                rho = (pi.log_prob(path[j + 1]).mean() - old_log_probs[j]).exp()
-                loss = torch.maximum(-A[i] * rho, -A[i] * rho.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE))
+        mine = list(zip(samples, A))[update::UPDATES]
+        for (text, steps), A_i in tqdm(mine, "update", leave=False):
+            for k, x, x_next, old_log_prob in steps:
+                pi = policy(pipe, text, x, k, NOISE_LEVEL)
+                # rho = pi(x' | x) / pi_old(x' | x)
+                rho = (pi.log_prob(x_next).mean() - old_log_prob).exp()
+                # loss = max(-A rho, -A clip(rho, 1 - e, 1 + e))     (eq. 5)
+                loss = torch.maximum(-A_i * rho, -A_i * rho.clamp(1 - CLIP_RANGE, 1 + CLIP_RANGE))
                 if BETA:
                     with torch.no_grad(), pipe.transformer.disable_adapter():
-                        reference = policy(pipe, text, path[j], first + j, NOISE_LEVEL)
+                        reference = policy(pipe, text, x, k, NOISE_LEVEL)
                     # KL = mean((mean - mean_ref)^2) / (2 std^2)     (eq. 10)
                     loss = loss + BETA * ((pi.mean - reference.mean) ** 2 / (2 * pi.variance)).mean()
                 (loss / (len(mine) * WINDOW)).backward()
@@ -112,7 +112,7 @@ def main():
         starts, noise = torch.randn(GROUPS, *LATENT), torch.randn(GROUPS, K, WINDOW, *LATENT)
         bar.write(f"reward {epoch(pipe, optimizer, reward, prompts, windows, starts, noise):.3f}")
     trained, after = evaluate(pipe, reward)
-    print(f"held-out score: {score:.3f} before training, {trained:.3f} after; plain.png")
+    print(f"held-out score: {score:.3f} before training, {trained:.3f} after. plain.png shows both.")
     pairs = np.pad(np.concatenate([before, after], 1), ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)
     Image.fromarray(pairs.reshape(-1, 8, 52, 68, 3).swapaxes(1, 2).reshape(-1, 8 * 68, 3)).save("plain.png")
 
