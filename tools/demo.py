@@ -35,8 +35,8 @@ from harness.program import run_as_program
 from policy import Policy, check_model
 from rewards import RewardError, Rewards, build_rewards
 from tools.studio import (
-    MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, Picture, PictureRequest, Studio, locate, newest_run, read_config,
-    run_containing)
+    MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, Picture, PictureRequest, Studio, locate, newest_run,
+    read_config, run_containing)
 
 REWARD_DEADLINE = 20.0           # seconds for a served reward, because somebody waits at the page
 
@@ -46,9 +46,9 @@ class DemoOptions:
     """The base model beside its adapters, in the browser: same prompt, same seed, the reward beneath."""
 
     model: str = ""
-    """A StableDiffusion3Pipeline or FluxPipeline: a directory or hub id. Empty: that of the first adapter's run."""
+    """A StableDiffusion3Pipeline or FluxPipeline: a directory or hub id. Empty: the first adapter's run's."""
     adapters: tuple[str, ...] = ()
-    """Runs, checkpoints, adapter directories or hub ids. Empty: the newest run of the model, if there is one."""
+    """Runs, checkpoints, adapter directories or hub ids. Empty: the model's newest run, if there is one."""
     rewards: tuple[tuple[str, float], ...] = ()
     """Rewards and their weights, as train.py takes them. Empty: those of the first adapter's run."""
     resolution: tuple[int, int] | None = None
@@ -70,7 +70,7 @@ class DemoOptions:
 
 
 def choose_settings(options: DemoOptions) -> tuple[Config, tuple[str, ...]]:
-    """Sampling settings and adapters: of the first adapter's run, or of the preset that is closest to the model.
+    """Sampling settings and adapters: of the first adapter's run, or of the preset closest to the model.
 
     Raises ValueError in one line for what is not there. Loads nothing.
     """
@@ -121,7 +121,8 @@ CSS = """
 h1 { font-size: 1.5rem; font-weight: 700; margin: 8px 0 2px; }
 .cards { display: flex; flex-wrap: wrap; gap: 16px; }
 .cards figure { flex: 1 1 var(--card); max-width: 560px; margin: 0;
-  border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden; background: var(--block-background-fill); }
+  border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden;
+  background: var(--block-background-fill); }
 .cards figure > div { background: var(--background-fill-secondary); }
 .cards img { display: block; width: 100%; height: auto; margin: 0; }
 .cards img.small { image-rendering: pixelated; }
@@ -132,7 +133,8 @@ h1 { font-size: 1.5rem; font-weight: 700; margin: 8px 0 2px; }
 #draw, #another, #add { align-self: center; }
 .drawn { opacity: 0.75; margin: 0 2px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .note, .problem { margin: 0; padding: 10px 14px; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); border-left-width: 5px; overflow-wrap: anywhere; white-space: pre-wrap; }
+  border: 1px solid var(--border-color-primary); border-left-width: 5px;
+  overflow-wrap: anywhere; white-space: pre-wrap; }
 .drawn + .problem { margin-top: 8px; }
 .problem { border-left-color: #d33; }
 .problem::before { content: "Error: "; font-weight: 600; }
@@ -152,12 +154,12 @@ def message_html(kind: str, text: str) -> str:
 
 def caption_html(request: PictureRequest) -> str:
     without = f", without: {request.negative_prompt}" if request.negative_prompt else ""
-    return message_html("drawn", f"{request.prompt} | seed {request.seed}, {request.num_steps} steps, guidance "
-                                 f"{request.guidance_scale:g}{without}")
+    return message_html("drawn", f"{request.prompt} | seed {request.seed}, {request.num_steps} steps, "
+                                 f"guidance {request.guidance_scale:g}{without}")
 
 
 def cards_html(pictures: list[Picture], request: PictureRequest, coming: list[str] = []) -> str:
-    """The pictures, and the places of those to come, side by side if there is room. All words are escaped."""
+    """The pictures, and the places of those to come, side by side if there is room. Words are escaped."""
     height, width = request.resolution
     small = ' class="small"' if max(height, width) < 256 else ""           # few pixels, shown as they are
 
@@ -233,8 +235,9 @@ def lay_out(studio: Studio, config: Config, notes: list[str]) -> SimpleNamespace
     names = list(studio.adapters)
     parts.chosen = gr.CheckboxGroup(names, value=names, label="Adapters shown", elem_id="adapters")
     with gr.Row():
-        parts.path = gr.Textbox(label="Add an adapter", max_length=1000, scale=5, min_width=300, elem_id="path",
-                                placeholder="a run, a checkpoint, a directory, or owner/name on the hub")
+        parts.path = gr.Textbox(label="Add an adapter", max_length=1000, scale=5, min_width=300,
+                                placeholder="a run, a checkpoint, a directory, or owner/name on the hub",
+                                elem_id="path")
         parts.more = gr.Button("Add", scale=1, min_width=120, elem_id="add")
     parts.added = gr.HTML("", elem_id="added", js_on_load=None)
     return parts
@@ -301,9 +304,11 @@ def draw_cards(studio: Studio, make_request: Callable[[], PictureRequest], names
 
 # ---- program -----------------------------------------------------------------------------------------------
 
-def make_rewards(options: DemoOptions, config: Config, device: torch.device) -> tuple[Rewards | None, list[str]]:
-    """The rewards, and a note for the page if the run's cannot be built here. Raises as `build_rewards` does
-    for rewards that the command line asked for.
+def make_rewards(options: DemoOptions, config: Config,
+                 device: torch.device) -> tuple[Rewards | None, list[str]]:
+    """The rewards, and a note for the page if those of the run cannot be built here.
+
+    Rewards that the command line asks for raise what `build_rewards` raises.
     """
     if not config.rewards:
         return None, []
@@ -334,9 +339,9 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
         studio.add(adapter)
     if not adapters:
         arguments = "" if config.model == Config.model else f" PRESET --model {config.model}"
-        notes.append(f"No run under {options.output_dir}/ has an adapter for {config.model} yet, so this is the "
-                     f"base alone. To make one: torchrun --nproc_per_node=1 train.py{arguments}, then start the "
-                     "demo again. Or add one below.")
+        notes.append(f"No run under {options.output_dir}/ has an adapter for {config.model} yet, so this is "
+                     f"the base alone. To make one: torchrun --nproc_per_node=1 train.py{arguments}, then "
+                     "start the demo again. Or add one below.")
     return studio, notes
 
 
@@ -346,13 +351,14 @@ def free_port(host: str, port: int) -> int:
         with socket.create_server((host, port)) as server:
             return server.getsockname()[1]
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on --host {host} --port {port} ({error}); --port 0 takes any that is "
-                         "free") from error
+        raise ValueError(f"cannot listen on --host {host} --port {port} ({error}); --port 0 takes any that "
+                         "is free") from error
 
 
 def main(arguments: list[str]) -> int:
     try:
-        options, unknown = parse_options(DemoOptions(), arguments, "python -m tools.demo", DemoOptions.__doc__)
+        options, unknown = parse_options(DemoOptions(), arguments, prog="python -m tools.demo",
+                                         about=DemoOptions.__doc__)
         refuse_unknown(unknown, DemoOptions)
         port = free_port(options.host, options.port)         # find out now, before a model loads
         config, adapters = choose_settings(options)

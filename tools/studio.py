@@ -75,8 +75,8 @@ def locate(adapter: str) -> tuple[str, str]:
                              "epochs")
         place = weights
     if (place / "transformer").is_dir() or place.name == "transformer":
-        raise ValueError(f"{adapter!r} is a whole transformer (--full-finetune), no adapter on a shared base: "
-                         "save it as a pipeline of its own, `pipe.transformer = ...; "
+        raise ValueError(f"{adapter!r} is a whole transformer (--full-finetune), no adapter on a shared "
+                         "base: save it as a pipeline of its own, `pipe.transformer = ...; "
                          "pipe.save_pretrained(...)`, and give that as --model")
     path = str(place) if place.exists() else adapter     # a hub id, or a mistake
     find_adapter(path)
@@ -166,8 +166,8 @@ class Studio:
 
         latents = rollout(counted_velocity, noise.to(policy.device), sigmas, 0.0, None).final
         if not latents.isfinite().all():
-            raise ValueError(f"the latents of {name or 'the base'} are not finite: lower strength or guidance, "
-                             "or start with --dtype bfloat16 or float32")
+            raise ValueError(f"the latents of {name or 'the base'} are not finite: lower strength or "
+                             "guidance, or start with --dtype bfloat16 or float32")
         return policy.decode(latents)[0].cpu().numpy()
 
     def score(self, image: np.ndarray, prompt: str) -> tuple[dict[str, float], str]:

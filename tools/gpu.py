@@ -1,0 +1,448 @@
+"""What only a GPU can show, proved on one within ten minutes and without a network.
+
+    python -m tools.gpu [--only NAME ...] [--out DIR] [--limit SECONDS]
+    python -m tools.gpu --smoke      on a CPU, with the bundled model: shows that this program itself works
+
+Sections run in the order of what they are worth. One is skipped if less time is left than it needs. Results
+are printed as they come and kept in DIR/gpu.json, and what the trainers said in DIR/logs.txt. The large
+models have random weights.
+"""
+
+import argparse
+import collections
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from peft.helpers import disable_input_dtype_casting
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+import distributed
+from config import ATTENTION, FEED_FORWARD, PRESETS
+from harness.batches import choose_batches
+from harness.program import run_as_program
+from policy import Policy, to_device, to_host
+from prompts import load_prompts
+from sampler import Trajectory, replay, rollout, timestep_schedule
+from tools.measure import Check, clear_gradients, make_policy, network_calls, network_speed
+
+SECTIONS: dict[str, tuple[float, Callable]] = {}           # name -> seconds that it needs, what it does
+# The lines of a trainer that are noted.
+SPOKEN = ("before the first update", "warning", "error", "epoch ", "eval/total", "continuing", "to go on")
+
+
+def section(name: str, needs: float) -> Callable:
+    def add(function: Callable) -> Callable:
+        SECTIONS[name] = needs, function
+        return function
+    return add
+
+
+# ---- the machine and its attention -------------------------------------------------------------------------
+
+@section("machine", 5)
+def machine(check: Check, name: str) -> None:
+    on_gpu = check.device.type == "cuda"
+    check.note(name, device=torch.cuda.get_device_name() if on_gpu else "CPU", torch=torch.__version__,
+               cudnn=torch.backends.cudnn.version(), nccl=str(torch.cuda.nccl.version()) if on_gpu else None,
+               diffusers=diffusers.__version__, transformers=transformers.__version__, peft=peft.__version__)
+    ones = [torch.nn.Parameter(torch.ones(5, device=check.device)) for _ in range(2)]
+    distributed.broadcast_parameters(ones)
+    distributed.sum_gradients(ones)
+    check.note(name, sum_of_gradients=[p.grad.sum().item() for p in ones],
+               objects=distributed.gather_objects("a"))
+
+
+@section("attention", 15)
+def attention(check: Check, name: str) -> None:
+    """Does a forward with gradients have the bits of one without? Are gradients finite?"""
+    kinds = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+             "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    for dtype in (torch.float16, torch.bfloat16):
+        for rows, length in ((1, 40),) if check.smoke else ((16, 1229), (2, 1229), (9, 1152)):
+            q, k, v = torch.randn(3, rows, 24, length, 64, device=check.device, dtype=dtype)
+            outs = {}
+            for kind, backend in kinds.items():
+                try:
+                    with sdpa_kernel(backend) if backend else nullcontext():
+                        outs[kind], found = attention_of_a_kind(check, q, k, v)
+                except RuntimeError as error:
+                    found = str(error)[:100]
+                check.note(name, **{f"{dtype} {rows}x{length} {kind}": found})
+            same = [kind for kind in outs if kind != "default" and torch.equal(outs[kind], outs["default"])]
+            check.note(name, **{f"{dtype} {rows}x{length} default is": same})
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def attention_of_a_kind(check: Check, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict]:
+    with torch.no_grad():
+        still = F.scaled_dot_product_attention(q, k, v)
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    moving = F.scaled_dot_product_attention(*inputs)
+
+    def gradients(of_output: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(moving, inputs, of_output, retain_graph=True)
+
+    finite = {}
+    for size in (1.0, 1e-6, 1e-8):
+        finite[size] = all(bool(g.isfinite().all()) for g in gradients(torch.randn_like(moving) * size))
+    ones = torch.ones_like(moving)
+    repeats = all(torch.equal(x, y) for x, y in zip(gradients(ones), gradients(ones)))
+    alone = F.scaled_dot_product_attention(q[:1], k[:1], v[:1])
+    seconds, _ = check.timed(lambda: F.scaled_dot_product_attention(q, k, v), 20)
+    return still, {"no_grad equals grad": torch.equal(still, moving.detach()),
+                   "alone equals in batch": torch.equal(alone, still[:1]), "backward repeats": repeats,
+                   "finite at an output gradient of": finite, "ms": round(1e3 * seconds, 3)}
+
+
+# ---- the laws, on a full network ---------------------------------------------------------------------------
+
+def largest_deviation(policy: Policy, trajectory: Trajectory, prompts: list[str], guidance: float,
+                      samples: list[int], grad: bool = True) -> float:
+    """The largest |ratio - 1| at the first, middle and last trained step, in a batch of these samples."""
+    velocity = policy.velocity(policy.encode([prompts[i] for i in samples]), guidance)
+    steps, worst = len(trajectory.log_probs), 0.0
+    for k in {0, steps // 2, steps - 1}:
+        rows = trajectory.rows(k, samples)
+        with torch.set_grad_enabled(grad):
+            log_prob, _, _ = replay(velocity, rows)
+        worst = max(worst, (log_prob.detach() - rows.log_prob).expm1().abs().max().item())
+    return worst
+
+
+def sample(check: Check, policy: Policy, images: int, steps: int, trained: int,
+           guidance: float) -> tuple[Callable[[], Trajectory], list[str]]:
+    """A function that draws the same images whenever it is called, and their prompts."""
+    words = "one two three four five six seven eight nine ten eleven twelve".split()
+    prompts = [f'the word "{words[i % len(words)]}"' for i in range(images)]
+    sigmas = timestep_schedule(steps, **policy.schedule_arguments(steps), dtype=policy.compute_dtype)
+    noise = torch.randn(steps + 1, images, *policy.latent_shape, generator=torch.Generator().manual_seed(1),
+                        dtype=policy.compute_dtype)
+    noise = to_device(noise, check.device)
+
+    def draw() -> Trajectory:
+        velocity = policy.velocity(policy.encode(prompts), guidance)
+        return rollout(velocity, noise[0], sigmas, 0.7, noise[1:], rule="flow_sde", num_trained=trained)
+
+    return draw, prompts
+
+
+def check_laws(check: Check, name: str, dtype: str, sampling: dict,
+               network: dict) -> tuple[Policy, Trajectory, list[str]]:
+    """Ratios with other kernels and batches; repetition; the reference; decoding; copies between threads."""
+    policy, images, guidance = make_policy(check, dtype, **network), sampling["images"], sampling["guidance"]
+    weights = sum(p.numel() for p in policy.pipe.transformer.parameters())
+    check.note(name, loaded=round(time.time() - check.started), weights=weights)
+    draw, prompts = sample(check, policy, **sampling)
+    everyone, transformer = list(range(images)), policy.pipe.transformer
+    for cudnn in (False,) if check.smoke else (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        memory, _ = check.peak(draw)
+        seconds, trajectory = check.timed(draw)
+
+        def deviation(samples: list[int], grad: bool = True) -> float:
+            return largest_deviation(policy, trajectory, prompts, guidance, samples, grad)
+
+        found = {"finite": bool(trajectory.final.isfinite().all()), "rollout s": round(seconds, 2),
+                 "peak GiB": memory, "same batch": deviation(everyone),
+                 "without gradients": deviation(everyone, False), "reversed": deviation(everyone[::-1]),
+                 "half of it": deviation(everyone[:images // 2]), "one image": deviation(everyone[:1])}
+        if not network.get("gradient_checkpointing"):
+            transformer.enable_gradient_checkpointing()
+            found["checkpointed"] = deviation(everyone)
+            transformer.disable_gradient_checkpointing()
+        check.note(name, **{f"max |ratio - 1|, cuDNN's attention {'on' if cudnn else 'off'}": found})
+        check.require(name, "the ratio of the same batch is exactly 1", cudnn or found["same batch"] == 0)
+
+    fresh = fresh_adapter_is_the_reference(policy, trajectory, prompts, guidance)
+    check.note(name, rollout_repeats=torch.equal(draw().final, trajectory.final),
+               fresh_adapter_is_the_reference=fresh)
+    memory, pictures = check.peak(lambda: policy.decode(trajectory.final))
+    seconds, _ = check.timed(lambda: policy.decode(trajectory.final), 3)
+    check.note(name, decode_seconds_an_image=round(seconds / images, 4), decode_peak_gib=memory,
+               copies_that_arrived_wrong=count_wrong_copies(pictures))
+    return policy, trajectory, prompts
+
+
+def fresh_adapter_is_the_reference(policy: Policy, trajectory: Trajectory, prompts: list[str],
+                                   guidance: float) -> bool:
+    """Whether the network with an adapter of zeros and the one without it compute the same bits."""
+    kept = {p: p.detach().clone() for name, p in policy.network.named_parameters() if "lora_B" in name}
+    for p in kept:
+        p.data.zero_()
+    text, x = policy.encode(prompts), trajectory.latents[0]
+    sigma = trajectory.sigmas[0].expand(len(x))
+    with torch.no_grad():
+        velocity = policy.velocity(text, guidance)(x, sigma)
+        same = torch.equal(velocity, policy.reference_velocity(text, guidance)(x, sigma))
+    for p, value in kept.items():
+        p.data.copy_(value)
+    return same
+
+
+def count_wrong_copies(pictures: Tensor, times: int = 20) -> int:
+    """How many copies to the host are wrong that another thread waits for while this one goes on."""
+    wrong = 0
+    for _ in range(times):
+        wait_for_copies, arrived = to_host(pictures), []
+        thread = threading.Thread(target=lambda: arrived.extend(wait_for_copies()))
+        thread.start()
+        pictures.add(1)
+        torch.randn(2**24, device=pictures.device)
+        thread.join()
+        wrong += not torch.equal(arrived[0], pictures.cpu())
+    return wrong
+
+
+@section("sd35m float16", 120)
+def sd35m_float16(check: Check, name: str) -> None:
+    policy, trajectory, prompts = check_laws(check, name, "float16", check.sampling, check.network)
+    guidance, on_cpu = check.sampling["guidance"], check.smoke
+    network_speed(check, name, policy, guidance, (1, 2) if on_cpu else (1, 2, 4, 8, 12, 16))
+    policy.pipe.transformer.enable_gradient_checkpointing()
+    network_speed(check, f"{name}, checkpointed", policy, guidance, (2,) if on_cpu else (8, 32))
+    policy.pipe.transformer.disable_gradient_checkpointing()
+    preset = PRESETS["tiny_ocr" if on_cpu else "sd35m_ocr"]
+    config = replace(preset, rollout_batch=0, train_batch=0, dtype="float16")
+    if on_cpu:
+        config = replace(config, groups_per_epoch=2, group_size=4)
+    train_prompts = load_prompts(config.prompts, "train")
+    seconds, config = check.timed(lambda: choose_batches(policy, train_prompts, config))
+    check.note(name, chosen_batches=(config.rollout_batch, config.train_batch), choosing_s=round(seconds, 1))
+    loss_scales(check, name, policy, trajectory, prompts[:2], guidance)
+
+
+def loss_scales(check: Check, name: str, policy: Policy, trajectory: Trajectory, prompts: list[str],
+                guidance: float) -> None:
+    """The error of float16's gradients against float32's, by kind of layer, at loss scales from 2^16 on.
+
+    The loss is a mean over the 576 x 9 rows of an update of sd35m_ocr.
+    """
+    rows = trajectory.rows(len(trajectory.log_probs) // 2, [0, 1])
+    text = policy.encode(prompts)
+
+    def gradients(scale: float, text) -> dict[str, Tensor]:
+        log_prob, _, _ = replay(policy.velocity(text, guidance), rows)
+        (log_prob.sum() * scale).backward()
+        found = {layer: p.grad.double().cpu() / scale for layer, p in policy.network.named_parameters()
+                 if p.requires_grad}
+        clear_gradients(policy)
+        return found
+
+    exponents = (16, 24, 26, 28, 30, 32, 34)
+    found = {exponent: gradients(2.0**exponent / 5184, text) for exponent in exponents}
+    again = gradients(2.0**24 / 5184, text)
+    check.note(name, backward_repeats=all(torch.equal(again[layer], g) for layer, g in found[24].items()))
+    policy.network.float()
+    policy.dtype = torch.float32
+    truth = gradients(1.0, tuple(part.float() for part in text))
+    for exponent in exponents:
+        error, size = collections.Counter(), collections.Counter()
+        for layer, expected in truth.items():
+            for kind in ("all", layer.split(".attn.")[-1].split(".lora")[0].rpartition(".ff")[-1]):
+                error[kind] += float((found[exponent][layer] - expected).square().sum())
+                size[kind] += float(expected.square().sum())
+        relative = {kind: round((error[kind] / size[kind])**0.5, 4) for kind in size if size[kind]}
+        check.note(name, **{f"gradients' error at 2^{exponent}": relative})
+
+
+# ---- the trainer, as a user starts it ----------------------------------------------------------------------
+
+@section("first command", 20)
+def first_command(check: Check, name: str) -> None:
+    words = check.run_words if check.smoke else ["--epochs", "6", "--eval-every", "6", *check.to_here]
+    code = check.wait("tiny", check.start("tiny", [*words, "--run-name", "tiny"]), 90)
+    check.note(name, code=code, lines=check.said("tiny", *SPOKEN))
+    check.require(name, "the trainer ends with 0", code == 0)
+
+
+@section("kill and resume", 130)
+def kill_and_resume(check: Check, name: str) -> None:
+    """A killed run goes on after its last whole epoch, and one that is told to stop saves first."""
+    words = [*check.run_words, "--run-name", "killed"]
+    first = check.start("killed", words)
+    came = check.wait_for("killed", first, "epoch 1/3:", 100)
+    time.sleep(0.3 if check.smoke else 4)
+    os.kill(first.pid, signal.SIGKILL)                     # the launcher, with which its worker must end
+    check.wait("killed", first, 20)
+    check.note(name, first_epoch_came=came, lines=check.said("killed", *SPOKEN))
+    second = check.start("resumed", words)
+    check.wait_for("resumed", second, "epoch 2/3:", 90)
+    second.send_signal(signal.SIGTERM)
+    asked = time.time()
+    code = check.wait("resumed", second, 60)
+    check.note(name, code=code, seconds_after_sigterm=round(time.time() - asked, 1),
+               resumed=check.said("resumed", *SPOKEN))
+    check.require(name, "it goes on, and saves when it is told to stop", bool(
+        check.said("resumed", "continuing after epoch 1") and check.said("resumed", "is saved")))
+
+
+@section("bench", 110)
+def bench(check: Check, name: str) -> None:
+    words = ["--group-size", "4", "--groups-per-epoch", "2", "--updates-per-epoch", "1",
+             "--rollout-batch", "8", "--train-batch", "8", "--rewards", "jpeg_compressibility", "1",
+             *check.to_here, "--rounds", "1", "--ranks", "1", "--json", str(check.out / "bench.json")]
+    model = ["tiny_ocr"] if check.smoke else ["sd35m_ocr_1gpu", "--model", "random:sd35m"]
+    code = check.wait("bench", check.start("bench", [*model, *words], program="tools.bench"), 140)
+    check.note(name, code=code, lines=check.said("bench")[-30:])
+    check.require(name, "the bench ends with 0", code == 0)
+
+
+# ---- levers: what a network call costs with each on and off ------------------------------------------------
+
+@section("levers", 30)
+def levers(check: Check, name: str) -> None:
+    rate(check, name)
+    policy = make_policy(check, "float16", **check.network)
+    images, guidance = check.sampling["images"], check.sampling["guidance"]
+
+    def measure(lever: str) -> None:
+        calls = network_calls(check, policy, guidance, images)
+        for call in calls.values():
+            call()                                         # warm
+        ms = {f"{what} ms": round(1e3 * check.timed(call, 5)[0], 1) for what, call in calls.items()}
+        check.note(name, **{lever: ms})
+
+    measure("as trained")
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    measure("cuDNN's attention")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with disable_input_dtype_casting(policy.network):
+        measure("without the adapter's input cast")
+    for what, call in network_calls(check, policy, guidance, images).items():
+        # Where the time goes, by operation.
+        activities = [ProfilerActivity.CPU] if check.smoke else [ProfilerActivity.CUDA, ProfilerActivity.CPU]
+        with profile(activities=activities, acc_events=True) as profiled:
+            call()
+            check.synchronize()
+        events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
+        operations = {event.key: round(event.self_device_time_total / 1e3, 2) for event in events
+                      if event.key.startswith("aten::") and event.self_device_time_total}
+        launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+        longest = dict(list(operations.items())[:16])
+        check.note(name, **{f"profile, {what}": {"launches": launches, "ms": longest}})
+
+
+def rate(check: Check, name: str) -> None:
+    """What the card can do: matrix products and copies."""
+    size = 256 if check.smoke else 8192
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = (torch.randn(size, size, device=check.device, dtype=dtype) for _ in range(2))
+        a @ b
+        seconds, _ = check.timed(lambda: a @ b, 10)
+        check.note(name, **{f"{dtype} product TFLOP/s": round(2 * size**3 / seconds / 1e12, 1)})
+    a = torch.randn(size, size, 4, device=check.device)
+    seconds, _ = check.timed(lambda: a.clone(), 10)
+    check.note(name, copy_TB_s=round(2 * a.nbytes / seconds / 1e12, 2))
+
+
+@section("compile", 110)
+def compile(check: Check, name: str) -> None:
+    """Seconds of a compiled network's calls, and the ratio, which must be exactly 1."""
+    if check.smoke:
+        return check.note(name, skipped="takes minutes on a CPU")
+    images, guidance = check.sampling["images"], check.sampling["guidance"]
+    policy = make_policy(check, "float16", compile=True, **check.network)
+    draw, prompts = sample(check, policy, **check.sampling)
+    first, trajectory = check.timed(draw)
+    seconds, trajectory = check.timed(draw)
+    check.note(name, first_rollout_s=round(first, 1), rollout_s=round(seconds, 2))
+    deviation = largest_deviation(policy, trajectory, prompts, guidance, list(range(images)))
+    check.note(name, **{"max |ratio - 1|": deviation})
+    check.require(name, "the ratio is exactly 1", deviation == 0)
+    for what, call in network_calls(check, policy, guidance, images).items():
+        first, _ = check.timed(call)
+        seconds, _ = check.timed(call, 5)
+        check.note(name, **{what: {"first s": round(first, 1), "ms": round(1e3 * seconds, 1)}})
+
+
+# ---- other networks, ranks and precisions ------------------------------------------------------------------
+
+@section("flux bfloat16", 60)
+def flux_bfloat16(check: Check, name: str) -> None:
+    if check.smoke:
+        return check.note(name, skipped="too large for a CPU")
+    policy, *_ = check_laws(
+        check, name, "bfloat16", dict(images=4, steps=6, trained=5, guidance=3.5),
+        dict(model="random:flux", targets=ATTENTION + FEED_FORWARD, rank=64, with_reference=False,
+             gradient_checkpointing=True))
+    network_speed(check, name, policy, 3.5, (4, 16))
+
+
+@section("sd35m bfloat16", 45)
+def sd35m_bfloat16(check: Check, name: str) -> None:
+    check_laws(check, name, "bfloat16", check.sampling, check.network)
+
+
+TWO_RANKS = """import os, runpy, sys, torch.distributed as dist
+os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+init = dist.init_process_group
+dist.init_process_group = lambda backend=None, **where: init("gloo", **where)
+sys.path[:0], sys.argv[0] = [os.getcwd()], "train.py"
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@section("two ranks", 50)
+def two_ranks(check: Check, name: str) -> None:
+    """Two processes on one GPU. They meet over gloo, because NCCL's ranks do not share a GPU."""
+    program = check.runs / "two_ranks.py"
+    program.write_text(TWO_RANKS)
+    words = check.run_words if check.smoke else ["--epochs", "2", *check.to_here]
+    process = check.start("two", [*words, "--run-name", "two"], program=str(program), ranks=2)
+    code = check.wait("two", process, 80)
+    check.note(name, code=code, lines=check.said("two", *SPOKEN))
+    check.require(name, "the trainer ends with 0", code == 0)
+
+
+@section("tiny in half precision", 60)
+def tiny_in_half_precision(check: Check, name: str) -> None:
+    """The bundled recipe ends with about the same score in each precision; all three run at once."""
+    words = check.run_words if check.smoke else ["tiny_ocr", *check.to_here]
+    dtypes = ("bfloat16", "float16") if check.smoke else ("float32", "bfloat16", "float16")
+    processes = {dtype: check.start(dtype, [*words, "--dtype", dtype, "--run-name", dtype])
+                 for dtype in dtypes}
+    for dtype, process in processes.items():
+        code = check.wait(dtype, process, 600)
+        check.note(name, **{dtype: {"code": code, "lines": check.said(dtype, *SPOKEN)[-6:]}})
+        check.require(name, f"the trainer in {dtype} ends with 0", code == 0)
+
+
+# ---- program -----------------------------------------------------------------------------------------------
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=list(SECTIONS), default=list(SECTIONS),
+                        help=f"sections to run: {', '.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results")
+    parser.add_argument("--limit", type=float, default=560, help="seconds for everything")
+    parser.add_argument("--smoke", action="store_true", help="small sizes, on a CPU, without a limit")
+    given = parser.parse_args()
+    device = distributed.setup()
+    if device.type != "cuda" and not given.smoke:
+        parser.error("no GPU here: --smoke runs on a CPU")
+    check = Check(device, given.out.absolute(), given.limit, given.smoke)
+    for name, (needs, function) in SECTIONS.items():
+        if name in given.only:
+            check.run(name, needs, function)
+    check.note("end", seconds=round(time.time() - check.started))
+    distributed.shutdown()
+    return int(check.failed)
+
+
+if __name__ == "__main__":
+    run_as_program(main)

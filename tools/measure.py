@@ -1,0 +1,183 @@
+"""One run of tools/gpu.py: its time and results, how it measures, and the trainers that it starts."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from config import ATTENTION
+from policy import Policy
+
+
+class Check:
+    """One run of the program: its time, its notes, its device, and the sizes that it checks."""
+
+    def __init__(self, device: torch.device, out: Path, limit: float, smoke: bool):
+        """out: the folder of the results. limit: seconds. smoke: whether all sizes are small, for a CPU."""
+        self.device, self.out, self.limit, self.smoke = device, out, limit, smoke
+        self.started, self.failed = time.time(), False
+        self.notes: dict[str, dict] = {}
+        self.runs = out / "trainers"
+        shutil.rmtree(self.runs, ignore_errors=True)
+        self.runs.mkdir(parents=True)
+        (out / "logs.txt").write_text("")
+        self.to_here = ["--output-dir", str(self.runs)]
+        short = ["--group-size", "4", "--epochs", "3", "--eval-prompts", "4", "--save-every", "1",
+                 "--rewards", "jpeg_compressibility", "1", *self.to_here]
+        if smoke:
+            self.run_words = ["tiny_ocr", "--groups-per-epoch", "2", *short]
+            self.sampling = dict(images=4, steps=4, trained=3, guidance=4.5)
+            self.network = dict(model="assets/tiny-sd3", targets=ATTENTION, rank=4, resolution=(24, 64),
+                                length=12)
+        else:
+            self.run_words = ["sd35m_ocr_1gpu", "--model", "random:sd35m", "--groups-per-epoch", "4",
+                              "--eval-num-steps", "4", "--eval-images", "4", "--eval-every", "3", *short]
+            self.sampling = dict(images=8, steps=10, trained=9, guidance=4.5)
+            self.network = dict(model="random:sd35m", targets=ATTENTION, rank=32)
+
+    def left(self) -> float:
+        return self.limit - (time.time() - self.started)
+
+    def note(self, name: str, **values) -> None:
+        self.notes.setdefault(name, {}).update(values)
+        print(f"[{time.time() - self.started:4.0f} s] {name}: {json.dumps(values, default=str)}", flush=True)
+        (self.out / "gpu.json").write_text(json.dumps(self.notes, indent=1, default=str) + "\n")
+
+    def require(self, name: str, what: str, holds: bool) -> None:
+        """Say that `what` does not hold, and let the program end with 1."""
+        if not holds:
+            self.failed = True
+            self.note(name, refuted=what)
+
+    def run(self, name: str, needs: float, function: Callable) -> None:
+        """Run a section, or say that less than the seconds that it needs are left."""
+        if self.left() < needs and not self.smoke:
+            return self.note(name, skipped=f"{self.left():.0f} s are left, {needs} needed")
+        began = time.time()
+        try:
+            function(self, name)
+        except Exception as error:
+            self.failed = True
+            self.note(name, error=f"{type(error).__name__}: {str(error)[:400]}",
+                      where=traceback.format_exc().splitlines()[-6:-1])
+        gc.collect()
+        torch.cuda.empty_cache()
+        self.note(name, seconds=round(time.time() - began, 1))
+
+    # ---- measuring ---------------------------------------------------------------------------------------
+
+    def timed(self, function: Callable, times: int = 1) -> tuple[float, object]:
+        """Median seconds of a call, and what the last one returned."""
+        seconds = []
+        for _ in range(times):
+            self.synchronize()
+            began = time.perf_counter()
+            value = function()
+            self.synchronize()
+            seconds.append(time.perf_counter() - began)
+        return sorted(seconds)[times // 2], value
+
+    def synchronize(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def peak(self, function: Callable) -> tuple[float, object]:
+        """The most memory that was allocated during the call, in GiB, and what it returned."""
+        if not torch.cuda.is_available():
+            return 0.0, function()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        value = function()
+        self.synchronize()
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2), value
+
+    # ---- trainers, in processes of their own -------------------------------------------------------------
+
+    def start(self, name: str, words: list[str], program: str = "train.py",
+              ranks: int = 1) -> subprocess.Popen:
+        """Start a program under the launcher, or the bench, which starts its own. `name` is its log's."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program]
+        command = [sys.executable, *(["-m", program] if program == "tools.bench" else launcher), *words]
+        with open(self.runs / f"{name}.log", "w") as file:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                                    env={**os.environ, "PYTHONUNBUFFERED": "1"})
+
+    def said(self, name: str, *words: str) -> list[str]:
+        """The lines of a trainer's log that hold one of the words."""
+        text = (self.runs / f"{name}.log").read_text(errors="replace").replace("\r", "\n")
+        return [line.strip()[:300] for line in text.splitlines()
+                if not words or any(word in line for word in words)]
+
+    def wait(self, name: str, process: subprocess.Popen, seconds: float) -> int:
+        """Its exit code, below 0 if it had to be killed. The log joins the others."""
+        try:
+            process.wait(min(seconds, max(1.0, self.left() - 5)) if not self.smoke else 300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        with open(self.out / "logs.txt", "a") as log:
+            log.write("\n".join([f"===== {name}: {process.returncode}", *self.said(name)[-200:], ""]))
+        return process.returncode
+
+    def wait_for(self, name: str, process: subprocess.Popen, words: str, seconds: float) -> bool:
+        """Wait until a trainer says `words`; whether it did."""
+        end = time.time() + seconds
+        while time.time() < end and process.poll() is None and not self.said(name, words):
+            time.sleep(0.2)
+        return bool(self.said(name, words))
+
+
+def make_policy(check: Check, dtype: str, *, model: str, targets, rank: int, resolution=(512, 512),
+                length: int = 128, **more) -> Policy:
+    """A policy whose adapter changes the network. more: other arguments of `Policy`."""
+    policy = Policy(model, check.device, dtype, resolution=resolution, max_sequence_length=length,
+                    lora_rank=rank, lora_alpha=2 * rank, lora_targets=targets, **more)
+    for name, p in policy.network.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.02, generator=torch.Generator(check.device).manual_seed(len(name)))
+    return policy
+
+
+def clear_gradients(policy: Policy) -> None:
+    for p in policy.parameters:
+        p.grad = None
+
+
+def network_calls(check: Check, policy: Policy, guidance: float, images: int) -> dict[str, Callable]:
+    """One forward, one forward and backward, and one forward of the reference."""
+    text = policy.encode(["a"] * images)
+    velocity, reference = policy.velocity(text, guidance), policy.reference_velocity(text, guidance)
+    x = torch.randn(images, *policy.latent_shape, device=check.device, dtype=policy.compute_dtype)
+    sigma = x.new_full((images,), 0.5)
+
+    def backward():
+        velocity(x, sigma).sum().backward()
+        clear_gradients(policy)
+
+    return {"forward": torch.no_grad()(lambda: velocity(x, sigma)), "forward + backward": backward,
+            "reference": lambda: reference(x, sigma)}
+
+
+def network_speed(check: Check, name: str, policy: Policy, guidance: float, sizes: tuple[int, ...]) -> None:
+    """Note milliseconds and memory of a call on so many images."""
+    for size in sizes:
+        calls = network_calls(check, policy, guidance, size)
+        found = {}
+        for what in ("forward", "forward + backward"):
+            try:
+                memory, _ = check.peak(calls[what])
+                seconds, _ = check.timed(calls[what], 2)
+                found[what] = {"ms an image": round(1e3 * seconds / size, 1), "peak GiB": memory}
+            except RuntimeError as error:
+                found[what] = str(error)[:100]
+        check.note(name, **{f"{size} images": found})
+        clear_gradients(policy)
