@@ -432,10 +432,9 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=560, help="seconds for everything")
     parser.add_argument("--smoke", action="store_true", help="small sizes, on a CPU, without a limit")
     given = parser.parse_args()
-    device = distributed.setup()
-    if device.type != "cuda" and not given.smoke:
+    if distributed.own_device().type != "cuda" and not given.smoke:
         parser.error("no GPU here: --smoke runs on a CPU")
-    check = Check(device, given.out.absolute(), given.limit, given.smoke)
+    check = Check(distributed.setup(), given.out.absolute(), given.limit, given.smoke)
     for name, (needs, function) in SECTIONS.items():
         if name in given.only:
             check.run(name, needs, function)
