@@ -55,8 +55,13 @@ def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, cli
 
     At rho = 1 its gradient is REINFORCE's, -A grad log pi. Source: arXiv 2505.05470, eq. 5; 1707.06347, eq. 7.
     """
-    ratio = torch.exp(log_prob - old_log_prob)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    log_ratio, A = log_prob - old_log_prob, advantages
+    # Compare rho - 1 with the clip range, rather than -A rho with -A clip(rho), because the products of a ratio near 1 can round
+    # to one number in float32, and the maximum of two equal numbers passes half of each gradient.
+    excess = log_ratio.expm1()                                 # rho - 1
+    clipped = torch.where(A > 0, excess > clip_range, excess < -clip_range)
+    bound = 1 + clip_range * A.sign()
+    return -A * torch.where(clipped, bound.to(excess), log_ratio.exp())
 
 
 def _require_noise(std: Tensor) -> None:
@@ -102,11 +107,11 @@ def ratio_statistics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) 
     ratio: rho. ratio_deviation: |rho - 1|.
     """
     log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
+    excess = log_ratio.expm1()                                 # rho - 1; the subtraction would round away a float32 1e-5
     return {
-        "approx_kl": log_ratio.expm1() - log_ratio,            # ratio - 1 would lose a float32 log_ratio of 1e-5 to rounding
-        "clip_fraction_high": (ratio > 1 + clip_range).to(ratio.dtype),
-        "clip_fraction_low": (ratio < 1 - clip_range).to(ratio.dtype),
-        "ratio": ratio,
-        "ratio_deviation": log_ratio.expm1().abs(),
+        "approx_kl": excess - log_ratio,
+        "clip_fraction_high": (excess > clip_range).to(excess.dtype),
+        "clip_fraction_low": (excess < -clip_range).to(excess.dtype),
+        "ratio": log_ratio.exp(),
+        "ratio_deviation": excess.abs(),
     }
