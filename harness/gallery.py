@@ -1,16 +1,20 @@
 """What people look at: the page of a run, its pictures as they evolve, its curves elsewhere.
 
-    python -m harness.gallery runs/<name> [more runs ...] [--output FILE]        the page of a run, or one page that compares several
+    python -m harness.gallery runs/<name> [more runs ...] [--output FILE]        the page of a run, or one
+    page that compares several
 
 A run keeps, besides what this file does not write (`config.json`, `metrics.jsonl`):
 
-    runs/<name>/images/epoch_00010/000.png ...     held-out prompts, always with the same noise; 000.webp, a smaller copy, where
+    runs/<name>/images/epoch_00010/000.png ...     held-out prompts, always with the same noise; 000.webp, a
+    smaller copy, where
                                                    the picture is larger than a thumbnail
-    runs/<name>/images/epoch_00010/images.json     {"size": [width, height], "prompts": [...], "scores": {name: [...]}}
-    runs/<name>/index.html                         all of it on one page, which opens from the file system, offline
-    runs/<name>/tensorboard/                       the numbers of metrics.jsonl, under the same names
+    runs/<name>/images/epoch_00010/images.json     {"size": [width, height], "prompts": [...], "scores":
+    {name: [...]}} runs/<name>/index.html                         all of it on one page, which opens from the
+    file system, offline runs/<name>/tensorboard/                       the numbers of metrics.jsonl, under
+    the same names
 
-Page and pictures are written whole or not at all. Runs without images.json have a page too, without prompts and scores.
+Page and pictures are written whole or not at all. Runs without images.json have a page too, without prompts
+and scores.
 """
 
 import argparse
@@ -39,12 +43,15 @@ POINTS = 2000            # of a curve on the page; no screen shows more
 
 
 class Display:
-    """What a run shows while it trains: pictures, page, TensorBoard's curves and W&B's. One process writes it, the main rank.
+    """What a run shows while it trains: pictures, page, TensorBoard's curves and W&B's. One process writes
+    it, the main rank.
 
-    Nothing here stops a run: what fails (a full disk, a missing package) is said in one line, once, and left out.
+    Nothing here stops a run: what fails (a full disk, a missing package) is said in one line, once, and left
+    out.
 
-    first_epoch: the first whose metrics this process will bring. Pictures and curves of it and later ones, left by a process
-    that was stopped after its last checkpoint, are dropped. None for one that only looks: it draws no curves, and drops nothing.
+    first_epoch: the first whose metrics this process will bring. Pictures and curves of it and later ones,
+    left by a process that was stopped after its last checkpoint, are dropped. None for one that only looks:
+    it draws no curves, and drops nothing.
     """
 
     def __init__(self, directory: Path, first_epoch: int | None, wandb: bool = False):
@@ -108,9 +115,11 @@ class Display:
 
 
 class EventFile:
-    """TensorBoard's scalars of a run. Written on the spot, without the thread of torch's SummaryWriter: what fails, fails here.
+    """TensorBoard's scalars of a run. Written on the spot, without the thread of torch's SummaryWriter: what
+    fails, fails here.
 
-    Points of `first_epoch` and later ones in earlier files of the directory no longer count. Raises ImportError, OSError.
+    Points of `first_epoch` and later ones in earlier files of the directory no longer count. Raises
+    ImportError, OSError.
     """
 
     def __init__(self, directory: Path, first_epoch: int):
@@ -160,7 +169,9 @@ def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequen
 
 
 def save_comparison(directory: Path, before: int, after: int, columns: int = 8) -> Path | None:
-    """Images of two epochs in blocks of two, the earlier one above; None where either epoch kept no images."""
+    """Images of two epochs in blocks of two, the earlier one above; None where either epoch kept no
+    images.
+    """
     pairs = [[np.asarray(Image.open(path)) for path in sorted((directory / "images" / f"epoch_{e:05d}").glob("*.png"))]
              for e in (before, after)]
     if not all(pairs):
@@ -179,7 +190,8 @@ def save_comparison(directory: Path, before: int, after: int, columns: int = 8) 
 # --------------------------------------------------------------------------------------------------------------- page
 
 def write_page(runs: list[Path], output: Path) -> None:
-    """One page of one or several runs, whole or not at all. Pictures stay where they are: the page refers to them.
+    """One page of one or several runs, whole or not at all. Pictures stay where they are: the page refers to
+    them.
 
     Raises ValueError where a directory holds no run, OSError.
     """
@@ -200,7 +212,9 @@ def write_page(runs: list[Path], output: Path) -> None:
 
 
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
-    """All that the page shows of a run, in columns: one entry an epoch, one an image. Paths are relative to the page."""
+    """All that the page shows of a run, in columns: one entry an epoch, one an image. Paths are relative
+    to the page.
+    """
     metrics = read_metrics(directory / "metrics.jsonl")
     evaluations = [e for folder in evaluation_folders(directory) if (e := read_evaluation(folder, page_folder))["count"]]
     if not metrics and not evaluations:
