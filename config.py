@@ -170,7 +170,7 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether rounding is coarse. Ratios then start at 1 only if training replays the rollout's batches."""
+        """Whether rounding is coarse. Ratios then start at 1 only if training replays rollout batches."""
         return self.dtype in ("bfloat16", "float16")
 
     @property
@@ -239,7 +239,7 @@ PLACES = ("model", "prompts", "lora_path", "output_dir")
 
 
 def find_place(path: str) -> str:
-    """A path as it can be opened: "~" is expanded, and what is not here but comes with this project is found there."""
+    """A path to open, with "~" expanded. The project's assets are found from any directory."""
     place = os.path.expanduser(path)
     bundled = os.path.join(os.path.dirname(os.path.abspath(__file__)), place)
     return bundled if place.startswith("assets/") and not os.path.exists(place) else place

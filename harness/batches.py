@@ -52,16 +52,17 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     """
     samples = config.groups_per_epoch * config.group_size
     trained, per_rank = config.trained_steps, -(-samples // world_size)
-    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
+    in_update, more = divmod(per_rank, config.updates_per_epoch)         # samples, and updates with one more
 
     def by_update(size: int) -> int:
         return more * -(-(in_update + 1) // size) + (config.updates_per_epoch - more) * -(-in_update // size)
 
-    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples  # 0: not chosen yet
+    # A size of 0 is not chosen yet.
+    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples
     largest_update, half = in_update + bool(more), config.half_precision
     train_images = min(train_batch, largest_update)
     steps = samples * config.num_steps
-    if config.shared_start_noise and config.window_size:                  # on average over the windows' places
+    if config.shared_start_noise and config.window_size:  # on average over where windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
@@ -87,8 +88,8 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
             f"{p.rollout_images if config.rollout_batch else 'any number'}; "
             f"training batches: {p.train_batches} of up to "
             f"{p.train_images if config.train_batch else 'any number'}, steps at once: {p.steps_at_once}\n"
-            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
-            f"{p.reference_calls:,} reference")
+            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, "
+            f"{p.replay_calls:,} forward + backward, {p.reference_calls:,} reference")
 
 
 # ----------------------------------------------------------------------------- sizes that were not given
@@ -127,7 +128,7 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         if policy.device.type == "cuda":
             total = torch.cuda.get_device_properties(policy.device).total_memory
             if torch.cuda.max_memory_allocated(policy.device) + later > 0.8 * total:
-                raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
+                raise torch.OutOfMemoryError(f"out of memory: {size} images leave under a fifth of the GPU")
         return (time.perf_counter() - started) / size
 
     def choose(training: bool) -> int:
@@ -139,15 +140,19 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         sizes = sorted({most, *(2**n for n in range(most.bit_length()) if 2**n < most)})
         if policy.device.type == "cuda":
             return largest_that_fits(sizes, lambda size: trial(size, training))
-        return fastest(sizes, lambda size: distributed.sum_over_ranks(torch.tensor(trial(size, training))).item())
+
+        def over_ranks(size: int) -> float:
+            return distributed.sum_over_ranks(torch.tensor(trial(size, training))).item()
+
+        return fastest(sizes, over_ranks)
 
     rollout_batch, train_batch = config.rollout_batch, config.train_batch
     if half:
         rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
     train_batch = train_batch or choose(training=True)
     rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
-    chosen = distributed.gather_objects((rollout_batch, train_batch))
-    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
+    rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
+    return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 
 
 def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:

@@ -142,7 +142,7 @@ class EventFile:
         self.file.flush()                        # what is in metrics.jsonl is here too, if this process is killed
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- pictures
 
 def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequence[str], scores: dict[str, list[float]]) -> None:
     """Keep an evaluation's pictures in place of the epoch's earlier ones, whole or not at all.
@@ -187,7 +187,7 @@ def save_comparison(directory: Path, before: int, after: int, columns: int = 8) 
     return path
 
 
-# --------------------------------------------------------------------------------------------------------------- page
+# ----------------------------------------------------------------------------- page
 
 def write_page(runs: list[Path], output: Path) -> None:
     """One page of one or several runs, whole or not at all. Pictures stay where they are: the page refers to
