@@ -14,7 +14,6 @@ import functools
 import importlib.util
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
