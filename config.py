@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -174,16 +175,9 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether rounding is coarse. Ratios then start at 1 only if training replays the rollout's batches."""
+        """Whether rounding is coarse. Ratios then start at 1 only if training replays rollout batches."""
         return self.dtype in ("bfloat16", "float16")
 
-
-# What a continued run may change: the machine, its length, what is looked at and what is kept.
-MAY_CHANGE = set("""
-    epochs rollout_batch train_batch gradient_checkpointing compile offload_text_encoders reward_threads
-    reward_batch reward_models reward_urls reward_deadline max_unanswered trust_remote_code
-    collective_timeout skip_nonfinite eval_rewards eval_every eval_prompts eval_num_steps eval_images
-    eval_only save_every keep_checkpoints output_dir wandb run_name""".split())
 
 # What the published runs have in common (the paper and its authors' configurations).
 PUBLISHED = Config(
@@ -242,7 +236,18 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
     if unknown and unknown[0] in PRESETS:
         raise ConfigError(f"the preset {unknown[0]!r} must come first: train.py {unknown[0]} [--field value]")
     refuse_unknown(unknown, Config)
-    return preset, config
+    return preset, replace(config, **{name: find_place(getattr(config, name)) for name in PLACES})
+
+
+# Settings that may name a file or a directory.
+PLACES = ("model", "prompts", "lora_path", "output_dir")
+
+
+def find_place(path: str) -> str:
+    """A path to open, with "~" expanded. The project's assets are found from any directory."""
+    place = os.path.expanduser(path)
+    bundled = os.path.join(os.path.dirname(os.path.abspath(__file__)), place)
+    return bundled if place.startswith("assets/") and not os.path.exists(place) else place
 
 
 # The library's words for a mistake, and plainer ones.
@@ -366,12 +371,6 @@ def validate(config: Config) -> None:
             "its ratio needs the log-prob of a Gaussian, which cps has not; choose another --rule")
     require(not re.search(r"[/\\]|^\.{1,2}$", config.run_name), "run_name",
             "it names one directory under --output-dir")
-
-
-def changed_fields(saved: dict, config: Config) -> list[str]:
-    """Fields that differ between a saved config and this one and that a continued run may not change."""
-    present = to_dict(config)
-    return [name for name in present if name not in MAY_CHANGE and saved.get(name) != present[name]]
 
 
 def to_dict(config: Config) -> dict:

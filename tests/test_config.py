@@ -8,9 +8,10 @@ import itertools
 import pytest
 
 import config
-from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
+from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
 from distributed import share
 from harness.batches import batch_plan, describe, steps_at_once
+from harness.checkpoint import changed_fields
 from train import batches
 
 
