@@ -102,6 +102,7 @@ def test_edit_distance_is_its_recursive_definition_and_a_metric():
         ("hello", "", 0),
         ("cat", "qqqqqqqqqqqqqqqqqq", 0),  # the distance is cut off at the target's length: never negative
         ("héllo", "HÉLLO", 1),
+        ("ΑΣ Β", "ΑΣΒ", 1),  # a sigma is another letter at the end of a word, so the spaces go first
     ],
 )
 def test_text_score_of_known_pairs(target, recognised, expected):
@@ -121,13 +122,14 @@ def test_text_score_of_an_empty_target_is_an_error():
         ('says "Hello World" in blue', "Hello World"),
         ("it's a \"dog's\" bowl", "dog's"),
         ('says "two\nlines"', "two\nlines"),
+        ('a "b', "b"),  # a quote that is not closed reaches to the end, as the authors score it
     ],
 )
 def test_quoted_text_is_between_the_first_pair_of_double_quotes(prompt, quoted):
     assert ocr.quoted_text(prompt) == quoted
 
 
-@pytest.mark.parametrize("prompt", ["a cat", "", 'one " quote', 'says ""', 'says "  "', 'says "" and "cat"', "'cat'"])
+@pytest.mark.parametrize("prompt", ["a cat", "", 'one "', 'says ""', 'says "  "', 'says "" and "cat"', "'cat'"])
 def test_a_prompt_without_a_quoted_text_is_an_error_that_names_it(prompt):
     with pytest.raises(ValueError) as error:
         ocr.quoted_text(prompt)
