@@ -30,7 +30,7 @@ from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, dra
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
 from harness.program import run_as_program
-from harness.report import Statistics, mean_scores, progress, reward_metrics
+from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
 from harness.run import Run, launch
 from harness.scoring import Scorer
 from learner import Learner
@@ -220,7 +220,8 @@ def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
     scores, kept = evaluate_slice(learner, scorer, prompts, mine, config)
     images = distributed.gather_rows(kept, mine[:len(kept)], min(config.eval_images, len(prompts)))
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
-    return mean_scores("eval", scores), images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
+    metrics = {**mean_scores("eval", scores), **spreads("eval", scores.pop("thumbnail"))}
+    return metrics, images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
 
 
 @on_all_ranks

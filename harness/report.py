@@ -100,16 +100,35 @@ class Statistics:
                         "overflows": self.overflows, "skipped_updates": self.skipped}
 
 
+def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
+    """How much the pictures of a set differ, thumbnails (..., P, 3, 8, 8), of 255; averaged over the leading dimensions.
+
+    The first figure is the standard deviation over the set of the pictures' mean colour, averaged over channels. It falls
+    where a policy collapses to one ground. The finer one takes each of the 8 x 8 parts for itself.
+    """
+    colours = thumbnails.mean((-2, -1))                                     # (..., P, 3)
+    return {f"spread/{name}": colours.std(-2, correction=0).mean().item(),
+            f"spread/{name}_fine": thumbnails.std(-4, correction=0).mean().item()}
+
+
 def reward_metrics(scores: dict[str, Tensor], group_ids: Tensor) -> dict[str, float]:
-    """Mean of each reward over the epoch's images, the spread of the total, and the share of groups without any."""
+    """Mean of each reward over the epoch's images, the deviation of the total, the groups without any, and how much the
+    pictures of a group differ."""
+    groups = scores["thumbnail"].unflatten(0, (len(group_ids.unique()), -1))                         # (G, K, 3, 8, 8)
     return {**mean_scores("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
-            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids)}
+            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **spreads("group", groups)}
 
 
 def mean_scores(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
     """Mean of each score and metric, over the samples that it says something about."""
     return {f"{prefix}/{name}": values.double().nanmean().item() for name, values in scores.items()
-            if not values.isnan().all()}
+            if values.ndim == 1 and not values.isnan().all()}
+
+
+def spread_shares(metrics: dict, history: list[dict]) -> dict[str, float]:
+    """Each spread as a share of its value before training, which is the first that the run recorded."""
+    first = {name: value for m in reversed([*history, metrics]) for name, value in m.items() if name in ("spread/group", "spread/eval")}
+    return {f"{name}_share": metrics[name] / value for name, value in first.items() if name in metrics and value}
 
 
 def say(text: str) -> None:

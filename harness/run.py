@@ -22,7 +22,7 @@ from harness.checkpoint import (Record, checkpoint_path, cut_metrics, load_state
 from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, raise_if_stopping, within_memory)
 from harness.gallery import Display
 from harness.program import leave
-from harness.report import epoch_line, say
+from harness.report import epoch_line, say, spread_shares, warn
 from harness.scoring import Scorer
 from learner import Learner
 from policy import Policy, check_model
@@ -258,6 +258,8 @@ class Run:
         if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics = {**metrics, **self.evaluate(epoch)}
         if is_main():
+            metrics |= spread_shares(metrics, self.record.history)
+            self.warn_of_collapse(metrics)
             self.record.add(metrics)
             self.display.curves(metrics)
             if "eval/total" in metrics:
@@ -267,6 +269,13 @@ class Run:
             with signals.taking_its_time():
                 self.save(metrics)
                 distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
+
+    def warn_of_collapse(self, metrics: dict) -> None:
+        """Say once that the pictures have become alike, because a score does not show it."""
+        for name, pictures in (("spread/group_share", "pictures of a group"), ("spread/eval_share", "held-out pictures")):
+            if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
+                warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by their mean colour: the "
+                     "policy is losing its diversity; --shared-start-noise with a late --window-range keeps it, and so does --beta")
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
         """Metrics of the held-out prompts. The images go to the page."""
@@ -302,6 +311,9 @@ class Run:
         first, last = evaluated[0], evaluated[-1]
         after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else "; no later evaluation"
         say(f"eval/total {first['eval/total']:.4f} before training{after}")
+        if "spread/eval_share" in last:
+            say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before training, "
+                f"{last['spread/eval']:.1f} after ({last['spread/eval_share']:.0%})")
         if (directory / "index.html").exists():
             say(f"images and curves: {directory / 'index.html'}")
         if picture := self.display.comparison(first["epoch"], last["epoch"]):

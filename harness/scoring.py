@@ -15,6 +15,11 @@ from prompts import Prompt
 from rewards import NonFiniteScore, Rewards
 
 
+def thumbnails(images: Tensor) -> Tensor:
+    """Shrink pictures (B, H, W, 3) uint8 to (B, 3, 8, 8) float32, each value the mean of a part of the picture."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 8)
+
+
 class Scorer:
     """Scores micro-batches of pictures in their order while the next one is sampled."""
 
@@ -46,6 +51,8 @@ class Scorer:
     def collect(self) -> dict[str, np.ndarray]:
         """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.
 
+        "thumbnail" is not a score but (samples, 3, 8, 8), from which a run tells how much its pictures differ.
+
         A metric that a batch says nothing about is NaN there. Raises what scoring raised, or Interrupted at a stop signal.
         """
         try:
@@ -67,7 +74,8 @@ class Scorer:
             raise NonFinite(f"{where}: latents are not finite for prompt {prompts[int(finite.int().argmin())].text!r}; tensors are "
                             f"in {path}; lower --learning-rate, or in float16 use --dtype bfloat16")
         try:
-            return self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+            scores = self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+            return {**scores, "thumbnail": thumbnails(images).numpy()}
         except NonFiniteScore as error:
             path = save_debug_tensors(self.config, where, prompts, images=images)
             raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
