@@ -69,6 +69,7 @@ def start() -> FakeGPU:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False      # else autocast on "cuda" turns itself off
     torch.Tensor.pin_memory = lambda tensor: tensor
     torch.cuda._lazy_init = lambda: None
+    torch.cuda.is_bf16_supported = lambda *_: True
     return FakeGPU()
 
 
