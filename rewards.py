@@ -21,10 +21,12 @@ may run in another environment or on another machine, where this file asks it ov
 """
 import argparse
 import base64
+import contextlib
 import copy
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -37,8 +39,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -283,15 +286,13 @@ own_random_streams = OwnRandomStreams()
 # ---------------------------------------------------------------- names: import, build, check
 
 def import_reward(name: str) -> Callable:
-    """Import an entry of REGISTRY, or `my_file:my_function`, also of the current directory.
+    """Import an entry of REGISTRY, or your own: `my_file:function` of the current directory, `path/to/file.py:function`.
 
     Raises ValueError, in one line, where the module cannot be imported or holds no such callable.
     """
-    module, _, attribute = REGISTRY.get(name, name).partition(":")
-    module = module.removesuffix(".py")
-    if module not in sys.modules:
-        import_user_file(name, module)
-    found = getattr(sys.modules[module], attribute, None)
+    module, _, attribute = REGISTRY.get(name, name).rpartition(":")
+    with guard_import(name, module):
+        found = getattr(import_module(module, os.getcwd()), attribute, None)
     if found is None:
         raise ValueError(f"reward {name!r}: module {module!r} has no {attribute!r}")
     if not callable(found):
@@ -300,10 +301,32 @@ def import_reward(name: str) -> Callable:
     return found
 
 
-def import_user_file(name: str, module: str) -> None:
-    """Import the module of the reward `name`. Whatever it raises is a ValueError, also SystemExit."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+@functools.cache
+def import_module(module: str, directory: str) -> Any:
+    """Import a file of `directory`, by its path or its module's name, or any other module by its name."""
+    path = module if "/" in module else module.removesuffix(".py").replace(".", "/")
+    file = Path(directory, path.removesuffix(".py") + ".py")
+    module = module.removesuffix(".py")
+    for place in (directory, str(file.parent)):  # a file may import its neighbours
+        if place not in sys.path:
+            sys.path.append(place)
+    importlib.invalidate_caches()
+    if not file.exists():
+        return importlib.import_module(module)
+    spec = importlib.util.find_spec(module) if "/" not in module else None
+    if spec and spec.origin and Path(spec.origin).resolve() == file.resolve():
+        return importlib.import_module(module)
+    # Load the file itself, because another module, perhaps Python's own, has its name or is found first.
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(file.stem, loaded)  # so that multiprocessing can name its functions
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@contextlib.contextmanager
+def guard_import(name: str, module: str) -> Iterator[None]:
+    """Within, whatever the file of the reward `name` raises is a ValueError, also SystemExit."""
     # Keep what argparse prints, because a file that parses a command line prints a usage and exits. Restore
     # torch's settings, because a file may switch off the gradients that training needs.
     printed, print_message = [""], argparse.ArgumentParser._print_message
@@ -312,7 +335,7 @@ def import_user_file(name: str, module: str) -> None:
     argparse.ArgumentParser._print_message = lambda parser, message, file=None: printed.append(message)
     try:
         with own_random_streams:
-            importlib.import_module(module)
+            yield
     except KeyboardInterrupt:  # Ctrl-C, because imports run in the main thread
         raise
     except BaseException as error:

@@ -690,3 +690,15 @@ def test_a_file_of_ones_own_that_is_served_elsewhere_is_not_imported(own_rewards
     check_reward_weights({"served_rewards:score": 1.0}, urls)
     check_reward_prompts({"served_rewards:score": 1.0}, ["a"], [{}], urls)
     build_rewards({"served_rewards:score": 1.0}, urls=urls)
+
+
+def test_a_reward_is_a_file_by_its_path_or_name_whatever_else_has_that_name(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text("from neighbour import VALUE\ndef f(i, p, m): return [VALUE] * len(p)\n")
+    (tmp_path / "sub" / "neighbour.py").write_text("VALUE = 2.0\n")
+    (tmp_path / "test.py").write_text("def f(i, p, m): return [3.0] * len(p)\n")       # Python has a package of this name
+    (tmp_path / "random.py").write_text("def f(i, p, m): return [4.0] * len(p)\n")     # and this file itself uses that one
+    monkeypatch.chdir(tmp_path)
+    names = ["sub/mine.py:f", f"{tmp_path}/sub/mine.py:f", "test:f", "random.py:f"]
+    scores = build_rewards(dict.fromkeys(names, 1.0))(IMAGES, PROMPTS, METADATA)
+    assert [scores[name][0] for name in names] == [2, 2, 3, 4]
