@@ -413,15 +413,16 @@ def test_the_kl_moves_weights_where_rewards_are_equal_and_pulls_them_to_the_refe
     assert kl[10.0] < 0.5 * kl[1e-9]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_run_in_half_precision_trains_and_continues(train_here, dtype):
-    train_here(dtype, dtype=dtype, epochs=1, **CHEAP)
-    directory = train_here(dtype, dtype=dtype, epochs=2, **CHEAP)
-    assert [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
+@pytest.mark.parametrize("dtype, epochs", [("bfloat16", 2), ("float16", 8)])
+def test_a_run_in_half_precision_trains_and_continues(train_here, dtype, epochs):
+    """In float16 the first updates of so few samples overflow, until the loss scale has come down."""
+    train_here(dtype, dtype=dtype, epochs=epochs // 2, **CHEAP)
+    directory = train_here(dtype, dtype=dtype, epochs=epochs, **CHEAP)
+    assert [m["epoch"] for m in metrics_of(directory)] == list(range(epochs + 1))
     assert all(m["ratio_deviation_before"] < 0.02 for m in metrics_of(directory)[1:])
     assert metrics_of(directory)[-1]["overflows"] == 0 and metrics_of(directory)[-1]["grad_norm"] > 0
-    assert weights_of(directory, 2).dtype == torch.float32 and weights_of(directory, 2).isfinite().all()
-    assert not torch.equal(weights_of(directory, 2), weights_of(directory, 1))
+    assert weights_of(directory, epochs).dtype == torch.float32 and weights_of(directory, epochs).isfinite().all()
+    assert not torch.equal(weights_of(directory, epochs), weights_of(directory, epochs - 1))
 
 
 def test_a_fully_fine_tuned_run_saves_its_averaged_transformer_for_diffusers(train_here, model):
