@@ -9,10 +9,8 @@ import pytest
 
 import config
 from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
-from distributed import share
-from harness.batches import batch_plan, describe, steps_at_once
+from harness.batches import batch_plan, describe
 from harness.checkpoint import changed_fields
-from train import batches
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -150,42 +148,9 @@ def test_a_continued_run_may_change_the_machine_and_the_length_and_nothing_of_th
     assert changed_fields(saved, dataclasses.replace(Config(), resolution=(24, 56), beta=0.1)) == ["resolution", "beta"]
 
 
-# ---------------------------------------------------------------------------------------------------------- batch plan
+# ------------------------------------------------------------------------------------------------------- trained steps
 
-PLANS = [(groups, size, updates, ranks, batch) for groups, size, updates in
-         [(1, 2, 1), (1, 2, 2), (3, 5, 2), (12, 16, 4), (7, 3, 5), (48, 24, 2)]
-         for ranks in (1, 2, 3, 8, 13) for batch in (1, 4, 32)]
-
-
-@pytest.mark.parametrize("groups, size, updates, ranks, batch", PLANS)
-def test_every_sample_is_drawn_once_and_trained_once_and_the_plan_counts_the_batches(groups, size, updates, ranks, batch):
-    config = dataclasses.replace(Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=updates, rollout_batch=batch,
-                                 train_batch=batch)
-    plan, in_half = batch_plan(config, ranks), batch_plan(dataclasses.replace(config, dtype="bfloat16"), ranks)
-    assert plan.samples == groups * size
-    held = [share(plan.samples, rank, ranks) for rank in range(ranks)]
-    assert sorted(itertools.chain(*held)) == list(range(plan.samples))
-    assert {len(mine) for mine in held} <= {plan.samples_per_rank, plan.samples // ranks}
-    assert max(len(mine) for mine in held) == plan.samples_per_rank
-    trained = [[batches([i for i in mine if i % updates == u], batch) for u in range(updates)] for mine in held]
-    assert sorted(i for rank in trained for update in rank for b in update for i in b) == list(range(plan.samples))
-    assert max(sum(len(update) for update in rank) for rank in trained) == plan.train_batches == in_half.train_batches
-    assert in_half.rollout_batches == in_half.train_batches                            # each has its part in the rollout
-    assert max(len(batches(mine, batch)) for mine in held) == plan.rollout_batches
-    largest = max(len(b) for rank in trained for update in rank for b in update)
-    assert plan.train_images == in_half.train_images == in_half.rollout_images == largest and in_half.steps_at_once == 1
-    assert plan.rollout_images == max(len(b) for mine in held for b in batches(mine, batch))
-    assert plan.steps_at_once == 1 or plan.steps_at_once * largest <= batch
-    assert all(any(rank[u] for rank in trained) for u in range(updates))              # no update is without samples
-
-
-@pytest.mark.parametrize("steps, images, size, parts", [(9, 16, 64, [3, 3, 3]), (9, 16, 32, [2, 2, 2, 2, 1]), (3, 24, 48, [2, 1]),
-                                                        (3, 24, 72, [3]), (3, 30, 48, [1, 1, 1]), (9, 1, 8, [5, 4]), (2, 64, 48, [1, 1])])
-def test_steps_share_calls_in_even_parts(steps, images, size, parts):
-    assert [len(part) for part in batches(range(steps), steps_at_once(steps, images, size))] == parts
-
-
-def test_untrained_steps_are_floor_of_the_fraction_or_the_window():
+def test_trained_steps_are_the_floor_of_the_fraction_or_the_window():
     steps = lambda **changes: dataclasses.replace(Config(), **{"window_size": 0, **changes}).trained_steps
     assert steps(num_steps=10, timestep_fraction=0.9) == 9
     assert steps(num_steps=10, timestep_fraction=0.99) == 9

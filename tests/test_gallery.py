@@ -14,12 +14,12 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from helpers import CHEAP, ROOT, images_of, metrics_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import CHEAP, ROOT, images_of, metrics_of, train_here  # noqa: F401  (a fixture)
 
-import train
 from harness.gallery import POINTS, Display, save_images, write_page
+from harness.run import prepare
 
 HOSTILE = ["</script><script>document.title = 'run'</script>", "<img src=x onerror=\"document.title = 'run'\">", "<!--", "{{data}}",
            "a sign that says \"it's\" & 'that's it' \\ \u2028 \u202e", "日本語 😀", ""]
@@ -284,7 +284,7 @@ def test_a_default_run_spends_less_than_two_percent_on_being_looked_at(tmp_path)
 def test_wandb_without_its_package_ends_before_a_model_loads(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
-        train.prepare(["--wandb"])
+        prepare(["--wandb"])
 
 
 def records_of(path: Path) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kill_and_resume import equal
+from helpers import equal
 
 from config import parse_config
 from learner import Learner, WeightAverage, learning_rate, on_host
@@ -21,7 +21,7 @@ def learner() -> Learner:
 def step(learner: Learner, gradient: float) -> float:
     for p in learner.policy.parameters:
         p.grad = torch.full_like(p, gradient)
-    return learner.update(max_grad_norm=1.0)
+    return learner.step(max_grad_norm=1.0)[0]
 
 
 def test_the_same_steps_from_a_restored_state_end_at_the_same_bits(learner):

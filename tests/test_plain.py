@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import plain
 from config import parse_config
-from prompts import epoch_prompt_indices, load_prompts, words
+from draws import GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_windows, epoch_prompt_indices
+from prompts import load_prompts, words
 from rewards import build_rewards
-from train import GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_windows
 
 ROOT = Path(plain.__file__).parent
 SEED, GROUPS, K, UPDATES = 1, 3, 4, 2

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import schemathesis
 import torch
-from conftest import wait_until
+from helpers import wait_until
 from PIL import Image
 from test_rewards import noisy_words, render
 
