@@ -9,6 +9,7 @@ assume that every rank runs backward equally often. Here a rank trains whatever 
 none. The gradient is that of the mean over all samples, not the mean of the ranks' means.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch import Tensor
 LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer, which was there before its workers
 DRIVER = "/proc/driver/nvidia/version"       # exists if a driver of NVIDIA's is installed
 launcher_store: dist.Store   # the launcher's key-value store, which outlives its workers
+around_collective = contextlib.nullcontext   # every collective runs within one of these: a place to measure
 
 
 class LostRank(RuntimeError):
@@ -114,7 +116,8 @@ def collective(function: Callable) -> Callable:
     @functools.wraps(function)
     def told(*arguments):
         try:
-            return function(*arguments)
+            with around_collective():
+                return function(*arguments)
         except RuntimeError as error:
             lost = isinstance(error, dist.DistError) or "gloo" in str(error)
             if not lost or "out of memory" in str(error):        # NCCL's own error, with a setting to lower

@@ -30,10 +30,11 @@ class Learner:
         self.policy, self.config = policy, config
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
                                            weight_decay=config.weight_decay, fused=True)
-        # The loss is a mean over all ranks' samples and steps, thousands of them, so one row's gradient is small, and float16 holds
-        # nothing below 6e-8: the usual first scale, 2^16, would lose most of what queries and keys learn from. Where 2^24 is too
-        # much, the scale halves, and that step is counted as an overflow.
-        self.scaler = torch.amp.GradScaler(policy.device.type, init_scale=2.0**24, growth_interval=100,
+        # The loss is a mean over all ranks' samples and steps, thousands of them, so one row's gradient is small, and float16
+        # holds nothing below 6e-8. On an H200 (SD3.5-M, the gradients of a step against float32's): at the usual first scale,
+        # 2^16, off by 24 % and queries by 94 %; at 2^24, by under 1 % but the text stream's queries by 49 %; at 2^30, all by
+        # under 1 %. If 2^30 is too much, the scale halves itself, and the skipped update is counted as an overflow.
+        self.scaler = torch.amp.GradScaler(policy.device.type, init_scale=2.0**30, growth_interval=100,
                                            enabled=config.dtype == "float16")
         self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)

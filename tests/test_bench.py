@@ -1,14 +1,18 @@
-"""Claims about bench.py: what it counts is what the plan says, and its phases are the whole epoch."""
+"""Claims about tools/bench.py: what it counts is what the plan says, and its phases are the whole epoch."""
+
+import contextlib
 
 import pytest
+import torch
 
-import bench
 import distributed
-import train
+from harness import run
 from harness.batches import batch_plan
+from tools import bench
 
-FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0 --timestep-fraction 0.7 --guidance-scale 4.5
-    --beta 0.1 --groups-per-epoch 2 --group-size 3 --updates-per-epoch 2 --rollout-batch 4 --train-batch 2""".split()
+FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0
+    --timestep-fraction 0.7 --guidance-scale 4.5 --beta 0.1 --groups-per-epoch 2 --group-size 3
+    --updates-per-epoch 2 --rollout-batch 4 --train-batch 2""".split()
 
 
 @pytest.fixture
@@ -19,37 +23,46 @@ def setting(model):
 
 
 def test_the_rows_counted_are_the_plans_and_the_phases_add_up_to_the_epoch(setting):
-    with train.scoring_thread(setting.device) as scorer:
-        seconds = setting.watch(scorer)
+    seconds = setting.watch()
     plan = batch_plan(setting.config, 1, branches=2)
-    assert setting.rows == {"rollout": plan.rollout_calls, "replay": plan.replay_calls, "reference": plan.reference_calls,
-                            "decode": plan.samples, "reward": plan.samples}
+    assert setting.floor.rows == {
+        "rollout": plan.rollout_calls, "replay": plan.replay_calls, "reference": plan.reference_calls,
+        "decode": plan.samples, "reward": plan.samples}
     phases = {phase: value for phase, (value,) in setting.phases.items()}
     assert 0.9 * seconds < sum(phases.values()) < 1.1 * seconds
-    assert min(phases[phase] for phase in ("text", "rollout", "decode", "replay", "reference", "optimizer", "gather")) > 0
+    assert min(phases[phase] for phase in bench.PHASES if phase not in ("reward exposed", "waiting")) > 0
+    assert distributed.around_collective is contextlib.nullcontext and "velocity" not in vars(setting.policy)
 
-    measured = setting.rate("replay", 2, 1, 0.0)
+    measured = setting.floor.rate("replay", 2, 1, 0.0)
     assert 0 < measured < seconds and all(p.grad is None for p in setting.policy.parameters)
-    flops = setting.flops()
+    flops = setting.floor.flops()
     assert flops["replay"] > 1.5 * flops["rollout"] > 1.5 * flops["reference"] > 0
 
 
 def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(setting, model):
     words = ["--model", model, *FLAGS]
-    one_group = " ".join(words).replace("--groups-per-epoch 2 --group-size 3", "--groups-per-epoch 1 --group-size 2").split()
-    like = bench.Setting(" ".join(words).replace("--num-steps 3", "--num-steps 4").split(), setting.device)
+
+    def changed_to(before: str, after: str) -> list[str]:
+        return " ".join(words).replace(before, after).split()
+
+    one_group = changed_to("--groups-per-epoch 2 --group-size 3", "--groups-per-epoch 1 --group-size 2")
+    like = bench.Setting(changed_to("--num-steps 3", "--num-steps 4"), setting.device)
     unlike = [bench.Setting(changed, setting.device) for changed in ([*words, "--lora-rank", "2"], one_group)]
     for other in (like, *unlike):
-        other.share_rates(setting)
-    assert like.rates is setting.rates and all(other.rates is not setting.rates for other in unlike)
+        other.floor.share(setting.floor)
+    assert like.floor.rates is setting.floor.rates
+    assert all(other.floor.rates is not setting.floor.rates for other in unlike)
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--rounds", "0"], "'0' is not a whole number of at least 1"), (["--ranks", "1.5"], "'1.5' is not a whole number"),
-    (["--rounds"], "expected one argument"), (["--rounds", "1", "--", "--rounds=2"], "--rounds is given twice"),
+    (["--rounds", "0"], "'0' is not a whole number of at least 1"),
+    (["--ranks", "1.5"], "'1.5' is not a whole number"), (["--rounds"], "expected one argument"),
+    (["--rounds", "1", "--", "--rounds=2"], "--rounds is given twice"),
     (["--", "--rewards", "a", "1", "--rewards", "b", "1"], "--rewards is given twice"),
-    (["--json", "nowhere/bench.json"], "'nowhere' is no directory"), (["--", "--model", "nowhere"], "nowhere/model_index.json"),
-    (["--guidance-scale", "0.5"], "--guidance-scale is 0.5"), (["--", "--windowsize", "2"], "did you mean '--window-size'")])
+    (["--json", "nowhere/bench.json"], "'nowhere' is no directory"),
+    (["--", "--model", "nowhere"], "nowhere/model_index.json"),
+    (["--guidance-scale", "0.5"], "--guidance-scale is 0.5"),
+    (["--", "--windowsize", "2"], "did you mean '--window-size'")])
 def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words, said):
     def leave(code: int):
         raise SystemExit(code)
@@ -58,7 +71,7 @@ def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(bench.sys, "argv", ["bench.py", *words])
     monkeypatch.setattr(bench.os, "execv", lambda *arguments: pytest.fail("started"))
-    monkeypatch.setattr(train, "leave", leave)
+    monkeypatch.setattr(run, "leave", leave)
     with pytest.raises(SystemExit) as stopped:
         bench.main()
     err = capsys.readouterr().err
@@ -66,8 +79,8 @@ def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words
 
 
 def test_what_ranks_spend_in_a_collective_beyond_the_last_to_come_is_waiting(monkeypatch):
-    clock = bench.Clock(None)
+    clock = bench.Clock(torch.device("cpu"))
     clock.collectives, clock.seconds["gather"] = [0.5, 0.25, 2.0], 3.0
     monkeypatch.setattr(distributed, "gather_objects", lambda mine: [mine, [0.125, 0.5, 1.0]])
-    clock.tell_waiting()
+    clock.split_waiting()
     assert clock.seconds == {"gather": 3.0 - 0.375 - 1.0, "waiting": 0.375 + 1.0}

@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftModel
 from test_adapters import fresh_pipeline, written_by_peft
 from test_families import CPU, TOKENS, change, make_policy
 
-import demo
 from config import Config, to_dict
-from demo import Options, Picture, Request, Studio, cards, in_words, locate, make_studio, newest_run, newest_weights, settings_for
 from policy import Policy
 from rewards import build_rewards
+from tools import demo
+from tools.demo import DemoOptions, cards_html, choose_settings, make_studio, one_line
+from tools.studio import Picture, PictureRequest, Studio, locate, newest_run, newest_weights
 
-REQUEST = Request('the word "lamp"', 7, 3, 2.5, (16, 32))
+REQUEST = PictureRequest('the word "lamp"', 7, 3, 2.5, (16, 32))
 replace = dataclasses.replace
 
 
@@ -49,7 +50,7 @@ def studio(model, adapters) -> Studio:
     return studio
 
 
-def of_pipeline(pipe, request: Request) -> np.ndarray:
+def of_pipeline(pipe, request: PictureRequest) -> np.ndarray:
     """What diffusers' own pipeline draws, float (H, W, 3) from 0 to 255."""
     guided = {"negative_prompt": request.negative_prompt} if isinstance(pipe, StableDiffusion3Pipeline) else {}
     return 255 * pipe(request.prompt, height=request.resolution[0], width=request.resolution[1], max_sequence_length=TOKENS,
@@ -119,16 +120,16 @@ def test_each_picture_is_scored_where_its_prompt_can_be_and_drawn_anyway_and_kep
     scored = Studio(studio.policy, build_rewards({"rapidocr_line": 2.0, "jpeg_compressibility": 1.0}))
     scored.adapters = studio.adapters
     steps = []
-    pictures = [scored.picture(name, REQUEST, lambda: steps.append(1)) for name in ("", *adapters)]
+    pictures = [scored.draw_and_score(name, REQUEST, lambda: steps.append(1)) for name in ("", *adapters)]
     assert len(steps) == 3 * REQUEST.num_steps
     for picture in pictures:
         score = {key: value[0] for key, value in scored.rewards(picture.image[None], [REQUEST.prompt], [{}]).items()}
         assert picture.scores == score and set(score) == {"rapidocr_line", "jpeg_compressibility", "total"}
-    assert scored.picture(adapters[0], REQUEST, steps.clear) is pictures[1]
-    assert scored.picture(adapters[0], replace(REQUEST, strength=0.0)).image is not pictures[0].image and steps
+    assert scored.draw_and_score(adapters[0], REQUEST, steps.clear) is pictures[1]
+    assert scored.draw_and_score(adapters[0], replace(REQUEST, strength=0.0)).image is not pictures[0].image and steps
     without = replace(REQUEST, prompt="a lamp")
-    picture = scored.picture("", without)
-    assert picture.scores == {} and "double quotes" in picture.unscored and not pictures[0].unscored
+    picture = scored.draw_and_score("", without)
+    assert picture.scores == {} and "double quotes" in picture.score_problem and not pictures[0].score_problem
     assert np.array_equal(picture.image, studio.draw("", without))
 
 
@@ -146,7 +147,7 @@ def test_half_precision_draws_the_base_to_the_bit_too(model, adapters):
 def refusal(call, *args, **kwargs) -> str:
     with pytest.raises(ValueError) as error:
         call(*args, **kwargs)
-    message = in_words(error.value)
+    message = one_line(error.value)
     assert "\n" not in message and len(message) < 500 and "--lora-path" not in message, message
     return message
 
@@ -203,7 +204,7 @@ def test_running_out_of_memory_is_said_in_one_line_and_the_next_picture_is_drawn
     with pytest.raises(RuntimeError) as error:
         studio.draw(adapters[0], REQUEST)
     hook.remove()
-    assert demo.expected(error.value) and in_words(error.value).startswith("out of memory: draw a smaller picture")
+    assert demo.is_for_user(error.value) and one_line(error.value).startswith("out of memory: draw a smaller picture")
     assert np.array_equal(studio.draw(adapters[0], REQUEST), expected)
 
 
@@ -230,10 +231,10 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(capsys):
 def test_what_cannot_be_loaded_is_refused_in_one_line(model):
     config = Config(model=model, resolution=(16, 32))
     load = functools.partial(make_studio, adapters=())
-    assert "multiples of 8" in refusal(load, Options(), replace(config, resolution=(20, 64)))
+    assert "multiples of 8" in refusal(load, DemoOptions(), replace(config, resolution=(20, 64)))
     unknown = replace(config, rewards=(("rapidocr_lin", 1.0),))
-    assert "did you mean 'rapidocr_line'?" in refusal(load, Options(rewards=unknown.rewards), unknown)
-    studio, notes = load(Options(), unknown)                                              # of a run, not to be had here
+    assert "did you mean 'rapidocr_line'?" in refusal(load, DemoOptions(rewards=unknown.rewards), unknown)
+    studio, notes = load(DemoOptions(), unknown)                                              # of a run, not to be had here
     assert studio.rewards is None and "did you mean 'rapidocr_line'?" in notes[0] and "has an adapter" in notes[1]
 
 
@@ -267,20 +268,20 @@ def test_the_newest_run_is_the_one_whose_weights_were_written_last_and_of_it_the
 def test_settings_are_those_of_the_first_adapters_run_unless_told_otherwise(model, adapters, tmp_path):
     run = make_run(tmp_path / "run", adapters[1], (3,), model=model, rewards=(("jpeg_compressibility", 2.0),), eval_num_steps=5,
                    guidance_scale=3.0, resolution=(16, 32), max_sequence_length=9)
-    for options in (Options(adapters=(f"{run}/checkpoints/epoch_00003/adapter",)), Options(output_dir=str(tmp_path))):
-        config, chosen = settings_for(options)
+    for options in (DemoOptions(adapters=(f"{run}/checkpoints/epoch_00003/adapter",)), DemoOptions(output_dir=str(tmp_path))):
+        config, chosen = choose_settings(options)
         assert len(chosen) == 1 and (config.model, config.eval_num_steps, config.guidance_scale) == (model, 5, 3.0)
         assert tuple(config.resolution) == (16, 32) and dict(config.rewards) == {"jpeg_compressibility": 2.0}
         assert config.max_sequence_length == 9
-    config, _ = settings_for(replace(options, resolution=(8, 8), rewards=(("rapidocr", 1.0),)))
+    config, _ = choose_settings(replace(options, resolution=(8, 8), rewards=(("rapidocr", 1.0),)))
     assert config.resolution == (8, 8) and config.rewards == (("rapidocr", 1.0),) and config.eval_num_steps == 5
-    config, chosen = settings_for(Options(output_dir=str(tmp_path / "nothing")))
+    config, chosen = choose_settings(DemoOptions(output_dir=str(tmp_path / "nothing")))
     assert chosen == () and config == Config()
 
 
 def test_other_models_start_with_published_settings_and_without_rewards(model, flux_model, tmp_path):
     for directory, steps, guidance_scale in ((model, 40, 4.5), (flux_model, 28, 3.5)):
-        config, chosen = settings_for(Options(model=directory, output_dir=str(tmp_path)))
+        config, chosen = choose_settings(DemoOptions(model=directory, output_dir=str(tmp_path)))
         assert chosen == () and (config.model, config.eval_num_steps, config.guidance_scale) == (directory, steps, guidance_scale)
         assert config.rewards == () and config.resolution == (512, 512)
 
@@ -291,6 +292,6 @@ def test_words_reach_the_page_escaped():
     evil = '<script>alert(1)</script><img src=x onerror="alert(1)">'
     request = replace(REQUEST, prompt=evil, negative_prompt=evil)
     image = np.zeros((16, 32, 3), np.uint8)
-    page = cards([Picture("", image, {evil: 1.0}), Picture(evil, image, {evil: 2.0})], request, [evil])
-    page += demo.caption(request) + demo.said("problem", evil)
+    page = cards_html([Picture("", image, {evil: 1.0}), Picture(evil, image, {evil: 2.0})], request, [evil])
+    page += demo.caption_html(request) + demo.message_html("problem", evil)
     assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") == 8

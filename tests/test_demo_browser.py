@@ -19,8 +19,8 @@ from PIL import Image
 from test_demo import change, make_run, plain
 from test_families import TOKENS
 
-from demo import Request
 from policy import Policy
+from tools.studio import PictureRequest
 
 PROMPT, EVIL = 'the word "lamp"', '<script>window.ran = 1</script><img src=x onerror="window.ran = 1">${window.ran = 1}'
 EVIL_NAME = "<img src=x onerror=window.ran=1>"
@@ -28,7 +28,7 @@ EVIL_NAME = "<img src=x onerror=window.ran=1>"
 SERVER = """import sys
 sys.addaudithook(lambda event, args: event in ("socket.getaddrinfo", "socket.connect")
                  and print("NETWORK", args[1] if event == "socket.connect" else args[0], file=sys.stderr, flush=True))
-import demo
+from tools import demo
 sys.exit(demo.main(sys.argv[1:]))"""
 
 
@@ -120,7 +120,7 @@ def test_a_prompt_gives_base_and_tuned_pictures_of_one_seed_scored_and_the_slide
         browser, server, runs, model):
     visit = Visit(browser, server[0])
     base, tuned = visit.draw(PROMPT, 2)
-    request = Request(PROMPT, 1, 3, 2.0, (16, 32))
+    request = PictureRequest(PROMPT, 1, 3, 2.0, (16, 32))
     studio = plain(model)
     studio.add(str(runs / "first"))
     assert np.array_equal(base, studio.draw("", request)) and np.array_equal(tuned, studio.draw("first, epoch 5", request))
@@ -136,7 +136,7 @@ def test_a_prompt_gives_base_and_tuned_pictures_of_one_seed_scored_and_the_slide
         return visit.drawn("pictures", f"strength {value}\n", 2)[1]
 
     assert np.array_equal(at_strength("0"), base)
-    assert np.array_equal(at_strength("0.5"), studio.draw("first, epoch 5", Request(PROMPT, 1, 3, 2.0, (16, 32), strength=0.5)))
+    assert np.array_equal(at_strength("0.5"), studio.draw("first, epoch 5", PictureRequest(PROMPT, 1, 3, 2.0, (16, 32), strength=0.5)))
     visit.end()
 
 

@@ -173,6 +173,24 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(policy, pipe):
         assert not any(p.requires_grad for p in part.parameters())
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_compiled_policy_samples_with_gradients_and_drops_them(model, monkeypatch, compile):
+    policy = make_policy(model, compile=compile)         # nothing is compiled before the first call of a block
+    with_gradients = []
+
+    def velocity(network, x, t, text, guidance_scale):
+        with_gradients.append(torch.is_grad_enabled())
+        return x * policy.parameters[0].sum()
+
+    monkeypatch.setattr(policy.family, "velocity", velocity)
+    text, latents, sigma = policy.encode(PROMPTS), start_noise(policy, 2), torch.ones(2)
+    with torch.no_grad():
+        assert not policy.velocity(text, 4.5)(latents, sigma).requires_grad
+    assert not policy.reference_velocity(text, 4.5)(latents, sigma).requires_grad
+    assert policy.velocity(text, 4.5)(latents, sigma).requires_grad
+    assert with_gradients == [compile, False, True]
+
+
 # ------------------------------------------------------------------------------------------------ calls of the network
 
 @pytest.mark.parametrize("full_finetune", [False, True])
