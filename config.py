@@ -194,7 +194,7 @@ PUBLISHED = Config(
     ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16", rollout_batch=0,
     train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
-PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # the README says where they are
+PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # docs/recipes.md fetches them
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5),
             clip_range=1e-5, beta=0.0)
 FLUX = dict(
