@@ -116,11 +116,10 @@ def collective(function: Callable) -> Callable:
         try:
             return function(*arguments)
         except RuntimeError as error:
-            if "out of memory" in str(error):    # NCCL's own error, for which there is a setting to lower
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if not lost or "out of memory" in str(error):        # NCCL's own error, with a setting to lower
                 raise
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise LostRank(" ".join(str(error).rpartition("] ")[2].split())[:1000]) from error
-            raise
+            raise LostRank(" ".join(str(error).rpartition("] ")[2].split())[:1000]) from error
     return told
 
 

@@ -49,7 +49,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, std: str = "global", ep
     r = rewards.double()
     _, group, counts = group_ids.unique(return_inverse=True, return_counts=True)      # (N,), (groups,)
     # for g in groups: above[g] = r[g] - min(r[g]); centred[g] = above[g] - mean(above[g])
-    # Subtract the group's lowest reward first, because equal rewards are then exactly 0, and so is their mean.
+    # Subtract the group's lowest reward first, because equal rewards then are exactly 0, as is their mean.
     above = r - r.new_zeros(len(counts)).scatter_reduce(0, group, r, "amin", include_self=False)[group]
     mean = r.new_zeros(len(counts)).index_add(0, group, above) / counts                       # (groups,)
     centred = above - mean[group]                                                             # (N,)
@@ -72,8 +72,13 @@ def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, cli
 
     At rho = 1 its gradient is REINFORCE's, -A grad log pi.
     """
-    ratio = torch.exp(log_prob - old_log_prob)
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    log_ratio, A = log_prob - old_log_prob, advantages
+    # Compare rho - 1 with the clip range, and not -A rho with -A clip(rho), because these products can round to
+    # one number in float32 if rho is near 1. The maximum of two equal numbers passes half of each gradient.
+    excess = log_ratio.expm1()                                                    # rho - 1
+    clipped = torch.where(A > 0, excess > clip_range, excess < -clip_range)
+    bound = 1 + clip_range * A.sign()                                             # 1 + e or 1 - e
+    return -A * torch.where(clipped, bound.to(excess), log_ratio.exp())
 
 
 def guard_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor) -> Tensor:
@@ -126,14 +131,13 @@ def ratio_statistics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) 
     Average them over an update, but take the maximum of `ratio_deviation`.
     """
     log_ratio = log_prob - old_log_prob
-    ratio = log_ratio.exp()
+    excess = log_ratio.expm1()        # rho - 1, whose subtraction would lose 1e-5 to rounding in float32
     return {
-        # expm1, because ratio - 1 would lose a float32 log-ratio of 1e-5 to rounding
-        "approx_kl": log_ratio.expm1() - log_ratio,
-        "clip_fraction_high": (ratio > 1 + clip_range).to(ratio.dtype),
-        "clip_fraction_low": (ratio < 1 - clip_range).to(ratio.dtype),
-        "ratio": ratio,
-        "ratio_deviation": log_ratio.expm1().abs(),
+        "approx_kl": excess - log_ratio,
+        "clip_fraction_high": (excess > clip_range).to(excess.dtype),
+        "clip_fraction_low": (excess < -clip_range).to(excess.dtype),
+        "ratio": log_ratio.exp(),
+        "ratio_deviation": excess.abs(),
     }
 
 

@@ -187,10 +187,9 @@ class Rewards:
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"a batch needs at least 1 image, as many prompts and metadata, not {counts}")
         scores, batch = {}, (images, prompts, metadata)
-        with own_random_streams:
-            jobs = [self.threads.submit(score_and_check, *item, *batch) for item in self.components.items()]
-            for job in jobs:
-                scores |= job.result()
+        jobs = [self.threads.submit(score_and_check, *item, *batch) for item in self.components.items()]
+        for job in jobs:
+            scores |= job.result()
         # total = sum_i weight_i score_i
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
@@ -211,7 +210,8 @@ def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequ
     images, columns, metrics = images.copy(), {}, {}
     images.flags.writeable = False
     try:
-        returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
+        with own_random_streams:
+            returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict):
             returned, metrics = returned
         for column, values in {name: returned, **{f"{name}/{key}": metrics[key] for key in metrics}}.items():
@@ -376,7 +376,7 @@ def check_reward_weights(weights: Weights, urls: Places = {}) -> None:
         if name not in weights:
             weighted = ", ".join(weights)
             raise ValueError(f"reward {name!r} has a URL, {url!r}, but no weight; those with one: {weighted}")
-        host = r"(?:\[[\da-fA-F:.]+\]|[^\s/?#:]+)"
+        host = r"(?:[^\s/?#@]*@)?(?:\[[\da-fA-F:.]+\]|[^\s/?#:@]+)"
         match = re.fullmatch(rf"(pickle\+|openai\+|)https?://{host}(?::(\d{{1,5}}))?(?:/[^\s?#]*)?", url)
         problem = f"reward {name!r} cannot be asked at {url!r}"
         if not match or not 0 < int(match[2] or 80) < 1 << 16:
@@ -405,12 +405,15 @@ def check_reward_prompts(weights: Iterable[str], prompts: Sequence[str], metadat
                          urls: Places = {}) -> None:
     """Raise ValueError, one line with reward and prompt, for the first prompt that a reward cannot score."""
     for name in weights:
-        check = find_prompt_check(name, urls)
-        for prompt, entry in zip(prompts, metadata, strict=True) if check else ():
+        if check := find_prompt_check(name, urls):
             try:
-                check(prompt, copy.deepcopy(entry))
-            except Exception as error:
-                reason = error if isinstance(error, ValueError) else one_line(error, 300)
+                with own_random_streams:
+                    for prompt, entry in zip(prompts, metadata, strict=True):
+                        check(prompt, copy.deepcopy(entry))
+            except (Exception, SystemExit) as error:
+                reason = str(error)
+                if not isinstance(error, ValueError):
+                    reason = f"{one_line(error, 200)}, for prompt {one_line(repr(prompt), 80)}"
                 raise ValueError(f"reward {name!r}: {reason}") from error
 
 
@@ -464,8 +467,8 @@ def post(url: str, *, json: Any = None, content: bytes | None = None, headers: d
 
     A server that cannot be reached, or answers 5xx, 408 or 429, is asked again, less and less often and not
     before its Retry-After, for `deadline` seconds. One that answers 500, a failure of its own, is asked three
-    times in all. After that, and at once for any other status, RewardError is one line with the last answer
-    and `how_to_start`.
+    times in all. Raises RewardError after that and for any other status, in one line with the last answer and
+    `how_to_start`.
     """
     host = urlsplit(url).hostname or ""
     client = http_client(loopback=host in ("localhost", "::1") or host.startswith("127."))

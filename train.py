@@ -203,7 +203,7 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor, config: Config)
     if config.beta:
         with torch.no_grad():
             _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)
-        if config.kl == "per_time":
+        if config.kl == "per_time" and config.rule != "cps":                # cps is no SDE: its KL is that of std
             std = std / D.sqrt().view_as(std)                               # s = std / sqrt(D), the SDE's coefficient
         kl = gaussian_kl(mean, reference_mean, std)                         # (M,)
         loss, watched["kl"] = loss + config.beta * kl, kl

@@ -44,7 +44,7 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     """
     samples = config.groups_per_epoch * config.group_size
     trained, per_rank = config.trained_steps, -(-samples // world_size)
-    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
+    in_update, more = divmod(per_rank, config.updates_per_epoch)         # samples, and updates with one more
 
     rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples * trained  # 0: not chosen yet
     updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)               # samples of each
@@ -56,7 +56,7 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
         rollouts = even_parts(per_rank, rollout_batch)
         trainings = [rows for n in updates for rows in even_parts(n * trained, train_batch)]
     steps = samples * config.num_steps
-    if config.shared_start_noise and config.window_size:                  # on average over the windows' places
+    if config.shared_start_noise and config.window_size:  # on average over where windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
@@ -156,8 +156,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
     train_batch = train_batch or choose(training=True)
     rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
-    chosen = distributed.gather_objects((rollout_batch, train_batch))
-    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
+    rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
+    return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 
 
 def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:

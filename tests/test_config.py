@@ -8,9 +8,10 @@ import itertools
 import pytest
 
 import config
-from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
+from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
 from distributed import share
 from harness.batches import batch_plan, describe, steps_at_once
+from harness.checkpoint import changed_fields
 from train import batches
 
 
@@ -229,3 +230,14 @@ def test_a_published_preset_has_its_published_settings(preset):
 
 def test_every_preset_of_a_published_model_is_checked_against_the_published_settings():
     assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"}
+
+
+@pytest.mark.parametrize("num_steps, trained", [(10, 9), (6, 5), (20, 19), (40, 39), (8, 7)])
+def test_presets_train_as_many_steps_as_the_published_fraction(num_steps, trained):
+    assert dataclasses.replace(PRESETS["sd35m_ocr"], num_steps=num_steps).trained_steps == trained
+
+
+@pytest.mark.parametrize("preset, power", [("sd35m_ocr", 2), ("sd35m_geneval_fast", 2), ("sd35m_ocr_4gpu", 4), ("sd35m_ocr_1gpu", 4),
+                                           ("sd35m_ocr_guard", 4), ("flux_pickscore", 6), ("flux_geneval_fast", 6)])
+def test_the_average_of_a_preset_decays_as_that_of_the_published_weights(preset, power):
+    assert PRESETS[preset].ema_decay == pytest.approx(0.9**power) and PRESETS[preset].ema_every == 8

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import distributed
 import train
-from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
+from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
 from harness.batches import batch_plan, describe
+from harness.checkpoint import changed_fields
 from prompts import Prompt, load_prompts
 from engines.geneval import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, Detection, geneval_score)
 from engines.ocr import quoted_text, text_score

@@ -158,6 +158,7 @@ def test_the_command_writes_the_page_of_a_run_and_one_that_compares_several_besi
     assert gallery("a/same", "b/same", runs[2]) == (0, str(tmp_path / "a" / "compare.html"), "")
     assert (runs[0] / "index.html").read_bytes() == own
     assert [shown["name"] for shown in runs_on(tmp_path / "a" / "compare.html")] == ["a/same", "b/same", "third"]
+    assert "--output is given twice" in gallery("a/same", "--output", "x.html", "--output=y.html")[2]
     code, out, err = gallery("a", "--output", "x.html")
     assert code == 1 and out == "" and err == "error: a holds no run: neither metrics.jsonl nor images/epoch_*/\n"
 

@@ -564,6 +564,25 @@ def test_the_random_streams_are_untouched_by_a_reward_that_fails():
     assert stream_states() == before
 
 
+def test_the_random_streams_are_untouched_while_a_slower_reward_goes_on_after_another_failed():
+    go, done = threading.Event(), threading.Event()
+
+    def slow(*batch):
+        go.wait(10)
+        seed_streams()
+        done.set()
+        return np.zeros(3)
+
+    before = stream_states()
+    scorer = rewards_of(odd=lambda *batch: 1 / 0, slow=slow)
+    with pytest.raises(RewardError):
+        scorer(IMAGES, PROMPTS, METADATA)
+    go.set()
+    done.wait(10)
+    scorer.threads.shutdown()
+    assert stream_states() == before
+
+
 def test_a_reward_that_draws_draws_anew_at_each_call():
     scorer = rewards_of(random=lambda *batch: [draw_from_streams() for _ in range(3)])
     scores = [scorer(IMAGES, PROMPTS, METADATA)["random"].tolist() for _ in range(2)]

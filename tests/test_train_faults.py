@@ -168,7 +168,7 @@ def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower_afte
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError("std::bad_alloc")])
 def test_a_model_that_does_not_fit_ends_in_one_line_too(train_here, monkeypatch, error):
-    monkeypatch.setattr(train, "Policy", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(train, "Policy", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(Stopped) as stop:
         train_here("too-large-a-model", **CHEAP)
     assert "out of memory on rank 0" in str(stop.value) and "--offload-text-encoders" in str(stop.value)
