@@ -2,15 +2,13 @@
 
 Stands alone: copy the file. Tensors and scalars in, tensors out. Nothing here knows of ranks or networks.
 
-Time runs from sigma = 1 (noise) to sigma = 0 (data). A denoising step goes from sigma to sigma' < sigma, and
-the policy makes it a Gaussian N(mean, std^2) over the next latents x'.
+Time runs from sigma = 1 (noise) to 0 (data). A step goes from sigma to sigma' < sigma, and is N(mean, std^2).
 
     symbol        variable               meaning
     r             rewards                (N,) of the whole epoch, all ranks
     A             advantages             by how much a sample beat its group, (N,) or (B,)
     x'            sample                 (B, C, H, W) latents after the step
-    D             -                      sigma - sigma', the length of the step
-    s             -                      the SDE's diffusion coefficient, std = s sqrt(D)
+    D, s          -                      sigma - sigma', and the SDE's diffusion coefficient: std = s sqrt(D)
     log pi        log_prob               (B,) of one step, averaged over the latent's dimensions
     log pi_old    old_log_prob           (B,) the same under the policy that sampled
     rho           ratio                  exp(log pi - log pi_old)
@@ -31,10 +29,9 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, std: str = "global", ep
         A = (r - mean(r of the group)) / (std + eps), clipped to +-clip
 
     rewards: (N,) numbers. group_ids: (N,) integers; the samples of a group share an id.
-    std: the population standard deviation, "global" over all N rewards (the published runs) or "group" over
-    the group's (the paper).
-    The advantages have the dtype of the rewards, or float32 if rewards are whole numbers. A group of equal
-    rewards gets exactly 0.
+    std: the population standard deviation, over all N rewards ("global", the published runs) or over the
+    group's ("group", the paper). Advantages have the rewards' dtype, or float32 if these are whole numbers.
+    A group of equal rewards gets exactly 0.
     Raises ValueError for another `std`, shapes that differ, or rewards that are not finite.
     """
     if std not in ("global", "group"):
@@ -73,8 +70,8 @@ def clipped_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, cli
     At rho = 1 its gradient is REINFORCE's, -A grad log pi.
     """
     log_ratio, A = log_prob - old_log_prob, advantages
-    # Compare rho - 1 with the clip range, and not -A rho with -A clip(rho), because these products can round to
-    # one number in float32 if rho is near 1. The maximum of two equal numbers passes half of each gradient.
+    # Compare rho - 1 with the clip range, and not -A rho with -A clip(rho), because these products can round
+    # to one number in float32 if rho is near 1. The maximum of equal numbers passes half of each gradient.
     excess = log_ratio.expm1()                                                    # rho - 1
     clipped = torch.where(A > 0, excess > clip_range, excess < -clip_range)
     bound = 1 + clip_range * A.sign()                                             # 1 + e or 1 - e
@@ -91,12 +88,11 @@ def guard_log_ratio(sample: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor)
 
     The plain log-ratio lies below 0 on average, by the term that is added here, and it spreads by 1 / std. So
     a clip range means something else at every step, and acts less on ratios above 1. This ratio means the
-    same at every step. Guard also divides a step's loss by its D, which evens out the steps' gradients; the
-    caller does that.
+    same at every step. Guard also divides a step's loss by its D; the caller does that.
 
-    The second form has the value of the first. It is the one used, because it subtracts no log-probs, whose
-    float32 rounding is some percent of the published clip range. It holds for rules whose log-prob is the
-    Gaussian's, so not for cps.
+    The second form has the value of the first. It is used because it subtracts no log-probs, whose float32
+    rounding is some percent of the published clip range. It does not hold for cps, whose log-prob is no
+    Gaussian's.
     Raises ValueError if std is 0, on a CPU.
     """
     _require_noise(std)
@@ -128,7 +124,7 @@ def ratio_statistics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) 
     ratio                 rho
     ratio_deviation       |rho - 1|
 
-    Average them over an update, but take the maximum of `ratio_deviation`.
+    Average them over an update, but take `ratio_deviation`'s maximum.
     """
     log_ratio = log_prob - old_log_prob
     excess = log_ratio.expm1()        # rho - 1, whose subtraction would lose 1e-5 to rounding in float32
