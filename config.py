@@ -192,7 +192,7 @@ PUBLISHED = Config(
 # 4 GPUs or 1 and under Guard, 6 for FLUX.
 FOUR, SIX = dict(ema_decay=0.9**4), dict(ema_decay=0.9**6)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
-PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # the README says where they are
+PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # docs/recipes.md fetches them
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5),
             clip_range=1e-5, beta=0.0)
 FLUX = dict(

@@ -48,7 +48,7 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     elif not os.path.isfile(path):
         raise FileNotFoundError(f"prompts {source!r}: no such file or directory; give a .txt or .jsonl file, "
                                 f"a directory, or a built-in set: {', '.join(BUILT_IN)} "
-                                "(the README tells how to fetch published ones)")
+                                "(docs/recipes.md tells how to fetch published ones)")
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".txt", ".jsonl"):
         raise ValueError(f"prompts {source!r}: unknown kind of file {extension!r}; give a .txt file (one "

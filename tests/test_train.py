@@ -1,7 +1,6 @@
 """The whole of it, end to end: the command that users run, on a small random model."""
 
 import json
-import os
 import random
 import shutil
 import signal
