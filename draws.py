@@ -8,6 +8,7 @@ world size are arguments.
     Sample i is image i % K of group i // K. It belongs to update i % U of an epoch's U updates.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class EpochDraw:
     windows: Tensor                      # (G,) each group's first trained step
     rollout_batches: list[list[int]]     # this rank's samples as they are sampled together
 
-    @property
+    @functools.cached_property
     def samples(self) -> list[int]:
         """This rank's samples in the order in which they are sampled."""
         return [i for batch in self.rollout_batches for i in batch]
@@ -123,7 +124,7 @@ def draw_epoch(config: Config, num_prompts: int, epoch: int, rank: int, world_si
     """Draw `epoch` (from 1), and deal its samples to the ranks and to rollout batches.
 
     In half precision, another batch size is another kernel, which rounds differently. So a rollout batch
-    holds samples of one update, and training replays exactly the rollout's batches. The ratio then starts at
+    holds samples of one update, and training replays the rollout's batches. The ratio then starts at
     exactly 1. With shared start noise a batch also needs one common window, because its samples enter the
     loop at one step.
     """
@@ -147,8 +148,8 @@ def training_batches(draw: EpochDraw, update: int, advantages: Tensor,
 
     Row m is the trained step steps[m] of the sample at positions[m] of draw.samples. A row without advantage
     has no gradient unless there is a KL, so it is left out. In full precision a batch holds any rows, and is
-    full. In half precision it is a rollout batch at its samples' k-th trained step, whole and in its order.
-    It is left out only if all of it is without advantage.
+    full. In half precision it is a rollout batch at its samples' k-th trained step, in its order,
+    or even parts of it if config.train_batch is smaller. It is left out only if all of it is without advantage.
     """
     trains = (advantages != 0).tolist() if not config.beta else [True] * len(advantages)
     position = {i: j for j, i in enumerate(draw.samples)}

@@ -1,4 +1,4 @@
-"""Prompt sets: built-in ones and the user's files. Also which prompts an epoch draws.
+"""Prompt sets: built-in ones and the user's files.
 
 A source is a built-in name ("words", "ocr", "geneval"), a file or a directory. A .txt file holds one prompt
 per line. A .jsonl file holds GenEval metadata (arXiv 2310.11513), one JSON object per line. The splits train

@@ -46,7 +46,7 @@ def train(run: Run) -> None:
         with run.all_or_nothing(epoch) as metrics:
             # 1. Sample this rank's part of the epoch's N images, and 2. score them beside the sampling.
             samples = sample(policy, run.scorer, run.prompts, config, epoch)
-            scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))  # name: (N,)
+            scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))  # (N, ...)
 
             # 3. Compute by how much each image beat the others of its prompt.
             advantages = group_advantages(scores["total"], group_ids, config.advantage_std)      # (N,)
@@ -70,8 +70,7 @@ class Samples:
     scores: dict[str, np.ndarray]      # reward or metric -> (samples of this rank,) float32
 
     @property
-    def indices(self) -> list[int]:
-        """Where each sample stands among the epoch's N."""
+    def indices(self) -> list[int]:    # of each sample, among the epoch's N
         return self.draw.samples
 
 
@@ -139,21 +138,22 @@ def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas
 @within_memory(LESS_MEMORY.format("train-batch"))
 def update(learner: Learner, samples: Samples, advantages: Tensor, config: Config,
            epoch: int) -> dict[str, float]:  # all ranks
-    """Take U optimizer steps, each on its part of the samples; the epoch's statistics. advantages: (N,)."""
+    """Take U optimizer steps, each on its part of the samples. Returns statistics. advantages: (N,)."""
     statistics = Statistics()
     learner.set_learning_rate(epoch)
     for u in range(config.updates_per_epoch):
-        rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps  # over ranks
+        # The loss is the mean over the update's rows on all ranks.
+        num_rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps
         mine = training_batches(samples.draw, u, advantages, config)
-        backward = functools.partial(add_gradients, learner, samples, advantages, rows, config)
+        backward = functools.partial(add_gradients, learner, samples, advantages, num_rows, config)
 
-        # An update that is not finite is left out if that is allowed, and else ends the run.
+        # An update that is not finite is left out if that is allowed. Otherwise it ends the run.
         with skippable(learner, samples, mine, backward, advantages, f"epoch {epoch}, update {u}", statistics,
                        config):
             for batch in progress(mine, "train"):
                 statistics.add(**backward(batch))
             # All ranks meet: first their statistics and stop flags, then their gradients, parts of one mean.
-            statistics.end_backward(rows)
+            statistics.end_backward(num_rows)
             distributed.sum_gradients(learner.policy.parameters)
             if u == 0:
                 statistics.check_ratio(not learner.started, config, epoch)
@@ -161,27 +161,27 @@ def update(learner: Learner, samples: Samples, advantages: Tensor, config: Confi
     return statistics.metrics()
 
 
-def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, rows: int, config: Config,
+def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, num_rows: int, config: Config,
                   batch: tuple[list[int], list[int]]) -> dict[str, Tensor]:
-    """Add a batch's part to the gradient of the mean loss over an update's `rows`; what is watched, (M,)."""
+    """Add a batch's part to the gradient of an update's mean loss. Returns what is watched, (M,) each."""
     policy, (positions, steps) = learner.policy, batch
     A = advantages[[samples.indices[j] for j in positions]].to(policy.device, policy.compute_dtype)     # (M,)
     text = policy.encode([samples.prompts[j].text for j in positions])
     loss, watched = step_loss(policy, samples.trajectory.rows(steps, positions), text, A, config)
-    learner.scaler.scale(loss.sum() / rows).backward()
+    learner.scaler.scale(loss.sum() / num_rows).backward()
     return watched
 
 
 def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
               config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of M rows, and what is watched: each (M,). 2505.05470, eq. 5 and 10."""
+    """Return the loss of M rows, and what is watched: each (M,). 2505.05470, eq. 5 and 10."""
     # Replay the steps: how likely would the present policy have taken them?
     velocity = policy.velocity(text, config.guidance_scale)
     log_prob, mean, std = replay(velocity, rows)                            # (M,), (M, C, H, W), (M, 1, 1, 1)
     old_log_prob = rows.log_prob                                            # (M,)
     D = rows.sigma - rows.sigma_next                                        # (M,)
 
-    # GRPO-Guard (2510.22319) takes a centred log-ratio for the difference of log-probs, and divides by D.
+    # GRPO-Guard (2510.22319) uses a centred log-ratio, not a difference of log-probs, and divides by D.
     if config.guard:
         log_prob = guard_log_ratio(rows.next_latents, mean, rows.mean, std)
         old_log_prob = torch.zeros_like(log_prob)
@@ -190,7 +190,7 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
         loss = loss / D
     watched = {"policy_loss": loss, **ratio_statistics(log_prob, old_log_prob, config.clip_range)}
 
-    # Add the KL to the reference, the network without its adapter, which replays the same steps.
+    # Add the KL to the reference, the model before training, which replays the same steps.
     if config.beta:
         with torch.no_grad():
             _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)
@@ -205,12 +205,12 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
 
 def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
              config: Config) -> tuple[dict[str, float], np.ndarray, dict[str, list[float]]]:  # all ranks
-    """Mean scores of the held-out prompts, each counted once; the first `eval_images` images and scores."""
+    """Return metrics of the held-out prompts, each counted once, and the first images and their scores."""
     mine = list(rank_slice(len(prompts), distributed.rank(), distributed.world_size()))
     scores, kept = evaluate_slice(learner, scorer, prompts, mine, config)
     images = distributed.gather_rows(kept, mine[:len(kept)], min(config.eval_images, len(prompts)))
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
-    metrics = {**mean_scores("eval", scores), **spreads("eval", scores.pop("thumbnail"))}
+    metrics = {**spreads("eval", scores.pop("thumbnail")), **mean_scores("eval", scores)}
     return metrics, images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
 
 

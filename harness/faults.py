@@ -102,8 +102,7 @@ def on_all_ranks(task: Callable) -> Callable:
             failure = error
         finally:
             _interruptible = False
-        # A launcher signals all processes of a worker. A reward's own processes then end too, and it may fail
-        # for no other reason.
+        # A launcher's signal also kills the processes of a reward, so a failure after it is probably only that.
         if signals.stop_asked() and not isinstance(failure, NonFinite):
             failure = Interrupted()
         everywhere = enumerate(distributed.gather_objects(failure))
@@ -122,7 +121,7 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
               statistics, config: Config) -> Iterator[None]:  # all ranks
     """Within, an update whose loss or gradient is not finite is left out if --skip-nonfinite allows it.
 
-    The weights are then as they were. Raises NonFinite elsewhere.
+    The weights are then as they were. Otherwise it raises NonFinite.
     batches, backward: this rank's batches of rows, and the function that adds a batch's gradients and returns
     tensors to watch. statistics: counts the update that was left out.
     """

@@ -79,8 +79,8 @@ def end_with(error: BaseException, plan: str, command: str) -> None:
         leave(1)
     mistakes = (RewardError, NonFinite) if command else (RewardError, ValueError, OSError, ImportError)
     if isinstance(error, (*mistakes, TrainingError, DoesNotFit)):
-        # All ranks meet a mistake alike, so the main rank speaks for all. Let it end first, because torchrun
-        # then ends the others. Out of memory, and an epoch that was not saved, may be one rank's alone.
+        # Nearly all mistakes are met by all ranks, so the main rank speaks for all. Let it end first, because
+        # torchrun then ends the others. Out of memory, and an epoch not saved, may be one rank's alone.
         if isinstance(error, mistakes) and not is_main():
             time.sleep(30)
         if isinstance(error, DoesNotFit) and "the plan was" not in str(error):
@@ -178,7 +178,7 @@ def start(arguments: list[str], evaluate: Callable) -> tuple["Run", object, str]
 
 @dataclass
 class Run:
-    """What a run has, and what it does around its epochs. Only the main rank writes anything."""
+    """What a run has, and what it does around its epochs. Only the main rank keeps the record."""
 
     config: Config
     directory: Path

@@ -30,7 +30,7 @@ FLAGS = dict(
 # Name -> what the trainer is told besides, and what plain.py is told.
 SETTINGS = {
     "window": (dict(window_size=3, window_range="2 7", beta=0), dict(WINDOW=3, BETA=0.0)),
-    "whole trajectory with KL": (dict(window_size=0, timestep_fraction=0.9, beta=4.0, kl="exact"),
+    "all steps but the last with KL": (dict(window_size=7, window_range="0 7", beta=4.0, kl="exact"),
                                  dict(WINDOW=7, BETA=4.0)),
 }
 
