@@ -33,7 +33,7 @@ def open_run(config: Config) -> tuple[Path, IO, Config]:
     directory = Path(config.output_dir) / config.run_name
     directory.mkdir(parents=True, exist_ok=True)
     lock = open(directory / "lock", "a+")
-    for attempt in range(20):                    # a writer that was just killed takes a moment to be gone
+    for _ in range(20):                          # a writer that was just killed takes a moment to be gone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
