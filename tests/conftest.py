@@ -17,8 +17,15 @@ from transformers import CLIPTextModel
 torch.set_num_threads(1)          # the tensors here are too small to share
 
 
+LAUNCHERS = {"start", "command", "found", "browser", "serve", "server"}      # fixtures with processes of their own: torchrun, servers, a browser
+
+
+@pytest.hookimpl(tryfirst=True)           # before pytest looks at -m
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.name != "test_train.py")      # the longest file first: the others go beside it
+    for item in items:
+        if LAUNCHERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

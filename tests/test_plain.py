@@ -74,6 +74,7 @@ def flat(adapter: dict) -> torch.Tensor:
     return torch.cat([adapter[name].flatten() for name in sorted(adapter)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_plain_and_trainer_train_the_same_weights(setting, tmp_path, monkeypatch):
     """In float64, after two updates, the largest difference is below 1e-8 of the largest change."""
@@ -104,6 +105,7 @@ plain.main()
 """
 
 
+@pytest.mark.slow
 def test_a_copy_of_plain_rewards_and_model_runs_alone(tmp_path):
     for name in ("plain.py", "rewards.py"):
         shutil.copy(ROOT / name, tmp_path)

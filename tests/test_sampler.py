@@ -194,12 +194,14 @@ def test_sde_samples_and_noised_data_cannot_be_told_apart_half_way_nor_at_the_en
     assert least_p_value(rule, noise_level, T) > FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, noise_level", [("flow_sde", 0.7), ("dance_sde", 1.4)])
 def test_the_two_sample_test_has_the_power_to_see_a_std_that_is_10_percent_off(rule, noise_level):
     for wrong_std in (0.9, 1.1):
         assert least_p_value(rule, noise_level, 64, wrong_std) < FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [8, 64])
 def test_on_the_mixture_cps_loses_variance_and_is_told_apart_at_any_number_of_steps(T):
     mean, variance, weight = mixture_errors("cps", 0.8, T) / STANDARD_ERRORS

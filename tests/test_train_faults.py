@@ -123,6 +123,7 @@ def score(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, outcome, says", [
     ("raises", "1 / 0", "ZeroDivisionError"), ("nan", "good * float('nan')", "nan"), ("shape", "good[:3]", "(3,)")])
 def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_saved_goes_on(
@@ -186,6 +187,7 @@ def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(trai
     assert "; the plan was: epoch: 1 groups x 4 = 4 images" in line and "training batches: 1 of up to 8 rows" in line
 
 
+@pytest.mark.slow
 def test_out_of_memory_leaves_a_checkpoint_of_the_last_whole_epoch(train_here, unbroken):
     def out_of_memory(_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -203,8 +205,9 @@ def test_a_model_that_does_not_fit_ends_in_one_line_too(train_here, monkeypatch,
     assert "out of memory on rank 0" in str(stop.value) and "--offload-text-encoders" in str(stop.value)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_leaves_the_weights(train_here):
-    changes = dict(CHEAP, dtype="float16", learning_rate=3.0, updates_per_epoch=2, epochs=3)
+    changes = dict(CHEAP, dtype="float16", learning_rate=3.0, updates_per_epoch=2, epochs=9)
     with pytest.raises(Stopped) as stop:
         train_here("blown-up", **changes)
     assert "not finite" in str(stop.value) and "epoch " in str(stop.value) and "--learning-rate" in str(stop.value)
@@ -269,6 +272,7 @@ PHASES = [
     ("the evaluation of epoch 3", lambda run: at_call(run.eval_scorer, "rewards", 2, signalled), 3)]
 
 
+@pytest.mark.slow
 def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(train_here, unbroken, capsys):
     for phase, before, saved in PHASES:
         with pytest.raises(Stopped) as stop:
@@ -281,6 +285,7 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
     assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch_however_often_they_come(
         train_here, unbroken, capsys, number):
@@ -305,6 +310,7 @@ PLACES = {
         deed(None) if metrics["epoch"] == 2 else conclude(metrics)))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, raised", [(ZeroDivisionError, ZeroDivisionError), (KeyboardInterrupt, KeyboardInterrupt),
                                            (SystemExit, RuntimeError), (GeneratorExit, GeneratorExit)])
 @pytest.mark.parametrize("place", PLACES)
@@ -330,6 +336,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(start):
     assert process.wait(100) == 0 and [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to_the_same_bits(train_here, unbroken, capsys):
     directory = unbroken.with_name("corrupt")
     shutil.copytree(unbroken, directory)
