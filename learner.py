@@ -35,10 +35,10 @@ class Learner:
         self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999),
                                            eps=1e-8, weight_decay=config.weight_decay, fused=True)
         # Start the loss scale at 2^30. The loss is a mean over thousands of rows, so one row's gradient is
-        # small, and float16 holds nothing below 6e-8. On an H200, with SD3.5-M's size, the gradients of a step
-        # are off from float32's: at the usual 2^16 by 24 %, queries' by 94 %; at 2^24 by under 1 %, but those
-        # of the text stream's queries by 49 %; at 2^30 all by under 1 %. If 2^30 is too much, the scale halves
-        # itself, and the skipped update is counted as an overflow.
+        # small, and float16 holds nothing below 6e-8. On an H200, with SD3.5-M's size, the gradients of a
+        # step are off from float32's: at the usual 2^16 by 24 %, queries' by 94 %; at 2^24 by under 1 %, but
+        # those of the text stream's queries by 49 %; at 2^30 all by under 1 %. If 2^30 is too much, the scale
+        # halves itself, and the skipped update is counted as an overflow.
         self.scaler = torch.amp.GradScaler(policy.device.type, init_scale=2.0**30, growth_interval=100,
                                            enabled=config.dtype == "float16")
         # Make its state now, because a rank may have nothing to scale.

@@ -107,10 +107,11 @@ class Statistics:
 
 
 def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
-    """How much the pictures of a set differ, thumbnails (..., P, 3, 8, 8), of 255; averaged over the leading dimensions.
+    """How much the pictures of a set differ, of 255, averaged over leading dimensions.
 
-    The first figure is the standard deviation over the set of the pictures' mean colour, averaged over channels. It falls
-    where a policy collapses to one ground. The finer one takes each of the 8 x 8 parts for itself.
+    thumbnails: (..., P, 3, 8, 8) of P pictures. The first figure is the standard deviation over the set of
+    the pictures' mean colour, averaged over channels. It falls if a policy collapses to one ground. The finer
+    one takes each of the 8 x 8 parts by itself.
     """
     colours = thumbnails.mean((-2, -1))                                     # (..., P, 3)
     return {f"spread/{name}": colours.std(-2, correction=0).mean().item(),
@@ -118,12 +119,14 @@ def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
 
 
 def reward_metrics(scores: dict[str, Tensor], group_ids: Tensor) -> dict[str, float]:
-    """Mean of each reward over the epoch's images, the total's deviation, how many groups have none, and how much
-    the pictures of a group differ.
+    """Mean of each reward over the epoch's images, the total's deviation, and how many groups have none.
+
+    Also how much the pictures of a group differ.
     """
     groups = scores["thumbnail"].unflatten(0, (len(group_ids.unique()), -1))       # (G, K, 3, 8, 8)
     return {**mean_scores("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
-            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids), **spreads("group", groups)}
+            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids),
+            **spreads("group", groups)}
 
 
 def mean_scores(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
@@ -134,8 +137,10 @@ def mean_scores(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
 
 def spread_shares(metrics: dict, history: list[dict]) -> dict[str, float]:
     """Each spread as a share of its value before training, which is the first that the run recorded."""
-    first = {name: value for m in reversed([*history, metrics]) for name, value in m.items() if name in ("spread/group", "spread/eval")}
-    return {f"{name}_share": metrics[name] / value for name, value in first.items() if name in metrics and value}
+    names = ("spread/group", "spread/eval")
+    first = {name: value for m in reversed([*history, metrics]) for name, value in m.items() if name in names}
+    return {f"{name}_share": metrics[name] / value for name, value in first.items()
+            if name in metrics and value}
 
 
 def say(text: str) -> None:

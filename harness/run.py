@@ -302,10 +302,12 @@ class Run:
 
     def warn_of_collapse(self, metrics: dict) -> None:
         """Say once that the pictures have become alike, because a score does not show it."""
-        for name, pictures in (("spread/group_share", "pictures of a group"), ("spread/eval_share", "held-out pictures")):
+        sets = (("spread/group_share", "pictures of a group"), ("spread/eval_share", "held-out pictures"))
+        for name, pictures in sets:
             if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
-                warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by their mean colour: the "
-                     "policy is losing its diversity; --shared-start-noise with a late --window-range keeps it, and so does --beta")
+                warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by "
+                     "their mean colour: the policy is losing its diversity; --shared-start-noise with a "
+                     "late --window-range keeps it, and so does --beta")
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
         """Metrics of the held-out prompts. The images go to the page."""
@@ -346,8 +348,8 @@ class Run:
             after = f", {last['eval/total']:.4f} after {last['epoch']} epochs"
         say(f"eval/total {first['eval/total']:.4f} before training{after}")
         if "spread/eval_share" in last:
-            say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before training, "
-                f"{last['spread/eval']:.1f} after ({last['spread/eval_share']:.0%})")
+            say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before "
+                f"training, {last['spread/eval']:.1f} after ({last['spread/eval_share']:.0%})")
         if (directory / "index.html").exists():
             say(f"images and curves: {directory / 'index.html'}")
         if picture := self.display.comparison(first["epoch"], last["epoch"]):

@@ -16,7 +16,7 @@ from rewards import NonFiniteScore, Rewards
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """Shrink pictures (B, H, W, 3) uint8 to (B, 3, 8, 8) float32, each value the mean of a part of the picture."""
+    """Shrink pictures (B, H, W, 3) uint8 to (B, 3, 8, 8) float32. A value is the mean of a part."""
     return torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 8)
 
 
@@ -52,7 +52,7 @@ class Scorer:
     def collect(self) -> dict[str, np.ndarray]:
         """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.
 
-        "thumbnail" is not a score but (samples, 3, 8, 8), from which a run tells how much its pictures differ.
+        "thumbnail" is no score but (samples, 3, 8, 8), from which a run tells how much its pictures differ.
         A metric that a batch says nothing about is NaN there. Raises what scoring raised, or Interrupted at a
         stop signal.
         """
