@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -58,7 +59,7 @@ class Config:
     """How a step becomes stochastic; see sampler.py."""
     noise_level: float = 0.9
     """How stochastic a step is (a in the papers)."""
-    timestep_fraction: float = 0.9
+    timestep_fraction: float = 0.99
     """Without a window, the first floor(timestep_fraction * num_steps) steps are trained."""
     window_size: int = 3
     """Stochastic, trained steps in a row, between the ODE's (Flow-GRPO-Fast, MixGRPO); 0: no window."""
@@ -85,7 +86,7 @@ class Config:
     beta: float = 0.0
     """Weight of the KL to the network without its adapter; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
-    """per_time divides by 2 s^2, as the published runs; exact divides by 2 std^2, with std = s sqrt(D)."""
+    """per_time divides by 2 s^2, as the published runs; exact divides by 2 std^2, with std = s sqrt(D). cps: exact only."""
     learning_rate: float = 8e-4
     """AdamW's learning rate in the first epoch."""
     learning_rate_half_life: float = 20.0
@@ -174,33 +175,30 @@ class Config:
 
     @property
     def half_precision(self) -> bool:
-        """Whether rounding is coarse. Ratios then start at 1 only if training replays the rollout's batches."""
+        """Whether rounding is coarse. Ratios then start at 1 only if training replays rollout batches."""
         return self.dtype in ("bfloat16", "float16")
 
-
-# What a continued run may change: the machine, its length, what is looked at and what is kept.
-MAY_CHANGE = set("""
-    epochs rollout_batch train_batch gradient_checkpointing compile offload_text_encoders reward_threads
-    reward_batch reward_models reward_urls reward_deadline max_unanswered trust_remote_code
-    collective_timeout skip_nonfinite eval_rewards eval_every eval_prompts eval_num_steps eval_images
-    eval_only save_every keep_checkpoints output_dir wandb run_name""".split())
 
 # What the published runs have in common (the paper and its authors' configurations).
 PUBLISHED = Config(
     model="stabilityai/stable-diffusion-3.5-medium", prompts="ocr", rewards=(("ocr", 1.0),),
     resolution=(512, 512), max_sequence_length=128, num_steps=10, guidance_scale=4.5, rule="flow_sde",
     noise_level=0.7, window_size=0, groups_per_epoch=48, group_size=24, updates_per_epoch=2, epochs=1000,
-    clip_range=1e-4, beta=0.04, kl="per_time", learning_rate=3e-4, learning_rate_half_life=0, ema_decay=0.9,
+    clip_range=1e-4, beta=0.04, kl="per_time", learning_rate=3e-4, learning_rate_half_life=0, ema_decay=0.9**2,
     ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16", rollout_batch=0,
     train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
+# The authors' average has decay 0.9 every 8 optimizer steps, but their code applies it once per micro-batch of that
+# step. So the decay of their published weights is 0.9 to the power of their micro-batches per update: 2 on 32 GPUs, 4 on
+# 4 GPUs or 1 and under Guard, 6 for FLUX.
+FOUR, SIX = dict(ema_decay=0.9**4), dict(ema_decay=0.9**6)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
-PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # the README says where they are
+PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # docs/recipes.md fetches them
 FAST = dict(guidance_scale=1.0, rule="cps", noise_level=0.8, window_size=3, window_range=(0, 5),
             clip_range=1e-5, beta=0.0)
 FLUX = dict(
     model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0,
     dtype="bfloat16", lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28,
-    gradient_checkpointing=True)
+    gradient_checkpointing=True, **SIX)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 
 PRESETS = {
@@ -208,14 +206,15 @@ PRESETS = {
     "sd35m_ocr": PUBLISHED,
     "sd35m_geneval": replace(PUBLISHED, **GENEVAL),
     "sd35m_pickscore": replace(PUBLISHED, **PICKSCORE, beta=0.01),
-    "sd35m_ocr_4gpu": replace(PUBLISHED, groups_per_epoch=16, group_size=16),
-    "sd35m_geneval_4gpu": replace(PUBLISHED, **GENEVAL, groups_per_epoch=16, group_size=16),
-    "sd35m_pickscore_4gpu": replace(PUBLISHED, **PICKSCORE, beta=0.01, groups_per_epoch=16, group_size=16),
-    "sd35m_ocr_1gpu": replace(PUBLISHED, groups_per_epoch=8, group_size=8),
+    "sd35m_ocr_4gpu": replace(PUBLISHED, groups_per_epoch=16, group_size=16, **FOUR),
+    # Its authors published no GenEval run on 4 GPUs: these are the sizes of the other two.
+    "sd35m_geneval_4gpu": replace(PUBLISHED, **GENEVAL, groups_per_epoch=16, group_size=16, **FOUR),
+    "sd35m_pickscore_4gpu": replace(PUBLISHED, **PICKSCORE, beta=0.01, groups_per_epoch=16, group_size=16, **FOUR),
+    "sd35m_ocr_1gpu": replace(PUBLISHED, groups_per_epoch=8, group_size=8, **FOUR),
     "sd35m_geneval_fast": replace(PUBLISHED, **GENEVAL, **FAST),
     "sd35m_pickscore_fast": replace(PUBLISHED, **PICKSCORE, **FAST, groups_per_epoch=64, group_size=18),
     "sd35m_ocr_guard": replace(PUBLISHED, guard=True, learning_rate=1e-4, clip_range=2e-6, beta=0.0,
-                               advantage_std="group"),
+                               advantage_std="group", **FOUR),
     "flux_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX),
     "flux_fast": replace(PUBLISHED, **PICKSCORE, **FLUX_FAST, advantage_std="group"),
     "flux_geneval_fast": replace(PUBLISHED, **GENEVAL, **FLUX_FAST),
@@ -237,7 +236,18 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
     if unknown and unknown[0] in PRESETS:
         raise ConfigError(f"the preset {unknown[0]!r} must come first: train.py {unknown[0]} [--field value]")
     refuse_unknown(unknown, Config)
-    return preset, config
+    return preset, replace(config, **{name: find_place(getattr(config, name)) for name in PLACES})
+
+
+# Settings that may name a file or a directory.
+PLACES = ("model", "prompts", "lora_path", "output_dir")
+
+
+def find_place(path: str) -> str:
+    """A path to open, with "~" expanded. The project's assets are found from any directory."""
+    place = os.path.expanduser(path)
+    bundled = os.path.join(os.path.dirname(os.path.abspath(__file__)), place)
+    return bundled if place.startswith("assets/") and not os.path.exists(place) else place
 
 
 # The library's words for a mistake, and plainer ones.
@@ -361,12 +371,6 @@ def validate(config: Config) -> None:
             "its ratio needs the log-prob of a Gaussian, which cps has not; choose another --rule")
     require(not re.search(r"[/\\]|^\.{1,2}$", config.run_name), "run_name",
             "it names one directory under --output-dir")
-
-
-def changed_fields(saved: dict, config: Config) -> list[str]:
-    """Fields that differ between a saved config and this one and that a continued run may not change."""
-    present = to_dict(config)
-    return [name for name in present if name not in MAY_CHANGE and saved.get(name) != present[name]]
 
 
 def to_dict(config: Config) -> dict:

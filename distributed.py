@@ -119,11 +119,10 @@ def collective(function: Callable) -> Callable:
             with around_collective():
                 return function(*arguments)
         except RuntimeError as error:
-            if "out of memory" in str(error):    # NCCL's own error, for which there is a setting to lower
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if not lost or "out of memory" in str(error):        # NCCL's own error, with a setting to lower
                 raise
-            if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise LostRank(" ".join(str(error).rpartition("] ")[2].split())[:1000]) from error
-            raise
+            raise LostRank(" ".join(str(error).rpartition("] ")[2].split())[:1000]) from error
     return told
 
 
@@ -165,13 +164,14 @@ def gather_vectors(values: Tensor) -> Tensor:  # all ranks
 
 
 def gather_scores(scores: dict[str, np.ndarray], rows: list[int], total: int) -> dict[str, Tensor]:  # all ranks
-    """Every sample's scores and metrics on every rank, name -> (total,) float32, of which this rank has `rows`.
+    """Every sample's scores and metrics on every rank, name -> (total, ...) float32, of which this rank has `rows`.
 
     A metric that a rank says nothing about is NaN there.
     """
-    names = dict.fromkeys(name for rank in gather_objects(list(scores)) for name in rank)
-    absent = np.full(len(rows), np.nan, np.float32)
-    return {name: gather_rows(torch.from_numpy(scores.get(name, absent)), rows, total) for name in names}
+    shapes = {name: shape for rank in gather_objects([(name, values.shape[1:]) for name, values in scores.items()])
+              for name, shape in rank}
+    absent = {name: np.full((len(rows), *shape), np.nan, np.float32) for name, shape in shapes.items()}
+    return {name: gather_rows(torch.from_numpy(scores.get(name, absent[name])), rows, total) for name in shapes}
 
 
 @collective

@@ -1,11 +1,14 @@
 """Everything that an epoch draws or deals out: prompts, noise, windows, and who holds which sample.
 
-All of it is a function of (seed, epoch, sample) alone. So a run does not depend on the number of ranks or on batch sizes,
-all ranks agree without a word, and a resumed run needs no state of any random stream. Rank and world size are arguments.
+All of it is a function of (seed, epoch, sample) alone. So a run does not depend on the number of ranks or on
+batch sizes, ranks agree without a collective, and a resumed run needs no state of any random stream. Rank and
+world size are arguments.
 
-    N samples of an epoch = G groups x K images: sample i is image i % K of group i // K, and belongs to update i % U
+    N samples of an epoch = G groups x K images
+    Sample i is image i % K of group i // K. It belongs to update i % U of an epoch's U updates.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +19,11 @@ from torch import Tensor
 
 from config import Config
 
-TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)      # what a random stream is for: no two share numbers
+# What a random stream is for. No two purposes share numbers.
+TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)
 
 
-# ------------------------------------------------------------------------------------------------------------ random
+# ----------------------------------------------------------------------------------------------------- random
 
 def generator(*key: int) -> torch.Generator:
     """An independent random stream for every key, the same on every machine."""
@@ -28,12 +32,13 @@ def generator(*key: int) -> torch.Generator:
 
 
 def draw_noise(seed: int, purpose: int, epoch: int, samples: list[int], count: int, shape: tuple) -> Tensor:
-    """Standard normal (count, B, *shape) float32. A sample's noise depends on (seed, purpose, epoch, sample) alone."""
-    return torch.stack([torch.randn(count, *shape, generator=generator(seed, purpose, epoch, i)) for i in samples], 1)
+    """Standard normal (count, B, *shape) float32, a function of (seed, purpose, epoch, sample) alone."""
+    streams = [generator(seed, purpose, epoch, i) for i in samples]
+    return torch.stack([torch.randn(count, *shape, generator=stream) for stream in streams], 1)
 
 
 def draw_windows(config: Config, epoch: int) -> Tensor:
-    """Each group's first trained step (G,) int64. It is 0 without a window, and drawn anew for each epoch with one."""
+    """Each group's first trained step (G,) int64: 0 without a window, and drawn for each epoch with one."""
     if not config.window_size:
         return torch.zeros(config.groups_per_epoch, dtype=torch.long)
     first, last = config.window_range
@@ -42,19 +47,20 @@ def draw_windows(config: Config, epoch: int) -> Tensor:
 
 
 def noise_levels(first_step: Tensor, config: Config) -> Tensor:
-    """How stochastic each step of each sample is, (T, B) float64: 0, which is the ODE's step, outside a sample's window."""
+    """How stochastic each step of each sample is, (T, B) float64. Outside a window it is 0, the ODE's."""
     levels = torch.full((config.num_steps, len(first_step)), config.noise_level, dtype=torch.float64)
     if not config.window_size:
         return levels
-    step = torch.arange(config.num_steps)[:, None]                                                   # (T, 1)
+    step = torch.arange(config.num_steps)[:, None]                                               # (T, 1)
     return levels * ((step >= first_step) & (step < first_step + config.window_size))
 
 
 def epoch_prompt_indices(num_prompts: int, groups_per_epoch: int, seed: int, epoch: int) -> list[int]:
     """Draw one prompt for each group of `epoch` (from 0): `groups_per_epoch` indices below `num_prompts`.
 
-    Training goes through the set in passes. Each pass is a permutation seeded by (seed, pass), and an epoch takes the next
-    `groups_per_epoch` places of that endless sequence. So every prompt is drawn once before any is drawn twice.
+    Training goes through the set in passes. Each pass is a permutation seeded by (seed, pass), and an epoch
+    takes the next `groups_per_epoch` places of that endless sequence. So every prompt is drawn once before
+    any is drawn twice.
 
     Raises ValueError if there are no prompts or groups, or if the seed or the epoch is negative.
     """
@@ -71,7 +77,7 @@ def epoch_prompt_indices(num_prompts: int, groups_per_epoch: int, seed: int, epo
     return indices
 
 
-# ------------------------------------------------------------------------------------------------------------- dealt
+# ------------------------------------------------------------------------------------------------------ dealt
 
 def rank_slice(total: int, rank: int, world_size: int) -> range:
     """The contiguous part of `total` items that `rank` holds. Parts differ by one item at most."""
@@ -79,22 +85,22 @@ def rank_slice(total: int, rank: int, world_size: int) -> range:
 
 
 def batches(items: Sequence, size: int) -> list[Sequence]:
-    """Consecutive parts of at most `size` items. They are even, because a small last one costs as much time as a full one."""
+    """Even parts of at most `size` items in a row, because a small last one takes as long as a full one."""
     count = -(-len(items) // size)
     return [items[part.start:part.stop] for k in range(count) for part in [rank_slice(len(items), k, count)]]
 
 
 def deal_samples(windows: Tensor, config: Config, rank: int, world_size: int) -> list[int]:
-    """The samples of a rank: a contiguous part of all, in the order of groups, so that few groups are split over ranks.
+    """A rank's samples: a contiguous part of all, in the order of groups, so that few groups are split.
 
-    With shared start noise, a group with a later window costs less. There, sort groups by window and deal them to ranks in
-    snake order (0 1 2 2 1 0) to balance the work. Only if every update uses the same part of each group; otherwise ranks would
-    balance over the epoch but not within an update.
+    With shared start noise, a group with a later window costs less. There, sort groups by window and deal
+    them to ranks in snake order (0 1 2 2 1 0) to balance the work. Do so only if every update uses the same
+    part of each group, because ranks would otherwise balance over the epoch but not within an update.
     """
     groups = list(range(config.groups_per_epoch))
     if config.shared_start_noise and config.group_size % config.updates_per_epoch == 0:
         by_window = sorted(groups, key=lambda g: int(windows[g]))
-        snake = [*range(world_size), *reversed(range(world_size))]                                   # 0 1 2 2 1 0
+        snake = [*range(world_size), *reversed(range(world_size))]                               # 0 1 2 2 1 0
         groups = [g for r in range(world_size) for k, g in enumerate(by_window) if snake[k % len(snake)] == r]
     samples = [g * config.group_size + k for g in groups for k in range(config.group_size)]
     return [samples[j] for j in rank_slice(len(samples), rank, world_size)]
@@ -108,7 +114,7 @@ class EpochDraw:
     windows: Tensor                      # (G,) each group's first trained step
     rollout_batches: list[list[int]]     # this rank's samples as they are sampled together
 
-    @property
+    @functools.cached_property
     def samples(self) -> list[int]:
         """This rank's samples in the order in which they are sampled."""
         return [i for batch in self.rollout_batches for i in batch]
@@ -117,9 +123,10 @@ class EpochDraw:
 def draw_epoch(config: Config, num_prompts: int, epoch: int, rank: int, world_size: int) -> EpochDraw:
     """Draw `epoch` (from 1), and deal its samples to the ranks and to rollout batches.
 
-    In half precision, another batch is another kernel and rounds differently. So a rollout batch holds samples of one update,
-    and training replays exactly the rollout's batches: the ratio then starts at exactly 1. With shared start noise a batch also
-    needs one common window, because its samples enter the loop at one step.
+    In half precision, another batch size is another kernel, which rounds differently. So a rollout batch
+    holds samples of one update, and training replays the rollout's batches. The ratio then starts at
+    exactly 1. With shared start noise a batch also needs one common window, because its samples enter the
+    loop at one step.
     """
     windows = draw_windows(config, epoch)
 
@@ -130,24 +137,27 @@ def draw_epoch(config: Config, num_prompts: int, epoch: int, rank: int, world_si
     samples = sorted(deal_samples(windows, config, rank, world_size), key=batch_key)
     parts = [list(part) for _, part in itertools.groupby(samples, batch_key)]
     return EpochDraw(
-        prompts=epoch_prompt_indices(num_prompts, config.groups_per_epoch, config.seed, epoch - 1), windows=windows,
+        prompts=epoch_prompt_indices(num_prompts, config.groups_per_epoch, config.seed, epoch - 1),
+        windows=windows,
         rollout_batches=[batch for part in parts for batch in batches(part, config.rollout_batch)])
 
 
-def training_batches(draw: EpochDraw, update: int, advantages: Tensor, config: Config) -> list[tuple[list[int], list[int]]]:
-    """This rank's batches of rows in an update, each as (positions, steps): row m is trained step steps[m] of the sample at
-    positions[m] of draw.samples.
+def training_batches(draw: EpochDraw, update: int, advantages: Tensor,
+                     config: Config) -> list[tuple[list[int], list[int]]]:
+    """This rank's batches of rows in an update, each as (positions, steps). advantages: (N,) of all samples.
 
-    A row without advantage has no gradient unless there is a KL, so it is left out. advantages: (N,) of all samples.
-    In full precision a batch holds any rows, and is full. In half precision it is a rollout batch at its samples' k-th trained
-    step, whole and in its order, and is left out only if all of it is without advantage.
+    Row m is the trained step steps[m] of the sample at positions[m] of draw.samples. A row without advantage
+    has no gradient unless there is a KL, so it is left out. In full precision a batch holds any rows, and is
+    full. In half precision it is a rollout batch at its samples' k-th trained step, in its order,
+    or even parts of it if config.train_batch is smaller. It is left out only if all of it is without advantage.
     """
     trains = (advantages != 0).tolist() if not config.beta else [True] * len(advantages)
     position = {i: j for j, i in enumerate(draw.samples)}
     mine = [[i for i in batch if i % config.updates_per_epoch == update] for batch in draw.rollout_batches]
     steps = range(config.trained_steps)
     if config.half_precision:
-        parts = [part for batch in mine if any(trains[i] for i in batch) for part in batches(batch, config.train_batch)]
+        alive = [batch for batch in mine if any(trains[i] for i in batch)]
+        parts = [part for batch in alive for part in batches(batch, config.train_batch)]
         return [([position[i] for i in part], [k] * len(part)) for part in parts for k in steps]
     rows = [(position[i], k) for batch in mine for i in batch if trains[i] for k in steps]
     return [tuple(map(list, zip(*batch))) for batch in batches(rows, config.train_batch)]

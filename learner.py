@@ -1,6 +1,7 @@
-"""What an update changes: the trained weights, with AdamW's moments, float16's loss scale and the average over updates.
+"""What an update changes: trained weights, AdamW's moments, float16's loss scale, the average over updates.
 
-All of it is one state, which is saved, restored, and taken back to the last whole epoch where an epoch does not end.
+All of it is one state. It is saved, restored, and taken back to the last whole epoch if an epoch does not
+end.
 """
 
 import contextlib
@@ -18,7 +19,10 @@ from policy import Policy
 
 
 def learning_rate(config: Config, epoch: int) -> float:
-    """Of an epoch, from 1 on. It does not depend on how many there will be, so that a run can be made longer."""
+    """The learning rate of an epoch, from 1 on.
+
+    It does not depend on how many epochs there will be, so that a run can be made longer.
+    """
     half_life = config.learning_rate_half_life
     return config.learning_rate * (0.5 ** ((epoch - 1) / half_life) if half_life else 1.0)
 
@@ -28,26 +32,28 @@ class Learner:
 
     def __init__(self, policy: Policy, config: Config):
         self.policy, self.config = policy, config
-        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8,
-                                           weight_decay=config.weight_decay, fused=True)
-        # The loss is a mean over all ranks' samples and steps, thousands of them, so one row's gradient is small, and float16
-        # holds nothing below 6e-8. On an H200 (SD3.5-M, the gradients of a step against float32's): at the usual first scale,
-        # 2^16, off by 24 % and queries by 94 %; at 2^24, by under 1 % but the text stream's queries by 49 %; at 2^30, all by
-        # under 1 %. If 2^30 is too much, the scale halves itself, and the skipped update is counted as an overflow.
+        self.optimizer = torch.optim.AdamW(policy.parameters, lr=config.learning_rate, betas=(0.9, 0.999),
+                                           eps=1e-8, weight_decay=config.weight_decay, fused=True)
+        # Start the loss scale at 2^30. The loss is a mean over thousands of rows, so one row's gradient is
+        # small, and float16 holds nothing below 6e-8. On an H200, with SD3.5-M's size, the gradients of a
+        # step are off from float32's: at the usual 2^16 by 24 %, queries' by 94 %; at 2^24 by under 1 %, but
+        # those of the text stream's queries by 49 %; at 2^30 all by under 1 %. If 2^30 is too much, the scale
+        # halves itself, and the skipped update is counted as an overflow.
         self.scaler = torch.amp.GradScaler(policy.device.type, init_scale=2.0**30, growth_interval=100,
                                            enabled=config.dtype == "float16")
-        self.scaler.scale(torch.zeros((), device=policy.device))      # makes its state now: a rank may have nothing to scale
+        # Make its state now, because a rank may have nothing to scale.
+        self.scaler.scale(torch.zeros((), device=policy.device))
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite         # updates: so far, and at most
-        self.started = False                                                 # whether there was an update in this process
+        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite    # updates: so far, and at most
+        self.started = False                     # whether there was an update in this process
         self._before: dict | None = None
-        self._changed = False                                                # whether the weights are between two whole epochs
+        self._changed = False                    # whether the weights are between two whole epochs
 
     def state(self, epoch: int) -> dict:
         """Everything from which training goes on after `epoch`: tensors and plain data."""
-        return {"epoch": epoch, "trained": [p.detach() for p in self.policy.parameters], "average": self.average.average,
-                "average_steps": self.average.steps, "skipped": self.skipped, "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()}
+        return {"epoch": epoch, "trained": [p.detach() for p in self.policy.parameters],
+                "average": self.average.average, "average_steps": self.average.steps, "skipped": self.skipped,
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     @torch.no_grad()
     def restore(self, state: dict) -> int:
@@ -73,32 +79,34 @@ class Learner:
             group["lr"] = learning_rate(self.config, epoch)
 
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
-        """One optimizer step on the accumulated gradients: their norm, and whether float16's loss scale may have made it infinite.
+        """Take one optimizer step on the accumulated gradients.
 
-        If the norm is not finite, the weights stay as they are.
+        Returns their norm, and whether float16's loss scale may have made it infinite. If the norm is not
+        finite, the weights stay as they are.
         """
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
         self._changed |= np.isfinite(grad_norm)
-        if np.isfinite(grad_norm) or self.scaler.is_enabled():                # the scaler skips the step by itself
+        if np.isfinite(grad_norm) or self.scaler.is_enabled():          # the scaler skips the step by itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if np.isfinite(grad_norm):
             self.average.step()
-        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1   # below 1, the scale is not to blame
+        # A scale below 1 is not to blame.
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         self.started |= bool(np.isfinite(grad_norm)) or may_overflow
         return grad_norm, may_overflow
 
     def begin_updates(self, epoch: int) -> None:
-        """Keep the state after `epoch`, in host memory of the main rank, which saves: an epoch is whole or leaves nothing."""
+        """Keep the state after `epoch` in the host memory of the main rank, because that rank saves."""
         self._before = on_host(self.state(epoch)) if is_main() else None
 
     def end_updates(self) -> None:
         self._before, self._changed = None, False
 
     def undo_updates(self) -> bool:
-        """Back to the last whole epoch, if its state was kept; whether the weights are those of a whole epoch now."""
+        """Go back to the last whole epoch if its state was kept; whether the weights are those of one."""
         if self._before is not None:
             self.restore(self._before)
             self.end_updates()
@@ -110,7 +118,8 @@ class Learner:
             raise error
         self.skipped += updates
         if is_main():
-            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates", file=sys.stderr)
+            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates",
+                       file=sys.stderr)
 
     def save_weights(self, directory: Path) -> None:
         """The averaged weights, for use."""
@@ -128,11 +137,11 @@ def on_host(value):
 
 
 class WeightAverage:
-    """Exponential moving average of trained weights, d = min((1 + n) / (10 + n), decay) after n optimizer steps."""
+    """Moving average of trained weights, decay min((1 + n) / (10 + n), decay) after n optimizer steps."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float, every: int):
         self.parameters, self.decay, self.every = parameters, decay, every
-        self.steps = 0                                                                   # optimizer steps seen
+        self.steps = 0                           # optimizer steps seen
         self.average = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Prompt sets: built-in ones and the user's files. Also which prompts an epoch draws.
+"""Prompt sets: built-in ones and the user's files.
 
 A source is a built-in name ("words", "ocr", "geneval"), a file or a directory. A .txt file holds one prompt
 per line. A .jsonl file holds GenEval metadata (arXiv 2310.11513), one JSON object per line. The splits train
@@ -14,6 +14,7 @@ from io import StringIO
 from itertools import combinations, permutations, product
 from pathlib import Path
 from random import Random
+from typing import NoReturn
 
 
 SPLITS = ("train", "test")
@@ -47,7 +48,7 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     elif not os.path.isfile(path):
         raise FileNotFoundError(f"prompts {source!r}: no such file or directory; give a .txt or .jsonl file, "
                                 f"a directory, or a built-in set: {', '.join(BUILT_IN)} "
-                                "(the README tells how to fetch published ones)")
+                                "(docs/recipes.md tells how to fetch published ones)")
     extension = os.path.splitext(path)[1].lower()
     if extension not in (".txt", ".jsonl"):
         raise ValueError(f"prompts {source!r}: unknown kind of file {extension!r}; give a .txt file (one "
@@ -100,33 +101,30 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
 
 
 def _metadata_prompt(line: str, place: str) -> Prompt:
+    def refuse(reason: str) -> NoReturn:
+        raise ValueError(f"{place}: {reason}") from None
+
     try:
         metadata = json.loads(line)
-        # Encode it once, because half of a surrogate pair is valid JSON that no tokenizer and no file could
-        # take.
+        # Encode it once, because JSON can hold half of a surrogate pair, which no tokenizer would take.
         json.dumps(metadata, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}; write one object a line"
-                         ) from None
+        refuse(f"not JSON: {error.msg} at column {error.colno}; write one object a line")
     except UnicodeEncodeError:
-        raise ValueError(f"{place}: {_shortened(line)} holds half of a surrogate pair, which is no character"
-                         ) from None
+        refuse(f"{_shortened(line)} holds half of a surrogate pair, which is no character")
     except (ValueError, RecursionError):    # Python limits the digits of a number and the depth of nesting
-        raise ValueError(f"{place}: {_shortened(line)} holds a number of thousands of digits, or is nested "
-                         "too deeply") from None
+        refuse(f"{_shortened(line)} holds a number of thousands of digits, or is nested too deeply")
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{place}: {_shortened(line)} is not an object with a non-empty string "prompt"; '
-                         "add one")
+        refuse(f'{_shortened(line)} is not an object with a non-empty string "prompt"; add one')
     for clause in ("include", "exclude"):
         entries = metadata.get(clause, [])
         if not isinstance(entries, list):
-            raise ValueError(f'{place}: "{clause}" is {_shortened(json.dumps(entries))}; make it a list of '
-                             "objects")
+            refuse(f'"{clause}" is {_shortened(json.dumps(entries))}; make it a list of objects')
         for entry in entries:
             if not _is_object_count(entry):
-                raise ValueError(f'{place}: "{clause}" entry {_shortened(json.dumps(entry))} needs a "class" '
-                                 '(a name) and a "count" (a whole number, at least 1)')
+                refuse(f'"{clause}" entry {_shortened(json.dumps(entry))} needs a "class" (a name) and a '
+                       '"count" (a whole number, at least 1)')
     return Prompt(text.strip(), metadata)
 
 
@@ -173,7 +171,6 @@ OCR_SCENES_PER_TEXT = 5
 
 def ocr_prompts(split: str) -> list[Prompt]:
     """Make scenes with one text in double quotes. The two splits share no text."""
-    _check_split(split)
     rng = Random(SEED)
     texts = [f"{quality} {thing}" for quality, thing in product(OCR_QUALITIES, OCR_THINGS)]
     texts += [f"{place} {number}" for place, number in product(OCR_NUMBERED, range(2, 32))]
@@ -209,24 +206,18 @@ def _plural(name: str) -> str:
     return IRREGULAR_PLURALS.get(name) or name + ("es" if name.endswith(("s", "ch", "sh")) else "s")
 
 
-# One builder per GenEval task. Each returns a prompt's metadata without its tag.
+# The next three functions return a prompt's GenEval metadata without its tag.
 
-def _single_object(name: str) -> dict:
-    return dict(include=[{"class": name, "count": 1}], prompt=f"a photo of {_a(name)}")
-
-
-def _two_object(pair: tuple[str, str]) -> dict:
-    return dict(include=[{"class": name, "count": 1} for name in pair],
-                prompt=f"a photo of {_a(pair[0])} and {_a(pair[1])}")
+def _one_of_each(*things: tuple[str, str]) -> dict:
+    """Ask for one object of each (name, color). The color is "" for any."""
+    return dict(include=[{"class": name, "count": 1} | ({"color": color} if color else {})
+                         for name, color in things],
+                prompt="a photo of " + " and ".join(_a(name, color) for name, color in things))
 
 
 def _counting(name: str, count: int) -> dict:
     return dict(include=[{"class": name, "count": count}], exclude=[{"class": name, "count": count + 1}],
                 prompt=f"a photo of {NUMBER_WORDS[count]} {_plural(name)}")
-
-
-def _colors(name: str, color: str) -> dict:
-    return dict(include=[{"class": name, "count": 1, "color": color}], prompt=f"a photo of {_a(name, color)}")
 
 
 def _position(pair: tuple[str, str], position: str) -> dict:
@@ -235,11 +226,6 @@ def _position(pair: tuple[str, str], position: str) -> dict:
     placed = {"class": first, "count": 1, "position": [position, 0]}
     return dict(include=[{"class": second, "count": 1}, placed],
                 prompt=f"a photo of {_a(first)} {position} {_a(second)}")
-
-
-def _color_attr(pair: tuple[str, str], colors: tuple[str, str]) -> dict:
-    return dict(include=[{"class": name, "count": 1, "color": color} for name, color in zip(pair, colors)],
-                prompt=f"a photo of {_a(pair[0], colors[0])} and {_a(pair[1], colors[1])}")
 
 
 # Per task: distinct test prompts, distinct train prompts, copies of each train prompt. The mix follows
@@ -251,12 +237,7 @@ GENEVAL_SIZES = {"single_object": (20, 60, 1), "two_object": (240, 1000, 1), "co
 
 
 def geneval_prompts(split: str) -> list[Prompt]:
-    """Make prompts of GenEval's six tasks, in its metadata format.
-
-    The test split holds each prompt once. The train split repeats the prompts of small tasks (see
-    GENEVAL_SIZES).
-    """
-    _check_split(split)
+    """Make prompts of GenEval's six tasks, in its metadata format. GENEVAL_SIZES says how many of each."""
     rng = Random(SEED)
     # Keep each pair in one order, because otherwise training on "a dog left of a cat" would teach the test
     # prompt "a cat right of a dog".
@@ -264,12 +245,13 @@ def geneval_prompts(split: str) -> list[Prompt]:
     colorable = [name for name in GENEVAL_OBJECTS if name != "person"]
     colorable_pairs = [pair for pair in pairs if "person" not in pair]
     tasks = {
-        "single_object": (_single_object, product(GENEVAL_OBJECTS)),
-        "two_object": (_two_object, product(pairs)),
+        "single_object": (lambda name: _one_of_each((name, "")), product(GENEVAL_OBJECTS)),
+        "two_object": (lambda pair: _one_of_each((pair[0], ""), (pair[1], "")), product(pairs)),
         "counting": (_counting, product(GENEVAL_OBJECTS, NUMBER_WORDS)),
-        "colors": (_colors, product(colorable, GENEVAL_COLORS)),
+        "colors": (lambda name, color: _one_of_each((name, color)), product(colorable, GENEVAL_COLORS)),
         "position": (_position, product(pairs, GENEVAL_POSITIONS)),
-        "color_attr": (_color_attr, product(colorable_pairs, permutations(GENEVAL_COLORS, 2))),
+        "color_attr": (lambda pair, colors: _one_of_each(*zip(pair, colors)),
+                       product(colorable_pairs, permutations(GENEVAL_COLORS, 2))),
     }
     prompts = []
     for tag, (describe, cases) in tasks.items():

@@ -21,10 +21,12 @@ may run in another environment or on another machine, where this file asks it ov
 """
 import argparse
 import base64
+import contextlib
 import copy
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -37,8 +39,9 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -187,10 +190,9 @@ class Rewards:
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"a batch needs at least 1 image, as many prompts and metadata, not {counts}")
         scores, batch = {}, (images, prompts, metadata)
-        with own_random_streams:
-            jobs = [self.threads.submit(score_and_check, *item, *batch) for item in self.components.items()]
-            for job in jobs:
-                scores |= job.result()
+        jobs = [self.threads.submit(score_and_check, *item, *batch) for item in self.components.items()]
+        for job in jobs:
+            scores |= job.result()
         # total = sum_i weight_i score_i
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
@@ -211,7 +213,8 @@ def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequ
     images, columns, metrics = images.copy(), {}, {}
     images.flags.writeable = False
     try:
-        returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
+        with own_random_streams:
+            returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict):
             returned, metrics = returned
         for column, values in {name: returned, **{f"{name}/{key}": metrics[key] for key in metrics}}.items():
@@ -283,15 +286,13 @@ own_random_streams = OwnRandomStreams()
 # ---------------------------------------------------------------- names: import, build, check
 
 def import_reward(name: str) -> Callable:
-    """Import an entry of REGISTRY, or `my_file:my_function`, also of the current directory.
+    """Import an entry of REGISTRY, or your own: `my_file:function` of the current directory, `path/to/file.py:function`.
 
     Raises ValueError, in one line, where the module cannot be imported or holds no such callable.
     """
-    module, _, attribute = REGISTRY.get(name, name).partition(":")
-    module = module.removesuffix(".py")
-    if module not in sys.modules:
-        import_user_file(name, module)
-    found = getattr(sys.modules[module], attribute, None)
+    module, _, attribute = REGISTRY.get(name, name).rpartition(":")
+    with guard_import(name, module):
+        found = getattr(import_module(module, os.getcwd()), attribute, None)
     if found is None:
         raise ValueError(f"reward {name!r}: module {module!r} has no {attribute!r}")
     if not callable(found):
@@ -300,10 +301,32 @@ def import_reward(name: str) -> Callable:
     return found
 
 
-def import_user_file(name: str, module: str) -> None:
-    """Import the module of the reward `name`. Whatever it raises is a ValueError, also SystemExit."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+@functools.cache
+def import_module(module: str, directory: str) -> Any:
+    """Import a file of `directory`, by its path or its module's name, or any other module by its name."""
+    path = module if "/" in module else module.removesuffix(".py").replace(".", "/")
+    file = Path(directory, path.removesuffix(".py") + ".py")
+    module = module.removesuffix(".py")
+    for place in (directory, str(file.parent)):  # a file may import its neighbours
+        if place not in sys.path:
+            sys.path.append(place)
+    importlib.invalidate_caches()
+    if not file.exists():
+        return importlib.import_module(module)
+    spec = importlib.util.find_spec(module) if "/" not in module else None
+    if spec and spec.origin and Path(spec.origin).resolve() == file.resolve():
+        return importlib.import_module(module)
+    # Load the file itself, because another module, perhaps Python's own, has its name or is found first.
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(file.stem, loaded)  # so that multiprocessing can name its functions
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@contextlib.contextmanager
+def guard_import(name: str, module: str) -> Iterator[None]:
+    """Within, whatever the file of the reward `name` raises is a ValueError, also SystemExit."""
     # Keep what argparse prints, because a file that parses a command line prints a usage and exits. Restore
     # torch's settings, because a file may switch off the gradients that training needs.
     printed, print_message = [""], argparse.ArgumentParser._print_message
@@ -312,7 +335,7 @@ def import_user_file(name: str, module: str) -> None:
     argparse.ArgumentParser._print_message = lambda parser, message, file=None: printed.append(message)
     try:
         with own_random_streams:
-            importlib.import_module(module)
+            yield
     except KeyboardInterrupt:  # Ctrl-C, because imports run in the main thread
         raise
     except BaseException as error:
@@ -376,7 +399,7 @@ def check_reward_weights(weights: Weights, urls: Places = {}) -> None:
         if name not in weights:
             weighted = ", ".join(weights)
             raise ValueError(f"reward {name!r} has a URL, {url!r}, but no weight; those with one: {weighted}")
-        host = r"(?:\[[\da-fA-F:.]+\]|[^\s/?#:]+)"
+        host = r"(?:[^\s/?#@]*@)?(?:\[[\da-fA-F:.]+\]|[^\s/?#:@]+)"
         match = re.fullmatch(rf"(pickle\+|openai\+|)https?://{host}(?::(\d{{1,5}}))?(?:/[^\s?#]*)?", url)
         problem = f"reward {name!r} cannot be asked at {url!r}"
         if not match or not 0 < int(match[2] or 80) < 1 << 16:
@@ -405,12 +428,15 @@ def check_reward_prompts(weights: Iterable[str], prompts: Sequence[str], metadat
                          urls: Places = {}) -> None:
     """Raise ValueError, one line with reward and prompt, for the first prompt that a reward cannot score."""
     for name in weights:
-        check = find_prompt_check(name, urls)
-        for prompt, entry in zip(prompts, metadata, strict=True) if check else ():
+        if check := find_prompt_check(name, urls):
             try:
-                check(prompt, copy.deepcopy(entry))
-            except Exception as error:
-                reason = error if isinstance(error, ValueError) else one_line(error, 300)
+                with own_random_streams:
+                    for prompt, entry in zip(prompts, metadata, strict=True):
+                        check(prompt, copy.deepcopy(entry))
+            except (Exception, SystemExit) as error:
+                reason = str(error)
+                if not isinstance(error, ValueError):
+                    reason = f"{one_line(error, 200)}, for prompt {one_line(repr(prompt), 80)}"
                 raise ValueError(f"reward {name!r}: {reason}") from error
 
 
@@ -464,8 +490,8 @@ def post(url: str, *, json: Any = None, content: bytes | None = None, headers: d
 
     A server that cannot be reached, or answers 5xx, 408 or 429, is asked again, less and less often and not
     before its Retry-After, for `deadline` seconds. One that answers 500, a failure of its own, is asked three
-    times in all. After that, and at once for any other status, RewardError is one line with the last answer
-    and `how_to_start`.
+    times in all. Raises RewardError after that and for any other status, in one line with the last answer and
+    `how_to_start`.
     """
     host = urlsplit(url).hostname or ""
     client = http_client(loopback=host in ("localhost", "::1") or host.startswith("127."))

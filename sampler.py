@@ -15,9 +15,9 @@ Time runs from sigma = 1 (noise) to sigma = 0 (data):
     s               diffusion           the SDE's diffusion coefficient (sigma_t in the paper)
     std             std                 standard deviation of one step, s sqrt(D)
 
-    B images in a micro-batch, T denoising steps, S of them trained, C H W the size of a latent (any shape after B works).
+    B images in a micro-batch, M rows in a training batch, T denoising steps, S trained, C H W a latent's size
 
-Log-probs are averaged over the latent's dimensions, not summed: that sets the scale of the clip range.
+Any shape after B works. Log-probs are averaged over the latent, not summed: this sets the clip range's scale.
 """
 
 import math
@@ -28,15 +28,15 @@ import torch
 from torch import Tensor
 
 RULES = ("flow_sde", "dance_sde", "cps")
-Velocity = Callable[[Tensor, Tensor], Tensor]      # (latents (B, C, H, W), sigma (B,)) -> velocity (B, C, H, W)
+Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
 
 
 def timestep_schedule(num_steps: int, shift: float = 3.0, sigma_min: float | None = None,
                       dtype: torch.dtype = torch.float32) -> Tensor:
     """Sigmas (T + 1,) from 1 down to 0, equal to diffusers' `FlowMatchEulerDiscreteScheduler`.
 
-    `sigma_min` is the last value of the evenly spaced grid before the shift. Its default is Stable Diffusion 3's: 1/1000,
-    shifted once. FLUX passes `sigma_min=1 / num_steps` and `shift=exp(mu)`.
+    `sigma_min` is the last value of the even grid before the shift. Its default is Stable Diffusion 3's:
+    1/1000, shifted once. FLUX passes `sigma_min=1 / num_steps` and `shift=exp(mu)`.
     Raises ValueError if `num_steps` < 1, or if `shift` or `sigma_min` is not positive.
     """
     if num_steps < 1:
@@ -60,13 +60,12 @@ def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_l
     """The Gaussian of one denoising step from `sigma` to `sigma_next`: (mean, std).
 
     velocity, latents: (B, C, H, W), float32 or float64. sigma, sigma_next, noise_level: scalars or (B,).
-    mean: (B, C, H, W). std: broadcasts over the latents, () or (B, 1, 1, 1); 0 where the step is deterministic.
-    `sigma_max`, the schedule's second value, is what `flow_sde` puts for sigma in the denominator 1 - sigma of s at
-    sigma = 1; only there is it needed.
+    mean: (B, C, H, W). std: broadcasts over the latents, () or (B, 1, 1, 1); 0 if the step is deterministic.
+    sigma_max: the schedule's second value, which `flow_sde` puts for sigma in s's 1 - sigma at sigma = 1.
 
-    flow_sde: Flow-GRPO, arXiv 2505.05470, eq. 9. dance_sde: DanceGRPO, 2505.07818. cps: Flow-CPS, 2509.05952. With
-    noise_level 0 all three are the Euler step of the ODE.
-    Raises ValueError for an unknown rule, half-precision latents, or a `flow_sde` step from sigma 1 without `sigma_max`.
+    flow_sde: Flow-GRPO, arXiv 2505.05470, eq. 9. dance_sde: DanceGRPO, 2505.07818. cps: Flow-CPS, 2509.05952.
+    With noise_level 0 all three are the Euler step of the ODE.
+    Raises ValueError for an unknown rule, half-precision latents, or `sigma_max` missing where it is needed.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: one of {', '.join(RULES)}")
@@ -82,7 +81,8 @@ def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_l
     if rule == "flow_sde":
         if sigma_max is None:
             if (sigma == 1).any():
-                raise ValueError("flow_sde from sigma 1: pass sigma_max, the schedule's second value (s diverges at 1)")
+                raise ValueError("flow_sde from sigma 1: pass sigma_max, the schedule's second value "
+                                 "(s diverges at 1)")
             sigma_max = 0.0
         # s = a sqrt(sigma / (1 - sigma))
         s = a * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
@@ -103,7 +103,7 @@ def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_l
 
 
 def log_prob(sample: Tensor, mean: Tensor, std: Tensor, rule: str = "flow_sde") -> Tensor:
-    """Log-probability (B,) of `sample` (B, C, H, W) under N(mean, std^2), averaged over the latent's dimensions.
+    """Log-probability (B,) of `sample` (B, C, H, W) under N(mean, std^2), averaged over its dimensions.
 
     `cps` has its own: -mean((sample - mean)^2), without the Gaussian's scale and normalisation, as Flow-CPS
     (arXiv 2509.05952) and the published settings have it.
@@ -118,15 +118,15 @@ def log_prob(sample: Tensor, mean: Tensor, std: Tensor, rule: str = "flow_sde") 
 
 @dataclass
 class Trajectory:
-    """What training needs of one micro-batch of sampling. Sample b's trained steps are first_step[b] ... first_step[b] + S - 1.
+    """What training needs of one micro-batch of sampling.
 
-    final:        (B, C, H, W)      the latents at sigma 0
-    latents:      (S + 1, B, C, H, W)  before each trained step, and after the last; as sampled, never rounded
-    log_probs:    (S, B)            of the steps taken
-    means:        (S, B, C, H, W)   of those steps' Gaussians where they were asked for, else (0, B, C, H, W)
-    first_step:   (B,) int64
-    sigmas:       (T + 1,)          the schedule
-    noise_levels: (T, B)            0 where the step was the ODE's
+    final:        (B, C, H, W)         the latents at sigma 0
+    latents:      (S + 1, B, C, H, W)  before each trained step, and after the last; never rounded
+    log_probs:    (S, B)               of the steps taken
+    means:        (S, B, C, H, W)      of those steps' Gaussians if they were asked for, else (0, B, C, H, W)
+    first_step:   (B,) int64           sample b's trained steps are the S from first_step[b] on
+    sigmas:       (T + 1,)             the schedule
+    noise_levels: (T, B)               0 where the step was the ODE's
     rule:         the transition rule
     All tensors are on one device and, but for first_step, of the latents' dtype.
     """
@@ -142,12 +142,13 @@ class Trajectory:
     def rows(self, k, samples=None) -> "Rows":
         """The trained transitions as rows: row m is the k[m]-th trained step of samples[m].
 
-        k: int for all rows, or (M,) of 0 ... S - 1. samples: (M,) of 0 ... B - 1; None takes every sample once, in order.
+        k: int for all rows, or (M,) of 0 ... S - 1.
+        samples: (M,) of 0 ... B - 1. None takes every sample once, in order.
         """
         samples = torch.arange(len(self.first_step)) if samples is None else torch.as_tensor(samples)
         k = torch.as_tensor(k).expand_as(samples).to(self.first_step.device)
         samples = samples.to(self.first_step.device)
-        step = self.first_step[samples] + k                                                          # (M,)
+        step = self.first_step[samples] + k                                                      # (M,)
         return Rows(
             latents=self.latents[k, samples], next_latents=self.latents[k + 1, samples],
             sigma=self.sigmas[step], sigma_next=self.sigmas[step + 1], sigma_max=self.sigmas[1],
@@ -156,12 +157,13 @@ class Trajectory:
 
     @staticmethod
     def concatenate(parts: list["Trajectory"]) -> "Trajectory":
-        """One trajectory of several that share schedule and rule."""
+        """Make one trajectory of several that share schedule and rule."""
         return Trajectory(
             final=torch.cat([p.final for p in parts]), latents=torch.cat([p.latents for p in parts], 1),
-            log_probs=torch.cat([p.log_probs for p in parts], 1), means=torch.cat([p.means for p in parts], 1),
-            first_step=torch.cat([p.first_step for p in parts]), sigmas=parts[0].sigmas,
-            noise_levels=torch.cat([p.noise_levels for p in parts], 1), rule=parts[0].rule)
+            log_probs=torch.cat([p.log_probs for p in parts], 1),
+            means=torch.cat([p.means for p in parts], 1), sigmas=parts[0].sigmas, rule=parts[0].rule,
+            first_step=torch.cat([p.first_step for p in parts]),
+            noise_levels=torch.cat([p.noise_levels for p in parts], 1))
 
 
 @dataclass
@@ -172,7 +174,7 @@ class Rows:
     sigma, sigma_next, noise_level: (M,)          of the step
     sigma_max:                      ()            the schedule's second value, for a step from sigma 1
     log_prob:                       (M,)          of the step under the policy that sampled
-    mean:                           (M, C, H, W)  of the step's Gaussian under that policy; None unless rollout kept it
+    mean:                           (M, C, H, W)  of the step's Gaussian under it; None unless rollout kept it
     rule:                           the transition rule
     """
     latents: Tensor
@@ -187,46 +189,52 @@ class Rows:
 
 
 @torch.no_grad()
-def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, noise, *, rule: str = "flow_sde",
-            first_step=0, num_trained: int = 0, start_step: int = 0, keep_means: bool = False) -> Trajectory:
-    """Sample from start noise to data, and keep the `num_trained` consecutive steps from `first_step` on for training.
+def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, noise, *,
+            rule: str = "flow_sde", first_step=0, num_trained: int = 0, start_step: int = 0,
+            keep_means: bool = False) -> Trajectory:
+    """Sample from start noise to data. Keep the `num_trained` steps from `first_step` on for training.
 
-    latents:      (B, C, H, W)      at sigmas[start_step], which is start noise unless said otherwise; float32 or float64
-    sigmas:       (T + 1,)          from `timestep_schedule`
-    noise_levels: scalar, (T,), or (T, B) when windows differ between samples; 0 makes a step the ODE's
+    latents:      (B, C, H, W) at sigmas[start_step], at first start noise; float32 or float64
+    sigmas:       (T + 1,) from `timestep_schedule`
+    noise_levels: scalar, (T,), or (T, B) if windows differ between samples; 0 makes a step the ODE's
     noise:        (T, B, C, H, W), a torch.Generator, or None for the ODE
     first_step:   int or (B,), not before start_step
-    start_step:   the first step to take, where a group that shares its start noise has taken the ones before by the ODE
-    keep_means:   whether the trained steps' means are kept as well (GRPO-Guard needs them)
+    start_step:   the first step to take; a group that shares its start noise has taken the ones before
+    keep_means:   whether to keep the trained steps' means as well, which GRPO-Guard needs
     Raises ValueError if shapes disagree, or if a trained step is deterministic.
     """
     T, B = len(sigmas) - 1, len(latents)
     noise_levels = torch.as_tensor(noise_levels, dtype=latents.dtype, device="cpu")
     first_step = torch.as_tensor(first_step, device="cpu")
-    for name, value, shapes in [("noise_levels", noise_levels, [(), (T,), (T, B)]), ("first_step", first_step, [(), (B,)]),
+    for name, value, shapes in [("noise_levels", noise_levels, [(), (T,), (T, B)]),
+                                ("first_step", first_step, [(), (B,)]),
                                 ("noise", noise, [(T, *latents.shape)])]:
         if isinstance(value, Tensor) and value.shape not in shapes:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: {' or '.join(map(str, shapes))} is needed")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: "
+                             f"{' or '.join(map(str, shapes))} is needed")
     noise_levels = (noise_levels[:, None] if noise_levels.ndim == 1 else noise_levels).expand(T, B)
     first_step = first_step.expand(B)
     _check_trained_steps(sigmas, noise_levels, first_step, num_trained, start_step, rule)
     if noise is None and noise_levels.any():
-        raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a torch.Generator")
+        raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a "
+                         "torch.Generator")
 
-    # Decide on the host, before the first step, what each step needs: a look at a device's values would stall its queue.
-    stochastic = noise_levels.any(1).tolist()                                                        # T booleans
-    trained_samples = [((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0].to(latents.device)
-                       for step in range(T)]                                # T index vectors, each of up to B samples
-    sigmas, noise_levels, first_step = sigmas.to(latents), noise_levels.to(latents), first_step.to(latents.device)
+    # Decide on the host, before the first step, what each step needs, because looking at a device's values
+    # between steps would make the host wait for it.
+    stochastic = noise_levels.any(1).tolist()                                                    # T booleans
+    trained_samples = [((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0]
+                       .to(latents.device) for step in range(T)]            # T index vectors, up to B long
+    sigmas, noise_levels = sigmas.to(latents), noise_levels.to(latents)
+    first_step = first_step.to(latents.device)
 
     stored = latents.new_empty(num_trained + 1 if num_trained else 0, *latents.shape)
     log_probs = latents.new_empty(num_trained, B)
     means = latents.new_empty(num_trained if keep_means else 0, *latents.shape)
-    x = latents                                                                                      # (B, C, H, W)
+    x = latents                                                             # (B, C, H, W)
     for step in range(start_step, T):
         # The step's Gaussian under the policy, eq. 9. Its std is 0 where the step is the ODE's.
-        mean, std = sde_transition(velocity(x, sigmas[step].expand(B)), x, sigmas[step], sigmas[step + 1], noise_levels[step],
-                                   rule, sigma_max=sigmas[1])
+        mean, std = sde_transition(velocity(x, sigmas[step].expand(B)), x, sigmas[step], sigmas[step + 1],
+                                   noise_levels[step], rule, sigma_max=sigmas[1])
         # Draw the next latents from it.
         before, x = x, mean
         if stochastic[step]:
@@ -234,19 +242,19 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
                 x.shape, generator=noise, dtype=x.dtype, device=noise.device)
             x = mean + std * eps.to(x)
 
-        # Keep the transition of each sample that is trained on this step. `slot` counts a sample's trained steps from 0.
+        # Keep the transition of each sample that is trained on this step. `slot` is the k of `rows`.
         trained = trained_samples[step]
         if len(trained):
             slot = step - first_step[trained]
             stored[slot, trained] = before[trained]
             stored[slot + 1, trained] = x[trained]
-            # Average over the whole batch before choosing samples, as `replay` does, because on a GPU the last bit of a sum
-            # may depend on how many rows are summed beside it.
+            # Compute log-probs of the whole batch before choosing samples, as `replay` does, because on a GPU
+            # the last bit of a sum may depend on how many rows are summed beside it.
             log_probs[slot, trained] = log_prob(x, mean, torch.where(std > 0, std, 1), rule)[trained]
             if keep_means:
                 means[slot, trained] = mean[trained]
-    return Trajectory(final=x, latents=stored, log_probs=log_probs, means=means, first_step=first_step, sigmas=sigmas,
-                      noise_levels=noise_levels, rule=rule)
+    return Trajectory(final=x, latents=stored, log_probs=log_probs, means=means, first_step=first_step,
+                      sigmas=sigmas, noise_levels=noise_levels, rule=rule)
 
 
 def replay(velocity: Velocity, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,8 +262,8 @@ def replay(velocity: Velocity, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
     Differentiable through `velocity`. With the network that sampled, log_prob equals rows.log_prob.
     """
-    mean, std = sde_transition(velocity(rows.latents, rows.sigma), rows.latents, rows.sigma, rows.sigma_next, rows.noise_level,
-                               rows.rule, sigma_max=rows.sigma_max)
+    mean, std = sde_transition(velocity(rows.latents, rows.sigma), rows.latents, rows.sigma, rows.sigma_next,
+                               rows.noise_level, rows.rule, sigma_max=rows.sigma_max)
     return log_prob(rows.next_latents, mean, std, rows.rule), mean, std
 
 
@@ -266,14 +274,15 @@ def _per_sample(value, latents: Tensor) -> Tensor:
 
 
 def _require_noise(std: Tensor) -> None:
-    # Only where a look at the value is free: on an accelerator it would stall the queue, and rollout has checked on the host.
+    # Look at the value on a CPU alone, because the host of an accelerator would wait. `rollout` has checked.
     if std.device.type == "cpu" and (std == 0).any():
-        raise ValueError("std is 0: a deterministic step (noise_level 0, or cps at sigma 0) has no log-prob, KL or ratio")
+        raise ValueError("std is 0: a deterministic step (noise_level 0, or cps at sigma 0) has no log-prob, "
+                         "KL or ratio")
 
 
-def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tensor, num_trained: int, start_step: int,
-                         rule: str) -> None:
-    """Every trained step must be taken and be stochastic."""
+def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tensor, num_trained: int,
+                         start_step: int, rule: str) -> None:
+    """Raise ValueError unless every trained step is taken and is stochastic."""
     T = len(sigmas) - 1
     if not 0 <= start_step < T:
         raise ValueError(f"start_step is {start_step}: it must lie in 0 to {T - 1}")
@@ -282,6 +291,7 @@ def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tenso
                          f"do not lie in {start_step} to {T - 1}")
     for k in range(num_trained):
         step = first_step + k
-        if (noise_levels[step, torch.arange(len(step))] == 0).any() or (rule == "cps" and (sigmas[step + 1] == 0).any()):
-            raise ValueError(f"a trained step among {step.unique().tolist()} is deterministic and has no log-prob: "
-                             "train fewer steps or raise noise_level")
+        ends_at_0 = rule == "cps" and (sigmas[step + 1] == 0).any()         # where cps adds no noise
+        if (noise_levels[step, torch.arange(len(step))] == 0).any() or ends_at_0:
+            raise ValueError(f"a trained step among {step.unique().tolist()} is deterministic and has no "
+                             "log-prob: train fewer steps or raise noise_level")

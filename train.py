@@ -2,17 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py [PRESET] [--field value ...]
 
-Read `train` first: an epoch is sample -> reward -> advantage -> update, and this file goes through them in that order.
-What keeps a run alive is in harness/: `Run` resumes, saves, and undoes an epoch that did not end; `@on_all_ranks` turns an
-error on one rank into the same error on all; `progress` and the policy look for a stop signal.
-
-What departs from the paper or from its authors' implementation:
-- Samples are split among an epoch's updates by their index, not by a random permutation, because the images of a group are
-  exchangeable.
-- Where beta is 0, rows with zero advantage add nothing and are not replayed (in half precision unless their rollout batch is),
-  but they stay in the denominator. The authors' code drops such samples and averages over the rest.
-- Latents are kept in float32 between steps. Rounded to half precision, a stored log-prob belongs to another sample.
-- Noise is drawn per (seed, epoch, sample), so that a run does not depend on the number of ranks or on batch sizes.
+Read `train` first; the file goes on in the order in which an epoch runs. harness/ keeps a run alive: `Run`
+resumes, saves, and undoes an epoch that did not end; `@on_all_ranks` turns an error on one rank into the same
+error on all. docs/departures.md lists what departs from the paper or from its authors' code.
 """
 
 import functools
@@ -25,12 +17,12 @@ from torch import Tensor
 
 import distributed
 from config import Config
-from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, draw_epoch, draw_noise, noise_levels, rank_slice,
-                   training_batches)
+from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, draw_epoch, draw_noise,
+                   noise_levels, rank_slice, training_batches)
 from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
 from harness.program import run_as_program
-from harness.report import Statistics, mean_scores, progress, reward_metrics
+from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
 from harness.run import Run, launch
 from harness.scoring import Scorer
 from learner import Learner
@@ -47,17 +39,17 @@ def main() -> int:
 def train(run: Run) -> None:
     """Flow-GRPO, from the epoch after the last whole one to the last."""
     config, policy = run.config, run.policy
-    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)           # (N,)
+    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)       # (N,)
 
     for epoch in run.epochs_left():
-        # An epoch counts whole or not at all. If it does not end, `all_or_nothing` undoes it, or skips it where that is allowed.
+        # An epoch counts whole or not at all. If it does not end, it is undone, or skipped where allowed.
         with run.all_or_nothing(epoch) as metrics:
             # 1. Sample this rank's part of the epoch's N images, and 2. score them beside the sampling.
             samples = sample(policy, run.scorer, run.prompts, config, epoch)
-            scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))      # name -> (N,)
+            scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))  # (N, ...)
 
             # 3. Compute by how much each image beat the others of its prompt.
-            advantages = group_advantages(scores["total"], group_ids, config.advantage_std)          # (N,)
+            advantages = group_advantages(scores["total"], group_ids, config.advantage_std)      # (N,)
 
             # 4. Update the policy: make steps that led to better images more likely.
             metrics |= reward_metrics(scores, group_ids)
@@ -67,76 +59,72 @@ def train(run: Run) -> None:
         run.conclude(metrics)
 
 
-# ---------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 @dataclass
 class Samples:
     """This rank's samples of an epoch, in the order in which they were sampled."""
-
     draw: EpochDraw
     prompts: list[Prompt]              # of each sample
-    trajectory: Trajectory | None      # of all samples; None where this rank has none
+    trajectory: Trajectory | None      # of all samples; None if this rank has none
     scores: dict[str, np.ndarray]      # reward or metric -> (samples of this rank,) float32
 
     @property
-    def indices(self) -> list[int]:
-        """Where each sample stands among the epoch's N."""
+    def indices(self) -> list[int]:    # of each sample, among the epoch's N
         return self.draw.samples
 
 
 @on_all_ranks
 @within_memory(LESS_MEMORY.format("rollout-batch"))
 def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config, epoch: int) -> Samples:
-    """Draw this rank's samples by the SDE, and hand each batch of images to the rewards while the next is drawn."""
+    """Draw this rank's samples by the SDE. Rewards score a batch of images while the next one is drawn."""
     draw = draw_epoch(config, len(prompts), epoch, distributed.rank(), distributed.world_size())
     prompt_of = {i: prompts[draw.prompts[i // config.group_size]] for i in draw.samples}
-    sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps), dtype=policy.compute_dtype)
+    sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps),
+                               dtype=policy.compute_dtype)                                       # (T + 1,)
     policy.cache_text([p.text for p in prompt_of.values()], config.guidance_scale)
     starts = shared_starts(policy, draw, prompts, sigmas, config, epoch) if config.shared_start_noise else {}
     trajectories = []
-
     for batch in progress(draw.rollout_batches, "sample"):                  # B samples
-        # Draw start noise, and the noise of each step. A step outside a sample's window has noise level 0: it is the ODE's.
+        # Draw start noise, and the noise of each step. Outside a sample's window the noise level is 0.
         noise = draw_noise(config.seed, TRAIN_NOISE, epoch, batch, config.num_steps + 1, policy.latent_shape)
-        noise = to_device(noise.to(policy.compute_dtype), policy.device)                             # (T + 1, B, C, H, W)
-        first_step = draw.windows[[i // config.group_size for i in batch]]                           # (B,)
+        noise = to_device(noise.to(policy.compute_dtype), policy.device)    # (T + 1, B, C, H, W)
+        first_step = draw.windows[[i // config.group_size for i in batch]]  # (B,)
         start, start_step = noise[0], 0
 
-        # A group that shares its start has taken the ODE's steps before its window already, once for all its images.
+        # A group that shares its start has taken the ODE's steps before its window, once for all its images.
         if config.shared_start_noise:
-            start = torch.stack([starts[i // config.group_size] for i in batch])                     # (B, C, H, W)
+            start = torch.stack([starts[i // config.group_size] for i in batch])                # (B, C, H, W)
             start_step = int(first_step[0])                                 # the batch has one common window
 
         # Sample images, and keep the latents and log-probs of the trained steps.
         text = policy.encode([prompt_of[i].text for i in batch])
         trajectory = rollout(
-            policy.velocity(text, config.guidance_scale), start, sigmas, noise_levels(first_step, config), noise[1:],
-            rule=config.rule, first_step=first_step, num_trained=config.trained_steps, start_step=start_step,
-            keep_means=config.guard)
+            policy.velocity(text, config.guidance_scale), start, sigmas, noise_levels(first_step, config),
+            noise[1:], rule=config.rule, first_step=first_step, num_trained=config.trained_steps,
+            start_step=start_step, keep_means=config.guard)
         trajectories.append(trajectory)
 
         # Decode them, and let the rewards score them in their own thread.
-        scorer.submit(policy.decode(trajectory.final), trajectory.final, [prompt_of[i] for i in batch], f"epoch {epoch}",
-                      {"samples": torch.tensor(batch), **tensors_of(trajectory)})
-
+        scorer.submit(policy.decode(trajectory.final), trajectory.final, [prompt_of[i] for i in batch],
+                      f"epoch {epoch}", {"samples": torch.tensor(batch), **tensors_of(trajectory)})
     return Samples(draw, prompts=list(prompt_of.values()), scores=scorer.collect(),
                    trajectory=Trajectory.concatenate(trajectories) if trajectories else None)
 
 
 def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas: Tensor, config: Config,
                   epoch: int) -> dict[int, Tensor]:
-    """Group -> the latents (C, H, W) that all its images share: the group's start noise, taken by the ODE to its window.
+    """Group -> latents (C, H, W) that all its images share: its start noise, taken by the ODE to its window.
 
-    Images of a group then differ only in what the window changes. So their advantage cannot push what the first steps decide,
-    such as the ground of a picture, and the policy keeps its diversity.
+    Images of a group then differ only in what the window changes. So their advantage cannot push what first
+    steps decide, such as the ground of a picture, and the policy keeps its diversity.
     """
-    groups = list(dict.fromkeys(i // config.group_size for i in draw.samples))                       # of this rank
+    groups = list(dict.fromkeys(i // config.group_size for i in draw.samples))                  # of this rank
     if not groups:
         return {}
     latents = draw_noise(config.seed, GROUP_NOISE, epoch, groups, 1, policy.latent_shape)[0]
-    latents = latents.to(policy.device, policy.compute_dtype)                                        # (groups, C, H, W)
+    latents = latents.to(policy.device, policy.compute_dtype)               # (groups, C, H, W)
     for step in range(int(draw.windows[groups].max())):
-        # Take this step with the groups whose window has not come yet.
         before_window = [k for k, g in enumerate(groups) if draw.windows[g] > step]
         for batch in batches(before_window, config.rollout_batch):
             text = policy.encode([prompts[draw.prompts[groups[k]]].text for k in batch])
@@ -145,25 +133,27 @@ def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas
     return dict(zip(groups, latents))
 
 
-# ---------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 @within_memory(LESS_MEMORY.format("train-batch"))
-def update(learner: Learner, samples: Samples, advantages: Tensor, config: Config, epoch: int) -> dict[str, float]:
-    """U optimizer steps, each on its own part of the samples; the epoch's statistics. advantages: (N,), of all ranks."""
-    # all ranks
+def update(learner: Learner, samples: Samples, advantages: Tensor, config: Config,
+           epoch: int) -> dict[str, float]:  # all ranks
+    """Take U optimizer steps, each on its part of the samples. Returns statistics. advantages: (N,)."""
     statistics = Statistics()
     learner.set_learning_rate(epoch)
     for u in range(config.updates_per_epoch):
-        rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps       # over all ranks
+        # The loss is the mean over the update's rows on all ranks.
+        num_rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps
         mine = training_batches(samples.draw, u, advantages, config)
-        backward = functools.partial(add_gradients, learner, samples, advantages, rows, config)
+        backward = functools.partial(add_gradients, learner, samples, advantages, num_rows, config)
 
-        # An update whose loss or gradient is not finite is left out where that is allowed, and ends the run elsewhere.
-        with skippable(learner, samples, mine, backward, advantages, f"epoch {epoch}, update {u}", statistics, config):
+        # An update that is not finite is left out if that is allowed. Otherwise it ends the run.
+        with skippable(learner, samples, mine, backward, advantages, f"epoch {epoch}, update {u}", statistics,
+                       config):
             for batch in progress(mine, "train"):
                 statistics.add(**backward(batch))
-            # All ranks meet: first their statistics and stop flags, then their gradients, which are parts of one mean.
-            statistics.end_backward(rows)
+            # All ranks meet: first their statistics and stop flags, then their gradients, parts of one mean.
+            statistics.end_backward(num_rows)
             distributed.sum_gradients(learner.policy.parameters)
             if u == 0:
                 statistics.check_ratio(not learner.started, config, epoch)
@@ -171,26 +161,27 @@ def update(learner: Learner, samples: Samples, advantages: Tensor, config: Confi
     return statistics.metrics()
 
 
-def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, rows: int, config: Config,
+def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, num_rows: int, config: Config,
                   batch: tuple[list[int], list[int]]) -> dict[str, Tensor]:
-    """Add one batch's part to the gradient of the mean loss over all `rows` of an update; what is watched, each (M,)."""
+    """Add a batch's part to the gradient of an update's mean loss. Returns what is watched, (M,) each."""
     policy, (positions, steps) = learner.policy, batch
-    A = advantages[[samples.indices[j] for j in positions]].to(policy.device, policy.compute_dtype)  # (M,)
+    A = advantages[[samples.indices[j] for j in positions]].to(policy.device, policy.compute_dtype)     # (M,)
     text = policy.encode([samples.prompts[j].text for j in positions])
     loss, watched = step_loss(policy, samples.trajectory.rows(steps, positions), text, A, config)
-    learner.scaler.scale(loss.sum() / rows).backward()
+    learner.scaler.scale(loss.sum() / num_rows).backward()
     return watched
 
 
-def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of M rows, each one step of one sample: (M,), and what is watched, each (M,). 2505.05470, eq. 5 and 10."""
+def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
+              config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of M rows, and what is watched: each (M,). 2505.05470, eq. 5 and 10."""
     # Replay the steps: how likely would the present policy have taken them?
     velocity = policy.velocity(text, config.guidance_scale)
     log_prob, mean, std = replay(velocity, rows)                            # (M,), (M, C, H, W), (M, 1, 1, 1)
     old_log_prob = rows.log_prob                                            # (M,)
     D = rows.sigma - rows.sigma_next                                        # (M,)
 
-    # GRPO-Guard (2510.22319) puts a centred log-ratio in place of the difference of log-probs, and divides a step's loss by D.
+    # GRPO-Guard (2510.22319) uses a centred log-ratio, not a difference of log-probs, and divides by D.
     if config.guard:
         log_prob = guard_log_ratio(rows.next_latents, mean, rows.mean, std)
         old_log_prob = torch.zeros_like(log_prob)
@@ -199,48 +190,47 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor, config: Config)
         loss = loss / D
     watched = {"policy_loss": loss, **ratio_statistics(log_prob, old_log_prob, config.clip_range)}
 
-    # Add the KL to the reference, the network without its adapter, which replays the same steps.
+    # Add the KL to the reference, the model before training, which replays the same steps.
     if config.beta:
         with torch.no_grad():
             _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)
-        if config.kl == "per_time":
-            std = std / D.sqrt().view_as(std)                               # s = std / sqrt(D), the SDE's coefficient
+        if config.kl == "per_time" and config.rule != "cps":                # because cps is no SDE
+            std = std / D.sqrt().view_as(std)                               # s = std / sqrt(D)
         kl = gaussian_kl(mean, reference_mean, std)                         # (M,)
         loss, watched["kl"] = loss + config.beta * kl, kl
     return loss, watched
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
-             config: Config) -> tuple[dict[str, float], np.ndarray, dict[str, list[float]]]:
-    """Mean scores of the held-out prompts, each of which counts once; the first `eval_images` images, and their scores."""
-    # all ranks
+             config: Config) -> tuple[dict[str, float], np.ndarray, dict[str, list[float]]]:  # all ranks
+    """Return metrics of the held-out prompts, each counted once, and the first images and their scores."""
     mine = list(rank_slice(len(prompts), distributed.rank(), distributed.world_size()))
     scores, kept = evaluate_slice(learner, scorer, prompts, mine, config)
     images = distributed.gather_rows(kept, mine[:len(kept)], min(config.eval_images, len(prompts)))
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
-    return mean_scores("eval", scores), images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
+    metrics = {**spreads("eval", scores.pop("thumbnail")), **mean_scores("eval", scores)}
+    return metrics, images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
 
 
 @on_all_ranks
 @within_memory(LESS_MEMORY.format("rollout-batch"))
 def evaluate_slice(learner: Learner, scorer: Scorer, prompts: list[Prompt], mine: list[int],
                    config: Config) -> tuple[dict[str, np.ndarray], Tensor]:
-    """Scores and first images of this rank's held-out prompts `mine`, drawn by the averaged weights and the ODE.
-
-    Every prompt has noise of its own, which does not depend on the run's seed, so that runs can be compared.
-    """
+    """Scores and first images of this rank's held-out prompts `mine`, by the averaged weights and the ODE."""
     policy, steps = learner.policy, config.eval_num_steps
     policy.cache_text([prompts[i].text for i in mine], config.guidance_scale)
     sigmas = timestep_schedule(steps, **policy.schedule_arguments(steps), dtype=policy.compute_dtype)
     kept = [torch.zeros(0, *config.resolution, 3, dtype=torch.uint8, device=policy.device)]
     with learner.average.applied():
         for batch in progress(batches(mine, config.rollout_batch), "evaluate"):
-            noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape).to(policy.device, policy.compute_dtype)
+            # Each prompt has its own noise, whatever the run's seed is, so that runs can be compared.
+            noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape)
+            noise = noise[0].to(policy.device, policy.compute_dtype)        # (B, C, H, W)
             velocity = policy.velocity(policy.encode([prompts[i].text for i in batch]), config.guidance_scale)
-            latents = rollout(velocity, noise[0], sigmas, 0.0, None).final                           # (B, C, H, W)
-            images = policy.decode(latents)                                                          # (B, H, W, 3) uint8
+            latents = rollout(velocity, noise, sigmas, 0.0, None).final     # (B, C, H, W)
+            images = policy.decode(latents)                                 # (B, H, W, 3) uint8
             scorer.submit(images, latents, [prompts[i] for i in batch], "evaluation", {"latents": latents})
             kept.append(images[:max(0, config.eval_images - batch[0])])
     return scorer.collect(), torch.cat(kept).cpu()

@@ -32,11 +32,11 @@ from transformers import (CLIPTextConfig, CLIPTextModelWithProjection, CLIPToken
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed  # noqa: E402
+from draws import EVAL_NOISE, draw_noise  # noqa: E402
 from policy import Policy  # noqa: E402
 from prompts import words  # noqa: E402
 from rewards import build_rewards  # noqa: E402
 from sampler import rollout, timestep_schedule  # noqa: E402
-from train import EVAL_NOISE, draw_noise  # noqa: E402
 
 WIDTH, HEIGHT = 64, 24
 FAULTS, FAULT_WEIGHTS = ("upside down", "misspelt", "faint", "struck", "tiny"), (16, 1, 1, 1, 1)

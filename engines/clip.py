@@ -113,7 +113,7 @@ def imagereward(*, device: str = "cpu", batch: int = 16, model: str = "ImageRewa
 
     `model` may be a directory that holds the hub repository's ImageReward.pt and med_config.json.
     """
-    own = ("image-reward and what it needs (see the README) into an environment of its own, since it does "
+    own = ("image-reward and what it needs (docs/rewards.md) into an environment of its own, since it does "
            "not run beside transformers 5, and serve it from there: python rewards.py serve imagereward")
     load = import_from("ImageReward", "load", own)
     files = {"name": model}

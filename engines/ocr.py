@@ -26,9 +26,10 @@ LINE_BATCH = 4
 def quoted_text(prompt: str) -> str:
     """Return what stands between the first two double quotes of `prompt`, which its picture should show.
 
-    Raises ValueError, with the prompt, if there are none or only space is between them.
+    A quote that is not closed reaches to the end, as in the authors' code. Raises ValueError, with the prompt, if
+    there is no quote or only space is in it.
     """
-    quoted = re.search(r'"([^"]*)"', prompt)
+    quoted = re.search(r'"([^"]*)', prompt)
     if quoted is None or not quoted[1].strip():
         shown = shorten(repr(prompt), 200)
         raise ValueError(f'prompt {shown} has no text between double quotes, as in: a sign that says "hello"')
@@ -53,7 +54,8 @@ def text_score(target: str, recognised: str) -> float:
 
     Raises ValueError for an empty target.
     """
-    target, recognised = ("".join(text.lower().split()) for text in (target, recognised))
+    # Lower the case last, because a Greek sigma becomes another letter at the end of a word.
+    target, recognised = ("".join(text.split()).lower() for text in (target, recognised))
     if not target:
         raise ValueError("the target of a text reward is empty")
     if target in recognised:

@@ -44,25 +44,29 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     """
     samples = config.groups_per_epoch * config.group_size
     trained, per_rank = config.trained_steps, -(-samples // world_size)
-    in_update, more = divmod(per_rank, config.updates_per_epoch)          # samples, and updates that have one more
-
     rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples * trained  # 0: not chosen yet
-    updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)               # samples of each
-    # In half precision a training batch is a rollout batch, or a part of it, at one step; else it holds any rows.
-    if config.half_precision:
-        rollouts = [images for n in updates for images in even_parts(n, rollout_batch)]
-        trainings = [rows for images in rollouts for rows in even_parts(images, train_batch) * trained]
-    else:
-        rollouts = even_parts(per_rank, rollout_batch)
-        trainings = [rows for n in updates for rows in even_parts(n * trained, train_batch)]
+
+    def batches_of(held: int) -> tuple[list[int], list[int]]:
+        """The sizes of a rank's rollout and training batches, if it holds so many samples."""
+        in_update, more = divmod(held, config.updates_per_epoch)          # samples, and updates that have one more
+        updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)           # samples of each
+        # In half precision a training batch is a rollout batch, or a part of it, at one step; else it holds any rows.
+        if config.half_precision:
+            rollouts = [images for n in updates for images in even_parts(n, rollout_batch)]
+            return rollouts, [rows for images in rollouts for rows in even_parts(images, train_batch) * trained]
+        return even_parts(held, rollout_batch), [rows for n in updates for rows in even_parts(n * trained, train_batch)]
+
+    # Other ranks hold one sample less. Where that leaves them one batch less, theirs are the larger ones.
+    rollouts, trainings = batches_of(per_rank)
+    other_rollouts, other_trainings = batches_of(samples // world_size)
     steps = samples * config.num_steps
-    if config.shared_start_noise and config.window_size:                  # on average over the windows' places
+    if config.shared_start_noise and config.window_size:  # on average over where windows lie
         before_window = (sum(config.window_range) - config.window_size) / 2
         steps -= round((samples - config.groups_per_epoch) * before_window)
     return BatchPlan(
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
-        rollout_batches=len(rollouts), rollout_images=max(rollouts),
-        train_batches=len(trainings), train_rows=max(trainings),
+        rollout_batches=len(rollouts), rollout_images=max(rollouts + other_rollouts),
+        train_batches=len(trainings), train_rows=max(trainings + other_trainings),
         rollout_calls=steps * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
@@ -156,8 +160,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
     train_batch = train_batch or choose(training=True)
     rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
-    chosen = distributed.gather_objects((rollout_batch, train_batch))
-    return replace(config, rollout_batch=min(size for size, _ in chosen), train_batch=min(size for _, size in chosen))
+    rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
+    return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 
 
 def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:

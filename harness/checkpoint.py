@@ -1,12 +1,14 @@
 """What a run keeps on disk: one writer at a time, its settings, a line of metrics per epoch, and checkpoints.
 
-    runs/<name>/lock, config.json, metrics.jsonl, checkpoints/epoch_00010/{adapter/ or transformer/, state.pt, SHA256SUMS}
+    runs/<name>/lock, config.json, metrics.jsonl
+    runs/<name>/checkpoints/epoch_00010/{adapter/ or transformer/, state.pt, SHA256SUMS}
 
-Everything is written whole or not at all, and is on the disk before what relies on it. Only the main rank does any of it, except
-`load_state`, which every rank calls.
+Everything is written whole or not at all, and is on the disk before what relies on it is written. Only the
+main rank calls these functions, except `load_state`, which every rank calls.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,58 +23,124 @@ from typing import IO
 
 import torch
 
-from config import PRESETS, Config, changed_fields, to_dict
+from config import PLACES, PRESETS, Config, to_dict
+
+# What a continued run may change: the machine, its length, what is looked at and what is kept.
+MAY_CHANGE = set("""
+    epochs rollout_batch train_batch gradient_checkpointing compile offload_text_encoders reward_threads
+    reward_batch reward_models reward_urls reward_deadline max_unanswered trust_remote_code
+    collective_timeout skip_nonfinite eval_rewards eval_every eval_prompts eval_num_steps eval_images
+    eval_only save_every keep_checkpoints output_dir wandb run_name""".split())
+# What a file system says that has no locks, or cannot sync a directory.
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def open_run(config: Config) -> tuple[Path, IO, Config]:
-    """Make or continue the run's directory, as its one writer: directory, lock (held while that file is open), and config.
+    """Make or continue the run's directory as its one writer. Returns directory, lock and config.
 
-    Batch sizes that a continued run chose for itself when it began are its choice still: others would be other bits.
-    Raises ValueError where another process writes it, or where it was started with settings that this run may not change.
+    The lock is held while its file is open.
+    Raises ValueError if another process writes the run, or as `continued` does.
     """
     directory = Path(config.output_dir) / config.run_name
     directory.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(directory)
+    try:
+        return directory, lock, continued(directory, config)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def continued(directory: Path, config: Config) -> Config:
+    """The config with which a run goes on, if there is one in the directory.
+
+    It keeps the batch sizes that it chose at its first start, because others would round differently.
+    Raises ValueError if it was started with settings, or with prompts, that this run may not change.
+    """
+    saved = directory / "config.json"
+    if not (saved.exists() and (directory / "metrics.jsonl").exists()):      # it failed before it began
+        return config
+    old = json.loads(saved.read_text())
+    for field in changed_fields(old, config):
+        raise ValueError(
+            f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {config.run_name!r} was "
+            f"started with {old.get(field)!r}: give that, or choose another --run-name")
+    present = prompt_files(config)
+    for name, digest in old.get("prompt_files", {}).items():
+        if present.get(name) != digest:
+            raise ValueError(
+                f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} was "
+                "started: put the old one back, or choose another --run-name")
+    unchosen = [name for name in ("rollout_batch", "train_batch") if not getattr(config, name)]
+    return replace(config, **{name: old[name] for name in unchosen if old.get(name)})
+
+
+def changed_fields(saved: dict, config: Config) -> list[str]:
+    """Fields that differ between saved settings and this config, and that a continued run may not change."""
+    present, places = to_dict(config), saved.get("places", {})
+
+    def same(name: str) -> bool:
+        old, new = saved.get(name), present[name]
+        if name in PLACES and isinstance(old, str):              # however the path is written
+            return places.get(name, os.path.realpath(old)) == os.path.realpath(new)
+        return old == new
+
+    return [name for name in present if name not in MAY_CHANGE and not same(name)]
+
+
+def take_lock(directory: Path) -> IO:
+    """The open, locked file of a run's directory. Raises ValueError if another process has it locked."""
     lock = open(directory / "lock", "a+")
-    for attempt in range(20):                    # a writer that was just killed takes a moment to be gone
+    os.register_at_fork(after_in_child=lock.close)       # a child that lives on would keep the run locked
+    for _ in range(20):                          # a writer that was just killed takes a moment to be gone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
             time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            print(f"warning: the file system of {directory} has no locks ({error}): start only one "
+                  "process of this run", file=sys.stderr, flush=True)
+            break
     else:
         lock.seek(0)
-        raise ValueError(f"{directory} is being written by process {lock.read().strip()}: wait for it, stop it, "
-                         "or choose another --run-name")
+        raise ValueError(f"{directory} is being written by process {lock.read().strip()}: wait for it, "
+                         "stop it, or choose another --run-name")
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
+    return lock
 
-    saved = directory / "config.json"
-    if saved.exists() and (directory / "metrics.jsonl").exists():       # else it failed before it began
-        changed = changed_fields(old := json.loads(saved.read_text()), config)
-        if changed:
-            field = changed[0]
-            raise ValueError(f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {config.run_name!r} was started "
-                             f"with {old.get(field)!r}: give that, or choose another --run-name")
-        chosen = {name: old[name] for name in ("rollout_batch", "train_batch") if not getattr(config, name) and old.get(name)}
-        config = replace(config, **chosen)
-    return directory, lock, config
+
+def prompt_files(config: Config) -> dict[str, str]:
+    """Name -> checksum of the files that --prompts names, none for a built-in set."""
+    place = Path(config.prompts)
+    files = [place] if place.is_file() else [*place.glob("train*"), *place.glob("test*")]
+    return {path.name: checksum(path) for path in files if path.is_file()}
 
 
 def write_settings(directory: Path, config: Config, preset: str) -> None:
-    """What the run does, and in what it differs from its preset; an evaluation of a run that is there leaves them alone."""
+    """Keep the settings, how they differ from the preset's, and what they name on this machine.
+
+    An evaluation of a run that is there leaves them alone.
+    """
     saved = directory / "config.json"
     if config.eval_only and (directory / "metrics.jsonl").exists():
         return
     settings, published = to_dict(config), to_dict(PRESETS[preset])
-    differs = {name: value for name, value in published.items() if settings[name] != value}       # the preset's own values
-    write_whole(saved, json.dumps({**settings, "preset": preset, "differs_from_preset": differs}, indent=1))
+    differs = {name: value for name, value in published.items() if settings[name] != value}
+    places = {name: os.path.realpath(settings[name]) for name in PLACES if os.path.exists(settings[name])}
+    more = {"preset": preset, "differs_from_preset": differs, "places": places,
+            "prompt_files": prompt_files(config)}
+    write_whole(saved, json.dumps({**settings, **more}, indent=1))
 
 
-# ----------------------------------------------------------------------------------------------------------- to the disk
+# ----------------------------------------------------------------------------- to the disk
 
 def write_whole(path: Path, text: str) -> None:
-    """The file has its old content or its new one, never a part, also after a loss of power."""
+    """Replace a file's content so that it is never found half written, also after a loss of power."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     sync(partial)
@@ -81,16 +149,22 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """A file's content, or a directory's names, are on the disk when this returns."""
+    """Wait until a file's content, or a directory's names, are on the disk, if its file system can tell."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(file)
 
 
 def try_write(what: str, write: Callable, *arguments) -> bool:
-    """Whether `write(*arguments)` went through. Where the disk is full or fails, that is a warning: a run does not end by it."""
+    """Call `write(*arguments)` and return whether it went through.
+
+    A full or failing disk is a warning, because a run must not end by it. Other errors are raised.
+    """
     try:
         write(*arguments)
         return True
@@ -105,10 +179,10 @@ def try_write(what: str, write: Callable, *arguments) -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------- checkpoints
 
 def checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints from which a run can go on, oldest first; whether they are sound, `defect` tells."""
+    """Checkpoints from which a run can go on, oldest first. `defect` tells whether one is sound."""
     return sorted(p for p in (directory / "checkpoints").glob("epoch_*[0-9]") if (p / "state.pt").exists())
 
 
@@ -117,7 +191,7 @@ def checkpoint_path(directory: Path, epoch: int) -> Path:
 
 
 def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
-    """Weights for use, which `save_weights` writes into a directory, the state from which training goes on, and checksums."""
+    """Write what `save_weights` writes into a directory, the training state, and checksums of both."""
     final = checkpoint_path(directory, epoch)
     partial = final.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -128,7 +202,7 @@ def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], 
             torch.save(state, file)
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         sums = "".join(f"{checksum(p)}  {p.relative_to(partial)}\n" for p in files)
-        (partial / "SHA256SUMS").write_text(sums)                             # `sha256sum --check` reads it there
+        (partial / "SHA256SUMS").write_text(sums)        # in the format of `sha256sum --check`
         for path in (*partial.rglob("*"), partial):
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -140,11 +214,11 @@ def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], 
 
 
 def prune_checkpoints(directory: Path, newest: int, best: int | None) -> None:
-    """Of checkpoints before the `newest` ones, and other than that of epoch `best`, keep the adapter alone."""
+    """Keep the `newest` checkpoints and that of epoch `best` whole, and only the adapter of the others."""
     kept = {*checkpoints(directory)[-newest:], checkpoint_path(directory, best or 0)}
-    for older in directory.glob("checkpoints/epoch_*[0-9]"):                  # also what a killed run began to prune
+    for older in directory.glob("checkpoints/epoch_*[0-9]"):     # also what a killed run began to prune
         if older not in kept and (older / "SHA256SUMS").exists():
-            (older / "state.pt").unlink(missing_ok=True)                      # first: a full disk then has room for the rest
+            (older / "state.pt").unlink(missing_ok=True)         # first, to make room on a full disk
             shutil.rmtree(older / "transformer", ignore_errors=True)
             lines = (older / "SHA256SUMS").read_text().splitlines(keepends=True)
             of_adapter = [line for line in lines if "  adapter/" in line]
@@ -158,9 +232,10 @@ def checksum(path: Path) -> str:
 
 
 def defect(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files; "" where nothing is."""
+    """What is wrong with a checkpoint's files, or an empty string."""
     try:
-        expected = dict(line.split("  ", 1)[::-1] for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
+        lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
+        expected = dict(line.split("  ", 1)[::-1] for line in lines)
         for name in dict.fromkeys([*expected, "state.pt"]):
             if checksum(checkpoint / name) != expected.get(name):
                 return f"{name} is not what was written"
@@ -170,9 +245,9 @@ def defect(checkpoint: Path) -> str:
 
 
 def newest_whole(directory: Path, set_aside: bool) -> Path | None:
-    """The newest checkpoint without a defect, None for a run that has none yet. `set_aside` renames those with one.
+    """The newest sound checkpoint, or None if a run has none yet. `set_aside` renames defective ones.
 
-    Raises ValueError where every one has a defect: to begin anew, over what is there, is not for a program to decide.
+    Raises ValueError if all have a defect, because beginning anew over them is not for a program to decide.
     """
     found, defects = checkpoints(directory), []
     for checkpoint in reversed(found):
@@ -182,8 +257,9 @@ def newest_whole(directory: Path, set_aside: bool) -> Path | None:
         defects.append((checkpoint, what))
     else:
         if found:
-            raise ValueError(f"no checkpoint in {directory / 'checkpoints'} is whole ({defects[0][0].name}: {defects[0][1]}): "
-                             "restore one from a copy, or choose another --run-name to begin anew")
+            newest, what = defects[0]
+            raise ValueError(f"no checkpoint in {directory / 'checkpoints'} is whole ({newest.name}: "
+                             f"{what}): restore one from a copy, or choose another --run-name to begin anew")
         return None
     for broken, what in defects:
         print(f"warning: {broken} is corrupt ({what}); the one before is used", file=sys.stderr, flush=True)
@@ -195,21 +271,21 @@ def newest_whole(directory: Path, set_aside: bool) -> Path | None:
 
 
 def load_state(path: Path) -> dict:
-    """The training state of a checkpoint, on the CPU; tensors and plain data only: nothing in it can run."""
+    """The training state of a checkpoint, on the CPU: tensors and plain data, so nothing in it can run."""
     return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- metrics
+# ----------------------------------------------------------------------------- metrics
 
 def write_metrics(directory: Path, metrics: dict) -> None:
-    """Append an epoch's line. Where the disk takes only a part of it, none of it stays, and OSError is raised."""
+    """Append an epoch's line. If the disk takes only a part of it, remove that part and raise OSError."""
     line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
     with open(directory / "metrics.jsonl", "ab", buffering=0) as file:
         before = file.tell()
         try:
             while line:
                 line = line[file.write(line):]
-            os.fsync(file.fileno())
+            sync(directory / "metrics.jsonl")
         except OSError:
             with contextlib.suppress(OSError):
                 file.truncate(before)
@@ -217,9 +293,9 @@ def write_metrics(directory: Path, metrics: dict) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; one that holds no metrics, as a crash may leave it, is left out with a warning."""
+    """The lines of a metrics.jsonl. Leaves out, with a warning, a line that a crash has spoilt."""
     metrics = []
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []         # the last one may be half written
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []     # the last may be half written
     for number, line in enumerate(lines, 1):
         try:
             values = json.loads(line)
@@ -228,50 +304,55 @@ def read_metrics(path: Path) -> list[dict]:
         if isinstance(values, dict) and "epoch" in values:
             metrics.append(values)
         else:
-            print(f"warning: line {number} of {path} holds no metrics: {line[:50]!r}", file=sys.stderr, flush=True)
+            what = f"line {number} of {path} holds no metrics: {line[:50]!r}"
+            print(f"warning: {what}", file=sys.stderr, flush=True)
     return metrics
 
 
 def cut_metrics(directory: Path, epochs: int) -> list[dict]:
-    """The lines of the first `epochs` epochs; all others, which a resumed run writes again, are dropped from the file."""
+    """Drop the lines after `epochs` epochs, which a resumed run writes again. Returns the others."""
     metrics = [m for m in read_metrics(directory / "metrics.jsonl") if m["epoch"] <= epochs]
     write_whole(directory / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
     return metrics
 
 
-# --------------------------------------------------------------------------------------------------- the record of a run
+# ----------------------------------------------------------------------------- the record of a run
 
 class Record:
-    """A run's metrics and checkpoints as they stand on the disk, and what a full disk has not taken yet."""
+    """A run's metrics and checkpoints on the disk, and what a full disk has not taken yet."""
 
     def __init__(self, directory: Path, saved: int, history: list[dict], kept: int):
-        """saved: the epoch of the newest checkpoint; history: all lines of metrics; kept: how many checkpoints stay whole."""
+        """saved: epoch of the newest checkpoint; history: all metrics; kept: how many stay whole."""
         self.directory, self.saved, self.history, self.kept = directory, saved, history, kept
         self._waiting: list[dict] = []
 
     def add(self, metrics: dict) -> None:
-        """An epoch's line, written as soon as there is room for it."""
+        """Write an epoch's line as soon as there is room for it."""
         self.history.append(metrics)
         self._waiting.append(metrics)
         self._write_lines()
 
     def _write_lines(self) -> bool:
-        while self._waiting and try_write("a line of metrics.jsonl", write_metrics, self.directory, self._waiting[0]):
+        line = "a line of metrics.jsonl"
+        while self._waiting and try_write(line, write_metrics, self.directory, self._waiting[0]):
             self._waiting.pop(0)
         return not self._waiting
 
     def save(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
-        """A checkpoint, but not before its line of metrics; of older ones, all but the best are reduced."""
-        if self._write_lines() and try_write(f"the checkpoint of epoch {epoch}", save_checkpoint, self.directory, epoch,
-                                           save_weights, state):
+        """Write a checkpoint, but not before its line of metrics, and reduce older ones."""
+        what = f"the checkpoint of epoch {epoch}"
+        task = (save_checkpoint, self.directory, epoch, save_weights, state)
+        if self._write_lines() and try_write(what, *task):
             self.saved = epoch
             self.reduce_older()
 
     def reduce_older(self) -> None:
-        """Also at a run's start, to end what a killed one began."""
-        try_write("what old checkpoints are reduced to", prune_checkpoints, self.directory, self.kept, self.best())
+        """Reduce older checkpoints. A run's start calls it too, to end what a killed run began."""
+        what = "what old checkpoints are reduced to"
+        try_write(what, prune_checkpoints, self.directory, self.kept, self.best())
 
     def best(self) -> int | None:
-        """The epoch that evaluation liked best, of those with a checkpoint."""
+        """The epoch with the best evaluation, of those with a checkpoint."""
         scores = {m["epoch"]: m["eval/total"] for m in self.history if "eval/total" in m}
-        return max((e for e in scores if checkpoint_path(self.directory, e).exists()), key=scores.get, default=None)
+        kept = [epoch for epoch in scores if checkpoint_path(self.directory, epoch).exists()]
+        return max(kept, key=scores.get, default=None)

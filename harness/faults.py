@@ -1,5 +1,7 @@
-"""What can go wrong in a run: its exceptions, how an error on one rank becomes the same on all, and what is saved of numbers that
-are not finite."""
+"""What can go wrong in a run: its exceptions, and what follows from them.
+
+An error on one rank becomes the same error on all. What is not finite is saved, or left out where allowed.
+"""
 
 import contextlib
 import functools
@@ -26,11 +28,11 @@ class TrainingError(RuntimeError):
 
 
 class NonFinite(TrainingError):
-    """A latent, loss or gradient that is not finite. It comes on all ranks alike, before the weights changed."""
+    """A latent, loss or gradient is not finite. It comes on all ranks alike, before the weights change."""
 
 
 class NonFiniteUpdate(Exception):
-    """An update's "loss" or "gradient" is not finite. `skippable` turns it into a NonFinite that says where."""
+    """An update's "loss" or "gradient" is not finite. `skippable` turns it into a NonFinite."""
 
 
 class Interrupted(Exception):
@@ -44,7 +46,7 @@ class DoesNotFit(RuntimeError):
     """Out of memory: the rank, the reason and the way out, in one line. Perhaps on one rank alone."""
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------------------------------- memory
 
 LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
 
@@ -57,7 +59,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
-    """Within, or in a function decorated with it, running out of memory raises DoesNotFit, which names `way_out` and `plan`."""
+    """Within it, or in a function that it decorates, running out of memory raises DoesNotFit.
+
+    The message names `way_out` and `plan`.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -70,20 +75,22 @@ def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
                          + (f"; the plan was: {plan}" if plan else "")) from error
 
 
-# ------------------------------------------------------------------------------------------------------------ ranks
+# ------------------------------------------------------------------------------------------------------ ranks
 
-_interruptible = False               # whether this rank is in a task that may end between two calls of the network
+_interruptible = False         # whether this rank is in a task that may end between two calls of the network
 
 
 def raise_if_stopping() -> None:
-    """Raise Interrupted if a signal asked for a stop and the task at hand may end here. A policy calls it before each call of its
-    network, so that a signal waits for one call at most and not for a whole rollout."""
+    """Raise Interrupted if a signal asked for a stop and the task at hand may end here.
+
+    A policy calls it before each call of its network, so that a signal waits for one call at most.
+    """
     if _interruptible and signals.stop_asked():
         raise Interrupted
 
 
 def on_all_ranks(task: Callable) -> Callable:
-    """Decorate `task`, so that an error or a stop signal on one rank is raised as the same error on all of them."""
+    """Decorate `task`, so that an error or a stop signal on one rank is raised as the same error on all."""
     @functools.wraps(task)
     def run(*arguments, **keywords):  # all ranks
         global _interruptible
@@ -95,25 +102,28 @@ def on_all_ranks(task: Callable) -> Callable:
             failure = error
         finally:
             _interruptible = False
-        # A launcher signals all processes of a worker. A reward's own processes then end too, and it fails for no other reason.
+        # A launcher's signal also kills the processes of a reward, so a failure after it is probably only that.
         if signals.stop_asked() and not isinstance(failure, NonFinite):
             failure = Interrupted()
-        failures = [(rank, error) for rank, error in enumerate(distributed.gather_objects(failure)) if error is not None]
-        for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):      # errors first
+        everywhere = enumerate(distributed.gather_objects(failure))
+        failures = [(rank, error) for rank, error in everywhere if error is not None]
+        # Errors come before interruptions.
+        for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):
             raise error if isinstance(error, Interrupted) else type(error)(f"rank {rank}: {error}")
         return result
     return run
 
 
-# ------------------------------------------------------------------------------------------------------- not finite
+# ------------------------------------------------------------------------------------------------- not finite
 
 @contextlib.contextmanager
 def skippable(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
               statistics, config: Config) -> Iterator[None]:  # all ranks
-    """Within, an update whose loss or gradient is not finite is left out where --skip-nonfinite allows it; else NonFinite is raised.
+    """Within, an update whose loss or gradient is not finite is left out if --skip-nonfinite allows it.
 
-    learner: whose weights are then as they were. batches, backward: this rank's batches of rows, and the function that adds a
-    batch's gradients and returns tensors to watch. statistics: counts the update that was left out.
+    The weights are then as they were. Otherwise it raises NonFinite.
+    batches, backward: this rank's batches of rows, and the function that adds a batch's gradients and returns
+    tensors to watch. statistics: counts the update that was left out.
     """
     try:
         yield
@@ -128,24 +138,26 @@ def describe_non_finite(found: tuple[str, Path] | None, what: str) -> str:  # al
     """The line to say: the first rank's prompt that is not finite, and where its tensors are."""
     for rank, said in enumerate(distributed.gather_objects(found)):
         if said:
-            return (f"{what} on rank {rank} for prompt {said[0]!r}: the weights were left as they are; tensors are in {said[1]}; "
-                    "lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
-    return (f"{what}, but every batch of it was when computed again: the weights were left as they are; suspect memory or another "
-            "part of the machine")
+            return (f"{what} on rank {rank} for prompt {said[0]!r}: the weights were left as they are; "
+                    f"tensors are in {said[1]}; lower --learning-rate or --noise-level, or in float16 use "
+                    "--dtype bfloat16")
+    return (f"{what}, but every batch of it was when computed again: the weights were left as they are; "
+            "suspect memory or another part of the machine")
 
 
-def find_non_finite(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str, quantity: str,
-                    config: Config) -> tuple[str, Path] | None:
-    """The prompt of the first row that is not finite, and the file with its batch; None where all is finite this time.
+def find_non_finite(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
+                    quantity: str, config: Config) -> tuple[str, Path] | None:
+    """The prompt of the first row that is not finite, and the file with its batch; None if all is finite now.
 
-    Training keeps nothing for this. So compute this rank's part of the update again, batch by batch, and the first batch that is
-    not finite row by row.
+    Training keeps nothing for this. So compute this rank's part of the update again, batch by batch, and the
+    first batch that is not finite row by row.
     """
     def finite(positions: list[int], steps: list[int]) -> bool:
         learner.optimizer.zero_grad(set_to_none=True)
         watched = torch.stack([value.double().sum() for value in backward((positions, steps)).values()])
         gradients = [p.grad for p in learner.policy.parameters if p.grad is not None]
-        return bool(watched.isfinite().all()) and (quantity == "loss" or all(g.isfinite().all() for g in gradients))
+        return bool(watched.isfinite().all()) and (
+            quantity == "loss" or all(g.isfinite().all() for g in gradients))
 
     found = None
     for positions, steps in batches:
@@ -157,8 +169,9 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
                 log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
             indices = [samples.indices[j] for j in positions]
             path = save_debug_tensors(
-                config, where.partition(",")[0], prompts, samples=torch.tensor(indices), steps=torch.tensor(steps),
-                advantages=advantages[indices], **tensors_of(rows), log_prob_again=log_prob, mean_again=mean)
+                config, where.partition(",")[0], prompts, samples=torch.tensor(indices),
+                steps=torch.tensor(steps), advantages=advantages[indices], **tensors_of(rows),
+                log_prob_again=log_prob, mean_again=mean)
             found = samples.prompts[worst].text, path
             break
     learner.optimizer.zero_grad(set_to_none=True)
@@ -171,7 +184,10 @@ def tensors_of(record) -> dict[str, Tensor]:
 
 
 def save_debug_tensors(config: Config, where: str, prompts: list[Prompt], **tensors: Tensor) -> Path:
-    """Write a batch that is not finite as a safetensors file, its prompts as json in the metadata; the latest of a rank and epoch."""
+    """Write a batch that is not finite as a safetensors file, with its prompts as json in the metadata.
+
+    A rank keeps the latest of an epoch.
+    """
     name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
     path = Path(config.output_dir) / config.run_name / "nonfinite" / name
 

@@ -1,16 +1,18 @@
-"""What people look at: the page of a run, its pictures as they evolve, its curves elsewhere.
+"""What people look at: the page of a run, its pictures as they evolve, and its curves.
 
-    python -m harness.gallery runs/<name> [more runs ...] [--output FILE]        the page of a run, or one page that compares several
+    python -m harness.gallery runs/<name> [more runs ...] [--output FILE]
 
-A run keeps, besides what this file does not write (`config.json`, `metrics.jsonl`):
+writes the page of a run, or one page that compares several. A run keeps, beside `config.json` and
+`metrics.jsonl`, which this file does not write:
 
-    runs/<name>/images/epoch_00010/000.png ...     held-out prompts, always with the same noise; 000.webp, a smaller copy, where
-                                                   the picture is larger than a thumbnail
-    runs/<name>/images/epoch_00010/images.json     {"size": [width, height], "prompts": [...], "scores": {name: [...]}}
-    runs/<name>/index.html                         all of it on one page, which opens from the file system, offline
-    runs/<name>/tensorboard/                       the numbers of metrics.jsonl, under the same names
+    runs/<name>/images/epoch_00010/000.png ...   held-out prompts, always with the same noise
+    runs/<name>/images/epoch_00010/000.webp      a smaller copy of a picture larger than a thumbnail
+    runs/<name>/images/epoch_00010/images.json   {"size": [w, h], "prompts": [...], "scores": {name: [...]}}
+    runs/<name>/index.html                       all of it on one page, which opens offline, from the disk
+    runs/<name>/tensorboard/                     the numbers of metrics.jsonl, under the same names
 
-Page and pictures are written whole or not at all. Runs without images.json have a page too, without prompts and scores.
+Page and pictures are written whole or not at all. Runs without images.json have a page too, without prompts
+and scores.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
+from config import refuse_repeated
 from harness.checkpoint import read_metrics
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -39,13 +42,14 @@ POINTS = 2000            # of a curve on the page; no screen shows more
 
 
 class Display:
-    """What a run shows while it trains: pictures, page, TensorBoard's curves and W&B's. One process writes it, the main rank.
+    """What a run shows while it trains: pictures, page, TensorBoard's curves and W&B's.
 
-    Nothing here stops a run: what fails (a full disk, a missing package) is said in one line, once, and left out.
+    Only the main rank makes one. Nothing here stops a run. What fails, for a full disk or a missing package,
+    is said once, in one line, and left out.
 
-    first_epoch: the first whose metrics this process will bring. Pictures and curves of it and later ones, left by a process
-    that was stopped after its last checkpoint, are dropped. None for one that only looks: it draws no curves, and drops nothing.
-    """
+    first_epoch: the first epoch whose metrics this process will bring, or None for a process that only looks.
+    Later pictures and curves, left by a process that was stopped after its last checkpoint, are dropped.
+"""
 
     def __init__(self, directory: Path, first_epoch: int | None, wandb: bool = False):
         self.directory, self.failed, self.events, self.wandb_run = directory, set(), None, None
@@ -57,24 +61,25 @@ class Display:
             self.attempt("W&B", self._start_wandb)
 
     def attempt(self, what: str, task: Callable, *arguments):
-        """What `task` returns, or None where it fails, with a warning the first time."""
+        """Return what `task` returns, or None if it fails, with a warning the first time."""
         try:
             return task(*arguments)
         except Exception as error:
             if what not in self.failed:
                 self.failed.add(what)
-                print(f"warning: {what}: {type(error).__name__}: {' '.join(str(error).split())}; training goes on without",
-                      file=sys.stderr, flush=True)
+                message = " ".join(f"{type(error).__name__}: {error}".split())
+                print(f"warning: {what}: {message}; training goes on without", file=sys.stderr, flush=True)
 
-    def pictures(self, epoch: int, images: np.ndarray, prompts: list[str], scores: dict[str, list[float]]) -> None:
-        """Keep an evaluation, as `save_images` does."""
+    def pictures(self, epoch: int, images: np.ndarray, prompts: list[str],
+                 scores: dict[str, list[float]]) -> None:
+        """Keep an evaluation's pictures, as `save_images` does."""
         self.attempt("keeping pictures", save_images, self.directory, epoch, images, prompts, scores)
 
     def page(self) -> None:
         self.attempt("writing the page", write_page, [self.directory], self.directory / "index.html")
 
     def curves(self, metrics: dict[str, float]) -> None:
-        """An epoch's numbers, under the names of metrics.jsonl."""
+        """Add an epoch's numbers, under the names of metrics.jsonl."""
         if self.events:
             self.attempt("TensorBoard", self.events.add, metrics)
         if self.wandb_run:
@@ -98,20 +103,23 @@ class Display:
         self.events = EventFile(self.directory / "tensorboard", first_epoch)
 
     def _start_wandb(self) -> None:
-        """Under an id that the run keeps. W&B itself drops what a continued run brings a second time."""
+        """Start W&B under an id that the run keeps, so that W&B drops what a continued run brings again."""
         import wandb
         identity = self.directory / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(8))
-        self.wandb_run = wandb.init(project="nano-flow-grpo", name=self.directory.name, id=identity.read_text(), resume="allow",
-                                    dir=str(self.directory), config=json.loads((self.directory / "config.json").read_text()))
+        self.wandb_run = wandb.init(
+            project="nano-flow-grpo", name=self.directory.name, id=identity.read_text(), resume="allow",
+            dir=str(self.directory), config=json.loads((self.directory / "config.json").read_text()))
 
 
 class EventFile:
-    """TensorBoard's scalars of a run. Written on the spot, without the thread of torch's SummaryWriter: what fails, fails here.
+    """TensorBoard's scalars of a run.
 
-    Points of `first_epoch` and later ones in earlier files of the directory no longer count. Raises ImportError, OSError.
-    """
+    It writes at once, without torch's SummaryWriter, because the thread of that ends on a full disk and loses
+    what it holds. Here a write fails where it is made, and the next one brings the lost bytes too.
+    Earlier points from `first_epoch` on no longer count. Raises ImportError, OSError.
+"""
 
     def __init__(self, directory: Path, first_epoch: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -119,28 +127,31 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
         self.Event, self.Summary = Event, Summary
         directory.mkdir(exist_ok=True)
-        self.file = open(directory / f"events.out.tfevents.{time.time_ns()}", "wb")           # read in the order of their names
+        # TensorBoard reads files in the order of their names.
+        self.file = open(directory / f"events.out.tfevents.{time.time_ns()}", "wb")
         self.records = RecordWriter(self.file)
         self._write(file_version="brain.Event:2")
         self._write(step=first_epoch, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, metrics: dict[str, float]) -> None:
-        values = [self.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "epoch"]
+        values = [self.Summary.Value(tag=name, simple_value=value)
+                  for name, value in metrics.items() if name != "epoch"]
         self._write(step=metrics["epoch"], summary=self.Summary(value=values))
 
     def _write(self, **event) -> None:
         self.records.write(self.Event(wall_time=time.time(), **event).SerializeToString())
-        self.file.flush()                        # what is in metrics.jsonl is here too, if this process is killed
+        self.file.flush()                        # a killed process has written what is in metrics.jsonl
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------- pictures
 
-def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequence[str], scores: dict[str, list[float]]) -> None:
+def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequence[str],
+                scores: dict[str, list[float]]) -> None:
     """Keep an evaluation's pictures in place of the epoch's earlier ones, whole or not at all.
 
-    images: uint8 (B, H, W, 3); prompts: B; scores: reward or metric -> B numbers, NaN where it says nothing.
-    Raises ValueError where these do not agree in number, OSError.
-    """
+    images: uint8 (B, H, W, 3); prompts: B; scores: reward or metric -> B numbers, NaN if it says nothing.
+    Raises ValueError if these do not agree in number, OSError.
+"""
     if counts := {len(values) for values in (prompts, *scores.values())} - {len(images)}:
         raise ValueError(f"{len(images)} images, but prompts or scores of {counts}")
     final = directory / "images" / f"epoch_{epoch:05d}"
@@ -160,9 +171,9 @@ def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequen
 
 
 def save_comparison(directory: Path, before: int, after: int, columns: int = 8) -> Path | None:
-    """Images of two epochs in blocks of two, the earlier one above; None where either epoch kept no images."""
-    pairs = [[np.asarray(Image.open(path)) for path in sorted((directory / "images" / f"epoch_{e:05d}").glob("*.png"))]
-             for e in (before, after)]
+    """Draw images of two epochs, the earlier above the later. None if an epoch kept no images."""
+    folders = [directory / "images" / f"epoch_{epoch:05d}" for epoch in (before, after)]
+    pairs = [[np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))] for folder in folders]
     if not all(pairs):
         return None
     height, width, _ = pairs[0][0].shape
@@ -172,25 +183,30 @@ def save_comparison(directory: Path, before: int, after: int, columns: int = 8) 
         x, y = i % columns * (width + 4), i // columns * (2 * height + 4)
         sheet[y:y + 2 * height, x:x + width] = np.concatenate(pair)
     path = directory / "before_after.png"
-    Image.fromarray(sheet).resize((sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST).save(path)
+    size = (sheet.shape[1] * scale, sheet.shape[0] * scale)
+    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
     return path
 
 
-# --------------------------------------------------------------------------------------------------------------- page
+# ----------------------------------------------------------------------------- page
 
 def write_page(runs: list[Path], output: Path) -> None:
-    """One page of one or several runs, whole or not at all. Pictures stay where they are: the page refers to them.
+    """Write one page of one or several runs, whole or not at all. It refers to pictures where they are.
 
-    Raises ValueError where a directory holds no run, OSError.
-    """
+    Raises ValueError if a directory holds no run, OSError.
+"""
     names = [run.absolute().name for run in runs]
     names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}
-    parts = {"title": html.escape(" and ".join(names)), "chart_style": (UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
-             "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
-             "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")}  # no prompt ends the script
+    parts = {
+        "title": html.escape(" and ".join(names)),
+        "chart_style": (UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
+        "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
+        # No prompt may end the script.
+        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")}
     template = (ASSETS / "gallery.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)                  # what is put in is not searched
+    # One pass, because what is put in must not be searched for places.
+    page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
     partial = output.with_name(output.name + ".partial")
     try:
         partial.write_text(page, encoding="utf-8")
@@ -200,14 +216,17 @@ def write_page(runs: list[Path], output: Path) -> None:
 
 
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
-    """All that the page shows of a run, in columns: one entry an epoch, one an image. Paths are relative to the page."""
+    """What the page shows of a run, by columns. Paths are relative to the page's folder."""
     metrics = read_metrics(directory / "metrics.jsonl")
-    evaluations = [e for folder in evaluation_folders(directory) if (e := read_evaluation(folder, page_folder))["count"]]
+    evaluations = [read_evaluation(folder, page_folder) for folder in evaluation_folders(directory)]
+    evaluations = [evaluation for evaluation in evaluations if evaluation["count"]]
     if not metrics and not evaluations:
         raise ValueError(f"{directory} holds no run: neither metrics.jsonl nor images/epoch_*/")
     stride = -(-len(metrics) // POINTS)
-    shown = [m for i, m in enumerate(metrics) if i % stride == 0 or "eval/total" in m or i == len(metrics) - 1]
-    names = dict.fromkeys(key for m in shown for key, value in m.items() if key != "epoch" and isinstance(value, (int, float)))
+    shown = [m for i, m in enumerate(metrics)
+             if i % stride == 0 or "eval/total" in m or i == len(metrics) - 1]
+    names = dict.fromkeys(key for m in shown for key, value in m.items()
+                          if key != "epoch" and isinstance(value, (int, float)))
     config = directory / "config.json"
     return {"name": name, "stride": stride, "epochs": [m["epoch"] for m in shown],
             "metrics": {key: [plain(m.get(key)) for m in shown] for key in names},
@@ -220,17 +239,20 @@ def read_evaluation(folder: Path, page_folder: Path) -> dict:
     kept = folder / "images.json"
     if kept.exists():
         known = json.loads(kept.read_text())
-    else:                                                                        # before a run kept prompts and scores
-        known = {"size": Image.open(pictures[0]).size if pictures else None, "prompts": [None] * len(pictures), "scores": {}}
+    else:                                        # an early run, which kept neither prompts nor scores
+        size = Image.open(pictures[0]).size if pictures else None
+        known = {"size": size, "prompts": [None] * len(pictures), "scores": {}}
     known["scores"] = {name: [plain(value) for value in values] for name, values in known["scores"].items()}
-    return {"epoch": epoch_of(folder), "folder": quote(Path(os.path.relpath(folder.absolute(), page_folder)).as_posix()),
-            "count": len(pictures), "thumbnails": (folder / "000.webp").exists(), **known}
+    relative = Path(os.path.relpath(folder.absolute(), page_folder)).as_posix()
+    return {"epoch": epoch_of(folder), "folder": quote(relative), "count": len(pictures),
+            "thumbnails": (folder / "000.webp").exists(), **known}
 
 
 def evaluation_folders(directory: Path) -> list[Path]:
-    """Those of complete evaluations, oldest first."""
+    """The folders of complete evaluations, oldest first."""
     folders = (directory / "images").glob("epoch_*")
-    return sorted((folder for folder in folders if folder.name.removeprefix("epoch_").isdigit()), key=epoch_of)
+    complete = [folder for folder in folders if folder.name.removeprefix("epoch_").isdigit()]
+    return sorted(complete, key=epoch_of)
 
 
 def epoch_of(folder: Path) -> int:
@@ -238,19 +260,21 @@ def epoch_of(folder: Path) -> int:
 
 
 def plain(value: float | None) -> float | None:
-    """As json has it, in eight digits; None for what is no number."""
+    """A number of eight digits, as json has it. None if it is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.8g}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the page of a run, or one that compares several.")
     parser.add_argument("runs", nargs="+", type=Path, help="directories of runs: runs/<name> ...")
-    parser.add_argument("--output", type=Path, help="file of the page; index.html in the run's directory, or, of several runs, "
-                                                    "compare.html beside the first of them")
+    parser.add_argument("--output", type=Path, help="file of the page; index.html in the run's directory, or "
+                                                    "compare.html beside the first of several")
     arguments = parser.parse_args()
     first = arguments.runs[0].absolute()
-    output = arguments.output or (first / "index.html" if len(arguments.runs) == 1 else first.parent / "compare.html")
+    several = len(arguments.runs) > 1
+    output = arguments.output or (first.parent / "compare.html" if several else first / "index.html")
     try:
+        refuse_repeated(sys.argv[1:], ["output"])
         write_page(arguments.runs, output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

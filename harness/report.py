@@ -40,16 +40,19 @@ class Statistics:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double().sum()
         self._rows += len(ratio_deviation)
-        self._largest = torch.maximum(self._largest.to(ratio_deviation.device), ratio_deviation.detach().double().max())
+        largest = ratio_deviation.detach().double().max()
+        self._largest = torch.maximum(self._largest.to(largest.device), largest)
 
     def end_backward(self, rows: int) -> None:  # all ranks
-        """Put all ranks' sums together, in the one small collective of an update, which carries the stop flag too.
+        """Put all ranks' sums together, in the one small collective of an update, which carries the stop flag
+        too.
 
-        rows: of the update over all ranks. Those that were left out for their zero advantage count, with a ratio of 1.
+        rows: of the update over all ranks. Those left out for their zero advantage count, with a ratio of 1.
         Raises Interrupted or NonFiniteUpdate on all ranks alike.
         """
-        own = [*(self._sums.get(name, torch.zeros(())).double().cpu() for name in self.NAMES), self._rows, self._largest.cpu()]
-        every_rank = distributed.gather_vectors(torch.tensor([*own, signals.stop_asked()], dtype=torch.float64))
+        sums = (self._sums.get(name, torch.zeros(())).double().cpu() for name in self.NAMES)
+        own = [*sums, self._rows, self._largest.cpu(), signals.stop_asked()]
+        every_rank = distributed.gather_vectors(torch.tensor(own, dtype=torch.float64))
         *sums, counted, _, stop = every_rank.sum(0).tolist()
         if stop:
             raise Interrupted
@@ -60,7 +63,7 @@ class Statistics:
             raise NonFiniteUpdate("loss")
 
     def end_update(self, grad_norm: float, may_overflow: bool) -> None:
-        """The optimizer stepped. may_overflow: float16's loss scale, if one is in use, skipped the step by itself."""
+        """The optimizer stepped. may_overflow: if the norm is not finite, float16's loss scale is to blame."""
         if not np.isfinite(grad_norm) and not may_overflow:
             raise NonFiniteUpdate("gradient")
         if np.isfinite(grad_norm):
@@ -78,16 +81,19 @@ class Statistics:
         self._start_update()
 
     def check_ratio(self, first: bool, config: Config, epoch: int) -> None:
-        """In an epoch's first update, before the weights change: the policy is the one that sampled, so each ratio must be 1.
+        """Warn if a ratio is not 1 in an epoch's first update, because the policy is still the one that
+        sampled.
 
-        first: whether it is this process's first update, which gets a line in any case.
+        Call it before the weights change. first: whether it is this process's first update, which gets a line
+        in any case.
         """
         if first:
-            say(f"before the first update, max |ratio - 1| is {self._deviation:.1e}; clip_range is {config.clip_range:g}")
+            say(f"before the first update, max |ratio - 1| is {self._deviation:.1e}; "
+                f"clip_range is {config.clip_range:g}")
         if self._deviation > config.clip_range:
-            warn(f"before the first update of epoch {epoch} a ratio is {self._deviation:.1e} from 1, more than clip_range "
-                 f"{config.clip_range:g}; usual causes: batches of other sizes in training than in the rollout, above all in "
-                 "half precision; another dtype here than there; dropout")
+            warn(f"before the first update of epoch {epoch} a ratio is {self._deviation:.1e} from 1, more "
+                 f"than clip_range {config.clip_range:g}; usual causes: batches of other sizes in training "
+                 "than in the rollout, above all in half precision; another dtype here than there; dropout")
         self.before = self._deviation
 
     def metrics(self) -> dict[str, float]:
@@ -100,16 +106,41 @@ class Statistics:
                         "overflows": self.overflows, "skipped_updates": self.skipped}
 
 
+def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
+    """How much the pictures of a set differ, of 255, averaged over leading dimensions.
+
+    thumbnails: (..., P, 3, 8, 8) of P pictures. The first figure is the standard deviation over the set of
+    the pictures' mean colour, averaged over channels. It falls if a policy collapses to one ground. The finer
+    one takes each of the 8 x 8 parts by itself.
+    """
+    colours = thumbnails.mean((-2, -1))                                     # (..., P, 3)
+    return {f"spread/{name}": colours.std(-2, correction=0).mean().item(),
+            f"spread/{name}_fine": thumbnails.std(-4, correction=0).mean().item()}
+
+
 def reward_metrics(scores: dict[str, Tensor], group_ids: Tensor) -> dict[str, float]:
-    """Mean of each reward over the epoch's images, the spread of the total, and the share of groups without any."""
+    """Mean of each reward over the epoch's images, the total's deviation, and how many groups have none.
+
+    Also how much the pictures of a group differ.
+    """
+    groups = scores["thumbnail"].unflatten(0, (len(group_ids.unique()), -1))       # (G, K, 3, 8, 8)
     return {**mean_scores("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
-            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids)}
+            "zero_variance_groups": zero_variance_groups(scores["total"], group_ids),
+            **spreads("group", groups)}
 
 
 def mean_scores(prefix: str, scores: dict[str, Tensor]) -> dict[str, float]:
     """Mean of each score and metric, over the samples that it says something about."""
     return {f"{prefix}/{name}": values.double().nanmean().item() for name, values in scores.items()
-            if not values.isnan().all()}
+            if values.ndim == 1 and not values.isnan().all()}
+
+
+def spread_shares(metrics: dict, history: list[dict]) -> dict[str, float]:
+    """Each spread as a share of its value before training, which is the first that the run recorded."""
+    names = ("spread/group", "spread/eval")
+    first = {name: value for m in reversed([*history, metrics]) for name, value in m.items() if name in names}
+    return {f"{name}_share": metrics[name] / value for name, value in first.items()
+            if name in metrics and value}
 
 
 def say(text: str) -> None:
@@ -125,8 +156,12 @@ def warn(text: str) -> None:
 
 
 def progress(items: Sequence, what: str) -> Iterator:
-    """The items, under a progress bar on the main rank's terminal. They end early at a stop signal; the next collective tells."""
-    for item in tqdm(items, desc=what, leave=False, disable=None if is_main() else True):      # None: only on a terminal
+    """The items, under a progress bar on the main rank's terminal. A stop signal ends them early.
+
+    The ranks learn of it in their next collective.
+    """
+    off = None if is_main() else True            # None: unless there is a terminal
+    for item in tqdm(items, desc=what, leave=False, disable=off):
         if signals.stop_asked():
             return
         yield item
@@ -140,6 +175,8 @@ def epoch_line(metrics: dict, history: list[dict], config: Config) -> str:
     first = next((m["reward/total"] for m in history if "reward/total" in m), metrics["reward/total"])
     left = (config.epochs - metrics["epoch"]) * np.median([m["seconds"] for m in recent if "seconds" in m])
     return line + (
-        f"reward {metrics['reward/total']:.4f} ({metrics['reward/total'] - first:+.4f}), approx_kl {metrics['approx_kl']:.1e}, "
-        f"clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, gradient {metrics['grad_norm']:.3f}, "
-        f"{metrics['images_per_second']:.1f} images/s, {timedelta(seconds=round(left))} left")
+        f"reward {metrics['reward/total']:.4f} ({metrics['reward/total'] - first:+.4f}), "
+        f"approx_kl {metrics['approx_kl']:.1e}, "
+        f"clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
+        f"gradient {metrics['grad_norm']:.3f}, {metrics['images_per_second']:.1f} images/s, "
+        f"{timedelta(seconds=round(left))} left")

@@ -1,4 +1,7 @@
-"""A run from its command line to its end: start-up, resuming, the epoch that counts whole or not at all, what follows an epoch."""
+"""A run from its command line to its end.
+
+Start-up, resuming, the epoch that counts whole or not at all, and what follows an epoch.
+"""
 
 import contextlib
 import functools
@@ -17,29 +20,32 @@ from config import Config, parse_config, validate
 from distributed import LostRank, is_main
 from harness import signals
 from harness.batches import choose_batches, describe
-from harness.checkpoint import (Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run, write_metrics,
-                                write_settings)
-from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, raise_if_stopping, within_memory)
+from harness.checkpoint import (Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run,
+                                write_metrics, write_settings)
+from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, raise_if_stopping,
+                            within_memory)
 from harness.gallery import Display
 from harness.program import leave
-from harness.report import epoch_line, say
+from harness.report import epoch_line, say, spread_shares, warn
 from harness.scoring import Scorer
 from learner import Learner
 from policy import Policy, check_model
 from prompts import Prompt, load_prompts
-from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts, check_reward_weights
+from rewards import (NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts,
+                     check_reward_weights)
 
 
-# ---------------------------------------------------------------------------------------------------------- start-up
+# --------------------------------------------------------------------------------------------------- start-up
 
 def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Callable) -> int:
-    """Start a run as the command line says, give it to `train`, and end it; the exit code. Mistakes end in one line.
+    """Start a run as the command line says, give it to `train`, and end it. Returns the exit code.
 
-    evaluate: train.evaluate, which this file does not import because train imports this file.
+    Mistakes end in one line. evaluate: train.evaluate, which this file does not import because train imports
+    this file.
     """
     plan, command = "", ""
     try:
-        run, lock, command = start(arguments, evaluate)                    # the lock is held until this function ends
+        run, lock, command = start(arguments, evaluate)        # the lock is held until this function ends
         plan = run.plan
         with signals.stopping_on_signals(command):
             with run.saved_whatever_happens():
@@ -48,7 +54,7 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
                 run.finish()
     except BaseException as error:
         end_with(error, plan, command)
-        raise                                                              # a fault of this program
+        raise                                                  # a fault of this program
     run.scorer.close()
     run.eval_scorer.close()
     distributed.shutdown()
@@ -61,33 +67,39 @@ def end_with(error: BaseException, plan: str, command: str) -> None:
     command: what goes on from the last whole epoch; "" before training, where nothing is to go on.
     """
     if command:
-        said = [str(error)] if isinstance(error, Interrupted) else []      # other errors have a line of their own
+        # Other errors have a line of their own.
+        said = [str(error)] if isinstance(error, Interrupted) else []
         say("; ".join([*said, *getattr(error, "__notes__", ()), f"to go on: {command}"]))
     if isinstance(error, Interrupted):
         leave(0)
     if isinstance(error, LostRank):
         # Another rank ended, and its own error is the one to read.
-        print(f"rank {distributed.rank()}: stopped, another rank is gone or did not answer ({error})", file=sys.stderr)
+        print(f"rank {distributed.rank()}: stopped, another rank is gone or did not answer ({error})",
+              file=sys.stderr)
         leave(1)
     mistakes = (RewardError, NonFinite) if command else (RewardError, ValueError, OSError, ImportError)
     if isinstance(error, (*mistakes, TrainingError, DoesNotFit)):
-        # All ranks meet a mistake alike, so the main rank speaks for all. torchrun ends all ranks with the first that ends:
-        # let it be the main one. Out of memory, and an epoch that was not saved, may be one rank's alone.
+        # Nearly all mistakes are met by all ranks, so the main rank speaks for all. Let it end first, because
+        # torchrun then ends the others. Out of memory, and an epoch not saved, may be one rank's alone.
         if isinstance(error, mistakes) and not is_main():
             time.sleep(30)
         if isinstance(error, DoesNotFit) and "the plan was" not in str(error):
             error = f"{error}; the plan was: {plan}"
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         leave(2)
-    if command and isinstance(error, SystemExit):                          # of user code: the run has not come to its end
+    if command and isinstance(error, SystemExit):              # of user code, before the run came to its end
         raise RuntimeError(f"the run was ended by {error!r}") from error
 
 
 def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
-    """Find everything that can be found wrong before a model loads. Raises ConfigError, ValueError, OSError or ImportError."""
+    """Find everything that can be found wrong before a model loads.
+
+    Returns preset, config, and the prompts of training and evaluation. Raises ConfigError, ValueError,
+    OSError or ImportError.
+    """
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
-    distributed.own_device()                     # before a file with rewards is imported, which may put a model on it
+    distributed.own_device()     # before a file with rewards is imported, because it may put a model there
     weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
     check_reward_weights(weights, dict(config.reward_urls))
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
@@ -107,25 +119,26 @@ def make_rewards(config: Config, device: torch.device) -> Rewards:
     return build_rewards(
         dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
         start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
-        threads=config.reward_threads, device=str(device), batch=config.reward_batch, models=dict(config.reward_models),
-        urls=dict(config.reward_urls), deadline=config.reward_deadline, max_unanswered=config.max_unanswered,
-        trust_remote_code=config.trust_remote_code)
+        threads=config.reward_threads, device=str(device), batch=config.reward_batch,
+        models=dict(config.reward_models), urls=dict(config.reward_urls), deadline=config.reward_deadline,
+        max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
 
 
 def make_policy(config: Config, device: torch.device) -> Policy:
-    """Load the policy. Every rank gets the same weights, an adapter's random start among them."""  # all ranks
+    """Load the policy. Every rank gets the same weights, also an adapter's random start."""  # all ranks
     torch.manual_seed(config.seed)
     with within_memory("the model itself is too large: start fewer processes, or --offload-text-encoders",
                        describe(config, distributed.world_size())):
         policy = Policy(
-            config.model, device, config.dtype, resolution=config.resolution, max_sequence_length=config.max_sequence_length,
-            lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
+            config.model, device, config.dtype, resolution=config.resolution,
+            max_sequence_length=config.max_sequence_length, lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha, lora_targets=config.lora_targets,
             full_finetune=config.full_finetune, with_reference=config.beta > 0, lora_path=config.lora_path,
-            offload_text_encoders=config.offload_text_encoders, gradient_checkpointing=config.gradient_checkpointing,
-            compile=config.compile)
+            offload_text_encoders=config.offload_text_encoders,
+            gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
         distributed.broadcast_parameters(policy.parameters)
-        # NCCL takes its buffers at an operation's first call, outside PyTorch's reserve. Make that call now, before batch sizes
-        # are chosen by the memory that is left.
+        # Call the gradient sum once now, because NCCL takes its buffers at an operation's first call, outside
+        # PyTorch's reserve, and batch sizes are chosen by the memory that is left.
         distributed.sum_gradients(policy.parameters)
     for p in policy.parameters:
         p.grad = None
@@ -134,34 +147,38 @@ def make_policy(config: Config, device: torch.device) -> Policy:
 
 
 def start(arguments: list[str], evaluate: Callable) -> tuple["Run", object, str]:
-    """The run that the command line asks for, the lock on its directory, and the command that goes on with it."""  # all ranks
+    """The run that is asked for, the lock on its directory, and the command that goes on."""  # all ranks
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
-    # torchrun --max-restarts starts us again without a name: the run is then the one that its first start named.
+    # torchrun --max-restarts starts us again without a name: the run is then the one that its first start
+    # named.
     name = config.run_name or signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    command = f"{signals.command_line() or 'the same command'}{'' if config.run_name else f' --run-name {name}'}"
+    named = "" if config.run_name else f" --run-name {name}"
+    command = f"{signals.command_line() or 'the same command'}{named}"
     config = replace(config, run_name=name)
     directory, lock, config = open_run(config) if is_main() else (None, None, None)
     directory, config = distributed.broadcast_object((directory, config))
-    checkpoint = distributed.broadcast_object(newest_whole(directory, not config.eval_only) if is_main() else None)
+    checkpoint = newest_whole(directory, not config.eval_only) if is_main() else None
+    checkpoint = distributed.broadcast_object(checkpoint)
     rewards = make_rewards(config, device)
     rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
     policy = make_policy(config, device)
-    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution", describe(config, 1)):
+    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
+                       describe(config, 1)):
         config = choose_batches(policy, train_prompts, config)
     if is_main():
         write_settings(directory, config, preset)
-    run = Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts, test_prompts=test_prompts,
-              evaluate_policy=evaluate)
+    run = Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,
+              test_prompts=test_prompts, evaluate_policy=evaluate)
     return run, lock, command
 
 
-# ----------------------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------------------- the run
 
 @dataclass
 class Run:
-    """What a run has, and what it does around its epochs. Only the main rank writes anything."""
+    """What a run has, and what it does around its epochs. Only the main rank keeps the record."""
 
     config: Config
     directory: Path
@@ -187,54 +204,66 @@ class Run:
         state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
         self.done = self.learner.restore(state) if checkpoint else 0        # epochs
         self.whole = state["metrics"]                                       # metrics of the last whole epoch
-        history = cut_metrics(self.directory, self.done if checkpoint else -1) if is_main() and not config.eval_only else []
-        self.record = Record(self.directory, self.done, history, config.keep_checkpoints)        # other ranks' stays empty
-        known = self.done + bool(history and history[-1]["epoch"] == self.done)     # the first epoch not in the metrics yet
-        self.display = Display(self.directory, None if config.eval_only else known, config.wandb) if is_main() else None
+        history = []                             # stays empty on other ranks than the main one
+        if is_main() and not config.eval_only:
+            history = cut_metrics(self.directory, self.done if checkpoint else -1)
+        self.record = Record(self.directory, self.done, history, config.keep_checkpoints)
+        # The first epoch that is not in the history
+        missing = self.done + bool(history and history[-1]["epoch"] == self.done)
+        self.display = None
+        if is_main():
+            self.display = Display(self.directory, None if config.eval_only else missing, config.wandb)
         say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
-            f"{sum(p.numel() for p in self.policy.parameters):,} trained weights, {len(self.prompts)} prompts, "
-            f"{len(self.test_prompts)} for evaluation, "
+            f"{sum(p.numel() for p in self.policy.parameters):,} trained weights, "
+            f"{len(self.prompts)} prompts, {len(self.test_prompts)} for evaluation, "
             f"rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}")
         if not config.eval_only:
             say(self.plan)
         if checkpoint:
-            say(f"{'evaluating' if config.eval_only else 'continuing after'} epoch {self.done}, from {checkpoint}")
+            doing = "evaluating" if config.eval_only else "continuing after"
+            say(f"{doing} epoch {self.done}, from {checkpoint}")
 
     def epochs_left(self) -> Iterator[int]:
-        """The epochs to train, from 1 on. Before the first comes what may be missing of the last whole epoch."""  # all ranks
+        """The epochs to train. First it concludes the last whole one if that is still due."""  # all ranks
         if self.checkpoint and self.done >= self.config.epochs:
-            say(f"nothing is left to train: epoch {self.done} of --epochs {self.config.epochs} is done; a higher --epochs goes on")
+            say(f"nothing is left to train: epoch {self.done} of --epochs {self.config.epochs} is done; "
+                "a higher --epochs goes on")
         if is_main() and self.checkpoint:
             self.record.reduce_older()
         # An epoch may have been saved before it was evaluated.
-        if distributed.broadcast_object(not self.record.history or self.record.history[-1]["epoch"] != self.done):
+        history = self.record.history
+        if distributed.broadcast_object(not history or history[-1]["epoch"] != self.done):
             self.conclude(self.whole)
         yield from range(self.done + 1, self.config.epochs + 1)
 
     @contextlib.contextmanager
     def all_or_nothing(self, epoch: int) -> Iterator[dict]:
-        """Within, an epoch samples and trains, and puts its metrics into the dict. It counts whole or not at all.
+        """Within, an epoch samples and trains, and puts its metrics into the dict. It counts whole or not at
+        all.
 
-        Samples that are not finite leave the epoch out where --skip-nonfinite allows it, because advantages are global: without
-        these samples there are none. What else is raised in here ends the run, and `saved_whatever_happens` undoes the epoch.
+        Samples that are not finite leave the epoch out if --skip-nonfinite allows it, because advantages are
+        global and without these samples there are none. What else is raised in here ends the run, and
+        `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
-        if config.updates_per_epoch > 1:                                   # else the first update is the epoch's last
+        if config.updates_per_epoch > 1:         # else the first update is the epoch's last
             self.learner.begin_updates(epoch - 1)
         try:
             yield metrics
             seconds, images = time.perf_counter() - started, config.groups_per_epoch * config.group_size
-            metrics |= {"learning_rate": self.learner.learning_rate, "seconds": seconds, "images_per_second": images / seconds}
+            metrics |= {"learning_rate": self.learner.learning_rate, "seconds": seconds,
+                        "images_per_second": images / seconds}
         except (NonFinite, NonFiniteScore) as error:
             self.learner.skip(error, config.updates_per_epoch)
-            metrics |= {"skipped_updates": config.updates_per_epoch, "seconds": time.perf_counter() - started}
+            metrics |= {"skipped_updates": config.updates_per_epoch,
+                        "seconds": time.perf_counter() - started}
         self.learner.end_updates()
         self.whole = metrics
         say(epoch_line(metrics, self.record.history, config))
 
     @contextlib.contextmanager
     def saved_whatever_happens(self) -> Iterator[None]:
-        """Within, the run trains. Whatever ends it, the last whole epoch is saved, and a note of the error says so."""
+        """Within, the run trains. Whatever ends it, the last whole epoch is saved; the error's note tells."""
         self.resume()
         try:
             yield
@@ -243,11 +272,12 @@ class Run:
             try:
                 if not self.config.eval_only and self.learner.undo_updates():
                     self.save(self.whole)
-            except Exception as failure:         # after a fault of the device or of this program, which is the error to read
+            except Exception as failure:         # after a fault of the device or program, the error to read
                 print(f"warning: epoch {self.whole['epoch']} could not be saved ({failure})", file=sys.stderr)
             saved = self.record.saved
-            error.add_note(f"epoch {saved} is saved" if saved else "that was before the first epoch was whole")
-            # These come on all ranks alike. With any other error this rank alone may be here: no collective.
+            note = f"epoch {saved} is saved" if saved else "that was before the first epoch was whole"
+            error.add_note(note)
+            # Wait for the others after these errors alone, because any other may be this rank's alone.
             if isinstance(error, (RewardError, NonFinite, Interrupted)):
                 distributed.wait_for_all()
             raise
@@ -258,6 +288,8 @@ class Run:
         if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics = {**metrics, **self.evaluate(epoch)}
         if is_main():
+            metrics |= spread_shares(metrics, self.record.history)
+            self.warn_of_collapse(metrics)
             self.record.add(metrics)
             self.display.curves(metrics)
             if "eval/total" in metrics:
@@ -268,9 +300,19 @@ class Run:
                 self.save(metrics)
                 distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
 
+    def warn_of_collapse(self, metrics: dict) -> None:
+        """Say once that the pictures have become alike, because a score does not show it."""
+        sets = (("spread/group_share", "pictures of a group"), ("spread/eval_share", "held-out pictures"))
+        for name, pictures in sets:
+            if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
+                warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by "
+                     "their mean colour: the policy is losing its diversity; --shared-start-noise with a "
+                     "late --window-range keeps it, and so does --beta")
+
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
         """Metrics of the held-out prompts. The images go to the page."""
-        metrics, images, scores = self.evaluate_policy(self.learner, self.eval_scorer, self.test_prompts, self.config)
+        metrics, images, scores = self.evaluate_policy(self.learner, self.eval_scorer, self.test_prompts,
+                                                       self.config)
         if is_main():
             self.display.pictures(epoch, images, [p.text for p in self.test_prompts[:len(images)]], scores)
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -288,10 +330,11 @@ class Run:
     def save(self, metrics: dict) -> None:
         """Write a checkpoint of the weights as they are after the epoch of `metrics`, unless there is one."""
         if is_main() and (epoch := metrics["epoch"]) != self.record.saved:
-            self.record.save(epoch, self.learner.save_weights, {**self.learner.state(epoch), "metrics": metrics})
+            state = {**self.learner.state(epoch), "metrics": metrics}
+            self.record.save(epoch, self.learner.save_weights, state)
 
     def finish(self) -> None:
-        """Say the score before and after, and where things are. Raises TrainingError if the last epoch could not be saved."""
+        """Say the score before and after, and where things are. TrainingError if the end is not saved."""
         if not is_main():
             return
         self.display.close()
@@ -300,17 +343,24 @@ class Run:
         if not evaluated:
             return say(f"no evaluation in {directory / 'metrics.jsonl'}")
         first, last = evaluated[0], evaluated[-1]
-        after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else "; no later evaluation"
+        after = "; no later evaluation"
+        if last is not first:
+            after = f", {last['eval/total']:.4f} after {last['epoch']} epochs"
         say(f"eval/total {first['eval/total']:.4f} before training{after}")
+        if "spread/eval_share" in last:
+            say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before "
+                f"training, {last['spread/eval']:.1f} after ({last['spread/eval_share']:.0%})")
         if (directory / "index.html").exists():
             say(f"images and curves: {directory / 'index.html'}")
         if picture := self.display.comparison(first["epoch"], last["epoch"]):
             say(f"before above after: {picture}")
         best, newest = record.best(), record.saved
-        for which, epoch in [("best and last", best)] if best == newest else [("best", best), ("last", newest)]:
-            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):        # adapter or transformer
+        named = [("best and last", best)] if best == newest else [("best", best), ("last", newest)]
+        for which, epoch in named:
+            # The weights are in a directory, adapter or transformer.
+            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):
                 say(f"the {which} weights, of epoch {epoch}: {weights}")
         say(f"metrics: {directory / 'metrics.jsonl'}")
         if record.saved != self.config.epochs > self.done:
-            raise TrainingError(f"epoch {self.config.epochs} is not saved: make room, and the same command goes on from epoch "
-                                f"{record.saved}")
+            raise TrainingError(f"epoch {self.config.epochs} is not saved: make room, and the same command "
+                                f"goes on from epoch {record.saved}")

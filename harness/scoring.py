@@ -1,4 +1,4 @@
-"""Rewards run in a thread beside the sampling: one object owns the thread, what it was given, and what came of it."""
+"""Rewards run in a thread beside the sampling. One object owns the thread, its tasks and their results."""
 
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -15,12 +15,18 @@ from prompts import Prompt
 from rewards import NonFiniteScore, Rewards
 
 
+def thumbnails(images: Tensor) -> Tensor:
+    """Shrink pictures (B, H, W, 3) uint8 to (B, 3, 8, 8) float32. A value is the mean of a part."""
+    return torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 8)
+
+
 class Scorer:
     """Scores micro-batches of pictures in their order while the next one is sampled."""
 
     def __init__(self, rewards: Rewards, policy: Policy, config: Config):
         self.rewards, self.config = rewards, config
-        # A rank with one core that computes its own rewards gains nothing by two threads, which would only share the core.
+        # A rank with one core that computes its own rewards gains nothing by two threads, because they would
+        # only share the core.
         self.waits = policy.device.type == "cpu" and distributed.cores() <= 1 and not config.reward_urls
         # One thread for the rewards. The current CUDA device is per thread, so set it there.
         on_gpu = policy.device.type == "cuda"
@@ -46,7 +52,9 @@ class Scorer:
     def collect(self) -> dict[str, np.ndarray]:
         """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.
 
-        A metric that a batch says nothing about is NaN there. Raises what scoring raised, or Interrupted at a stop signal.
+        "thumbnail" is no score but (samples, 3, 8, 8), from which a run tells how much its pictures differ.
+        A metric that a batch says nothing about is NaN there. Raises what scoring raised, or Interrupted at a
+        stop signal.
         """
         try:
             self._wait()
@@ -54,20 +62,24 @@ class Scorer:
         finally:
             self.pending = []
         names = dict.fromkeys(name for part in parts for name in part)
-        return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts]) for name in names}
+        return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts])
+                for name in names}
 
     def close(self) -> None:
         self.thread.shutdown()
 
-    def _score(self, wait_for_copy, prompts: list[Prompt], where: str, debug_tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Runs in the thread: it waits for the device's copies while the next micro-batch is sampled."""
+    def _score(self, wait_for_copy, prompts: list[Prompt], where: str,
+               debug_tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Score a micro-batch. The thread waits for the device's copies while the next one is sampled."""
         finite, images = wait_for_copy()                                    # (B,) bool, (B, H, W, 3) uint8
         if not finite.all():
             path = save_debug_tensors(self.config, where, prompts, **debug_tensors)
-            raise NonFinite(f"{where}: latents are not finite for prompt {prompts[int(finite.int().argmin())].text!r}; tensors are "
-                            f"in {path}; lower --learning-rate, or in float16 use --dtype bfloat16")
+            prompt = prompts[int(finite.int().argmin())].text
+            raise NonFinite(f"{where}: latents are not finite for prompt {prompt!r}; tensors are in {path}; "
+                            "lower --learning-rate, or in float16 use --dtype bfloat16")
         try:
-            return self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+            scores = self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+            return {**scores, "thumbnail": thumbnails(images).numpy()}
         except NonFiniteScore as error:
             path = save_debug_tensors(self.config, where, prompts, images=images)
             raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error

@@ -144,8 +144,9 @@ def _watch(reading: int, key: str, to_go_on: str) -> None:
         if _asked.is_set():
             asked = now if _safe.is_set() else asked or now
             if now - asked > GRACE and not _safe.is_set():
-                print(f"rank {distributed.rank()}: no safe point within {GRACE:g} s of the signal; the last checkpoint"
-                      f" stands{to_go_on and '; to go on: ' + to_go_on}", file=sys.stderr, flush=True)
+                print(f"rank {distributed.rank()}: no safe point within {GRACE:g} s of the signal; the last "
+                      f"checkpoint stands"
+                      f"{to_go_on and '; to go on: ' + to_go_on}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 

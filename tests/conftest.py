@@ -1,6 +1,7 @@
 import os
 import shutil
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,26 +10,22 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""       # laws are tested on the CPU, some
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from helpers import ROOT, SMALL, flags, run_here, save_small_sd3
 from make_tiny_sd3 import make_pipeline
 from transformers import CLIPTextModel
 
 torch.set_num_threads(1)          # the tensors here are too small to share
 
 
+LAUNCHERS = {"start", "command", "found", "browser", "serve", "server"}      # fixtures with processes of their own: torchrun, servers, a browser
+
+
+@pytest.hookimpl(tryfirst=True)           # before pytest looks at -m
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.name != "test_train.py")      # the longest file first: the others go beside it
-
-
-def save_small_sd3(directory: Path) -> None:
-    """In the hub's format: a small StableDiffusion3Pipeline, all nine parts, with random weights."""
-    torch.manual_seed(0)
-    pipe = make_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        for name, parameter in pipe.transformer.named_parameters():
-            if "embedder" in name and parameter.ndim == 2:      # so that prompt and time matter as much as in a trained model
-                parameter *= 3
-    pipe.save_pretrained(directory)
+    for item in items:
+        if LAUNCHERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -80,16 +77,53 @@ def browser():
         browser.close()
 
 
-def wait_until(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.01)
+@pytest.fixture(scope="module")
+def train_here(model, tmp_path_factory):
+    """`train_here(name, before, **changes)`: a run in this process, as one rank; its directory.
+
+    before: called with the `Run` before it trains.
+    """
+    runs = tmp_path_factory.mktemp("runs")
+
+    def run(name: str, before=None, **changes) -> Path:
+        run_here(flags(**{"model": model, "output_dir": runs, "run_name": name, **SMALL, **changes}), before)
+        return runs / name
+
+    return run
 
 
-def alive(pid: int) -> bool:
-    """Running, and not a zombie that nobody has waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+@pytest.fixture(scope="module")
+def start(model, tmp_path_factory):
+    """`start(name, ranks, **changes)`: the real command, on so many ranks (0: without torchrun), and the run's directory.
+
+    In place of a number, `ranks` may be the launcher's own words.
+    """
+    runs = tmp_path_factory.mktemp("commands")
+    processes = []
+
+    def run(name: str, ranks: int | list[str], *words: str, cwd=ROOT, path=ROOT, **changes):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        if isinstance(ranks, list):
+            launcher = ranks
+        arguments = flags(**{"model": model, "output_dir": runs, "run_name": name, **SMALL, **changes})
+        process = subprocess.Popen([sys.executable, *launcher, ROOT / "train.py", *arguments, *words], cwd=cwd,
+                                   env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path)}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        processes.append(process)
+        return process, runs / name
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def command(start):
+    """`command(name, ranks, **changes)`: the real command to its end: (exit code, stdout, stderr, the run's directory)."""
+    def run(*args, **changes) -> tuple[int, str, str, Path]:
+        process, directory = start(*args, **changes)
+        out, err = process.communicate(timeout=250)
+        return process.returncode, out, err, directory
+
+    return run

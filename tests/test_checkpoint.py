@@ -1,6 +1,8 @@
 """What is on the disk: whole, checked, as many as asked for, and without harm when the disk is full."""
 
+import errno
 import json
+import os
 import pickle
 import subprocess
 from pathlib import Path
@@ -9,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from config import Config, parse_config
 from harness.checkpoint import (
-    Record, checkpoints, cut_metrics, defect, load_state, newest_whole, prune_checkpoints, read_metrics, save_checkpoint,
-    try_write, write_metrics)
+    Record, checkpoints, cut_metrics, defect, load_state, newest_whole, open_run, prune_checkpoints, read_metrics,
+    save_checkpoint, try_write, write_metrics, write_settings)
 
 
 def save(directory: Path, epoch: int, newest: int = 2, best: int | None = None, numbers: int = 100) -> None:
@@ -179,3 +182,74 @@ def test_what_was_killed_while_pruning_is_pruned_at_the_next_start_and_its_sums_
     older = tmp_path / "checkpoints" / "epoch_00001"
     assert sorted(path.name for path in older.iterdir()) == ["SHA256SUMS", "adapter"]
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=older, check=True, stdout=subprocess.DEVNULL)
+
+
+# ------------------------------------------------------------------------------------------------- the run's directory
+
+def started(place: Path, *words: str, begun: bool = True) -> Config:
+    """As a run's start does, by its command line: the config with which it goes on."""
+    preset, config = parse_config(["--run-name", "run", "--output-dir", str(place / "runs"), *words])
+    directory, lock, config = open_run(config)
+    write_settings(directory, config, preset)
+    if begun:
+        write_metrics(directory, {"epoch": 0})
+    lock.close()
+    return config
+
+
+def test_a_path_that_is_written_otherwise_is_the_same_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    (tmp_path / "elsewhere").mkdir()
+    started(tmp_path, "--model", "model")
+    for path in ("model/", "./model", str(tmp_path / "model"), "~/model", "link"):
+        started(tmp_path, "--model", path)
+    monkeypatch.chdir("elsewhere")
+    started(tmp_path, "--model", "../model")
+    with pytest.raises(ValueError, match="--model is 'model', but"):
+        started(tmp_path, "--model", "model")
+
+
+def test_a_prompt_file_that_was_edited_is_refused_by_name_and_is_taken_again_when_it_is_put_back(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(f'the word "{split}"\n')
+    started(tmp_path, "--prompts", str(tmp_path))
+    for split in ("train", "test"):
+        before = (tmp_path / f"{split}.txt").read_text()
+        (tmp_path / f"{split}.txt").write_text('the word "other"\n')
+        with pytest.raises(ValueError, match=rf"{split}.txt in --prompts .* has changed since run 'run'.*--run-name"):
+            started(tmp_path, "--prompts", str(tmp_path))
+        (tmp_path / f"{split}.txt").write_text(before)
+    started(tmp_path, "--prompts", f"{tmp_path}/")
+
+
+def test_home_is_expanded_and_what_comes_with_the_project_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, config = parse_config(["--output-dir=~/runs"])
+    assert config.output_dir == f"{tmp_path}/runs" and (Path(config.model) / "model_index.json").exists()
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    assert parse_config([])[1].model == "assets/tiny-sd3"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_and_without_directory_sync_allows_a_run_with_a_warning(
+        tmp_path, monkeypatch, capsys, number):
+    def unsupported(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    monkeypatch.setattr("os.fsync", unsupported)
+    started(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "has no locks" in line and "start only one" in line
+    save(tmp_path, 1)
+    assert epochs([newest_whole(tmp_path, set_aside=True)]) == [1]
+
+
+def test_a_disk_that_fails_is_no_file_system_without_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        started(tmp_path)

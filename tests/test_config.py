@@ -8,10 +8,9 @@ import itertools
 import pytest
 
 import config
-from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
-from distributed import share
-from harness.batches import batch_plan, describe, steps_at_once
-from train import batches
+from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
+from harness.batches import batch_plan, describe
+from harness.checkpoint import changed_fields
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -149,42 +148,9 @@ def test_a_continued_run_may_change_the_machine_and_the_length_and_nothing_of_th
     assert changed_fields(saved, dataclasses.replace(Config(), resolution=(24, 56), beta=0.1)) == ["resolution", "beta"]
 
 
-# ---------------------------------------------------------------------------------------------------------- batch plan
+# ------------------------------------------------------------------------------------------------------- trained steps
 
-PLANS = [(groups, size, updates, ranks, batch) for groups, size, updates in
-         [(1, 2, 1), (1, 2, 2), (3, 5, 2), (12, 16, 4), (7, 3, 5), (48, 24, 2)]
-         for ranks in (1, 2, 3, 8, 13) for batch in (1, 4, 32)]
-
-
-@pytest.mark.parametrize("groups, size, updates, ranks, batch", PLANS)
-def test_every_sample_is_drawn_once_and_trained_once_and_the_plan_counts_the_batches(groups, size, updates, ranks, batch):
-    config = dataclasses.replace(Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=updates, rollout_batch=batch,
-                                 train_batch=batch)
-    plan, in_half = batch_plan(config, ranks), batch_plan(dataclasses.replace(config, dtype="bfloat16"), ranks)
-    assert plan.samples == groups * size
-    held = [share(plan.samples, rank, ranks) for rank in range(ranks)]
-    assert sorted(itertools.chain(*held)) == list(range(plan.samples))
-    assert {len(mine) for mine in held} <= {plan.samples_per_rank, plan.samples // ranks}
-    assert max(len(mine) for mine in held) == plan.samples_per_rank
-    trained = [[batches([i for i in mine if i % updates == u], batch) for u in range(updates)] for mine in held]
-    assert sorted(i for rank in trained for update in rank for b in update for i in b) == list(range(plan.samples))
-    assert max(sum(len(update) for update in rank) for rank in trained) == plan.train_batches == in_half.train_batches
-    assert in_half.rollout_batches == in_half.train_batches                            # each has its part in the rollout
-    assert max(len(batches(mine, batch)) for mine in held) == plan.rollout_batches
-    largest = max(len(b) for rank in trained for update in rank for b in update)
-    assert plan.train_images == in_half.train_images == in_half.rollout_images == largest and in_half.steps_at_once == 1
-    assert plan.rollout_images == max(len(b) for mine in held for b in batches(mine, batch))
-    assert plan.steps_at_once == 1 or plan.steps_at_once * largest <= batch
-    assert all(any(rank[u] for rank in trained) for u in range(updates))              # no update is without samples
-
-
-@pytest.mark.parametrize("steps, images, size, parts", [(9, 16, 64, [3, 3, 3]), (9, 16, 32, [2, 2, 2, 2, 1]), (3, 24, 48, [2, 1]),
-                                                        (3, 24, 72, [3]), (3, 30, 48, [1, 1, 1]), (9, 1, 8, [5, 4]), (2, 64, 48, [1, 1])])
-def test_steps_share_calls_in_even_parts(steps, images, size, parts):
-    assert [len(part) for part in batches(range(steps), steps_at_once(steps, images, size))] == parts
-
-
-def test_untrained_steps_are_floor_of_the_fraction_or_the_window():
+def test_trained_steps_are_the_floor_of_the_fraction_or_the_window():
     steps = lambda **changes: dataclasses.replace(Config(), **{"window_size": 0, **changes}).trained_steps
     assert steps(num_steps=10, timestep_fraction=0.9) == 9
     assert steps(num_steps=10, timestep_fraction=0.99) == 9
@@ -229,3 +195,14 @@ def test_a_published_preset_has_its_published_settings(preset):
 
 def test_every_preset_of_a_published_model_is_checked_against_the_published_settings():
     assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"}
+
+
+@pytest.mark.parametrize("num_steps, trained", [(10, 9), (6, 5), (20, 19), (40, 39), (8, 7)])
+def test_presets_train_as_many_steps_as_the_published_fraction(num_steps, trained):
+    assert dataclasses.replace(PRESETS["sd35m_ocr"], num_steps=num_steps).trained_steps == trained
+
+
+@pytest.mark.parametrize("preset, power", [("sd35m_ocr", 2), ("sd35m_geneval_fast", 2), ("sd35m_ocr_4gpu", 4), ("sd35m_ocr_1gpu", 4),
+                                           ("sd35m_ocr_guard", 4), ("flux_pickscore", 6), ("flux_geneval_fast", 6)])
+def test_the_average_of_a_preset_decays_as_that_of_the_published_weights(preset, power):
+    assert PRESETS[preset].ema_decay == pytest.approx(0.9**power) and PRESETS[preset].ema_every == 8

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import wait_until
+from helpers import wait_until
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import wait_until
+from helpers import wait_until
 from PIL import Image
 from test_demo import change, make_run, plain
 from test_families import TOKENS

@@ -1,23 +1,28 @@
 """Processes: who holds what, and what all of them know."""
 
+import functools
 import json
+import math
 import os
-import subprocess
-import sys
-from pathlib import Path
+import threading
 
+import numpy as np
 import pytest
 import torch
+from helpers import launch_ranks
 
 import distributed
+import rewards
 
 RANKS = 3
 
 COLLECTIVES = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
+import numpy as np
 import torch
 import distributed as d
+from draws import rank_slice
 from harness import signals
 
 signals.end_with_launcher()
@@ -33,7 +38,6 @@ with signals.stopping_on_signals():                    # rank 2 alone is told, w
             time.sleep(0.01)
         d.wait_for_all()
     stopped = signals.stop_asked(), time.monotonic() - started
-    agreed = [d.any_rank(r == 2), d.any_rank(False)]
 shared = torch.nn.Parameter(torch.full((2, 2), float(r)))
 single = torch.nn.Parameter(torch.full((3,), float(r)))
 starts = [torch.nn.Parameter(torch.full((2,), float(r + 5)))]
@@ -43,24 +47,20 @@ if r == 2:                                       # one parameter was reached on 
     (single.sum() * 7).backward()
 d.sum_gradients([shared, single])
 d.broadcast_parameters(starts)
-rows = list(d.share(5, r, 3))
+rows = list(rank_slice(5, r, 3))
 found = {
-    "stopped": stopped, "agreed": agreed, "remembered": signals.remembered("name", f"of rank {r}"),
+    "stopped": stopped, "remembered": signals.remembered("name", f"of rank {r}"),
     "world": d.world_size(), "main": d.is_main(),
     "object": d.broadcast_object({"from": r}),
     "rows": d.gather_rows(torch.tensor([[10.0 * i, 1.0] for i in rows]).reshape(-1, 2), rows, 5).tolist(),
     "one": d.gather_rows(torch.full((len(range(r, 1)), 2), 3, dtype=torch.uint8), list(range(r, 1)), 1).tolist(),
-    "sum": d.sum_over_ranks(torch.tensor([float(r), 1.0])).tolist(),
-    "max": d.max_over_ranks(torch.tensor(float(r if r < 2 else -r))).item(),
+    "vectors": d.gather_vectors(torch.tensor([float(r), 1.0])).tolist(),
+    "scores": {name: values.tolist() for name, values in d.gather_scores(
+        {"total": np.float32(rows), **({"of_one": np.float32(rows) + 1} if r == 1 else {})}, rows, 5).items()},
     "shared": shared.grad.tolist(), "single": single.grad.tolist(), "starts": starts[0].tolist()}
 Path(sys.argv[1], f"{r}.json").write_text(json.dumps(found))
 d.shutdown()
 """
-
-def launch(script: Path, folder: Path, ranks: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", script, folder]
-    environment = {**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +68,10 @@ def found(tmp_path_factory) -> list[dict]:
     """What each of three ranks saw."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "collectives.py").write_text(COLLECTIVES)
-    process = launch(folder / "collectives.py", folder, RANKS)
+    process = launch_ranks(folder / "collectives.py", folder, RANKS)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
-
-
-@pytest.mark.parametrize("total, ranks", [(0, 3), (1, 1), (2, 3), (7, 3), (8, 8), (192, 5), (1152, 48)])
-def test_shares_are_a_partition_in_order_that_differs_by_one_at_most(total, ranks):
-    parts = [distributed.share(total, rank, ranks) for rank in range(ranks)]
-    assert [i for part in parts for i in part] == list(range(total))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_gradients_become_the_sum_over_ranks_on_every_rank_also_where_one_trained_nothing(found):
@@ -93,18 +86,27 @@ def test_gathered_rows_are_whole_and_in_order_on_every_rank(found):
         assert rank["one"] == [[3, 3]]                                                # held by rank 0; the others hold none
 
 
-def test_sums_maxima_objects_and_parameters_agree_on_every_rank(found):
+def test_objects_and_parameters_are_those_of_the_main_rank(found):
     for index, rank in enumerate(found):
         assert rank["world"] == RANKS and rank["main"] == (index == 0)
-        assert rank["object"] == {"from": 0}
-        assert rank["sum"] == [3.0, 3.0] and rank["max"] == 1.0
-        assert rank["starts"] == [5.0, 5.0]
+        assert rank["object"] == {"from": 0} and rank["starts"] == [5.0, 5.0]
+
+
+def test_every_rank_has_the_vectors_of_all_in_their_order(found):
+    assert all(rank["vectors"] == [[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]] for rank in found)
+
+
+def test_scores_are_gathered_whole_and_a_metric_of_one_rank_is_nan_elsewhere(found):
+    for rank in found:
+        assert rank["scores"]["total"] == [0.0, 1.0, 2.0, 3.0, 4.0]
+        of_one = rank["scores"]["of_one"]                                             # rank 1 holds 1 and 2
+        assert of_one[1:3] == [2.0, 3.0] and all(map(math.isnan, [of_one[0], *of_one[3:]]))
 
 
 def test_a_signal_to_one_rank_that_waits_in_a_collective_is_known_to_all_ranks_within_seconds(found):
     for rank in found:
         asked, seconds = rank["stopped"]
-        assert asked and seconds < 15 and rank["agreed"] == [True, False]
+        assert asked and seconds < 15
 
 
 def test_what_was_said_first_is_remembered_by_all(found):
@@ -117,8 +119,7 @@ def test_one_process_is_world_size_one_and_its_collectives_leave_values_as_they_
     try:
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
         values = torch.tensor([1.5, -2.0])
-        assert torch.equal(distributed.sum_over_ranks(values), values)
-        assert torch.equal(distributed.max_over_ranks(values), values)
+        assert torch.equal(distributed.gather_vectors(values), values[None])
         assert torch.equal(distributed.gather_rows(values, [1, 0], 2), values.flip(0))
         parameter = torch.nn.Parameter(values.clone())
         (parameter ** 2).sum().backward()
@@ -138,3 +139,93 @@ def test_the_cores_of_a_rank_are_its_share_of_those_that_are_granted(monkeypatch
     if ranks:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert distributed.cores() == cores
+
+
+# ---- the device --------------------------------------------------------------------------------------------
+
+def test_a_driver_without_cuda_is_refused_in_one_line_with_the_way_out(monkeypatch, tmp_path):
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(distributed, "DRIVER", str(tmp_path / "version"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ValueError, match="NVIDIA driver.*install the build of PyTorch.*CUDA_VISIBLE_DEVICES= ") as caught:
+        distributed.own_device()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("driver, visible", [("version", ""), ("nothing", None), ("nothing", "0")])
+def test_without_a_driver_or_with_no_gpu_wanted_the_device_is_the_cpu(monkeypatch, tmp_path, driver, visible):
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(distributed, "DRIVER", str(tmp_path / driver))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert distributed.own_device() == torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """`gpus(count, local_rank, local_ranks)`: as on a machine with so many GPUs; the list of those made current."""
+    def pretend(count: int, local_rank: int, local_ranks: int) -> list:
+        current = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+        return current
+    return pretend
+
+
+@pytest.mark.parametrize("count, local_rank, local_ranks, number", [(8, 5, 8, 5), (8, 0, 1, 0), (1, 3, 1, 0), (2, 3, 2, 1)])
+def test_a_rank_has_the_gpu_of_its_local_rank_modulo_their_number(gpus, count, local_rank, local_ranks, number):
+    """A launcher may show each process one GPU alone, which is number 0 there."""
+    current = gpus(count, local_rank, local_ranks)
+    assert distributed.own_device() == torch.device("cuda", number) == current[0]
+
+
+def test_more_processes_than_gpus_are_refused_with_both_numbers(gpus):
+    gpus(1, 0, 2)
+    with pytest.raises(ValueError, match="2 processes but 1 GPUs here: lower --nproc_per_node"):
+        distributed.own_device()
+
+
+def test_each_thread_of_the_rewards_starts_with_what_start_thread_does():
+    """A trainer sets the current GPU there, which is per thread."""
+    here, started, ran = threading.local(), [], []
+
+    def score(images, prompts, metadata):
+        ran.append(here.device)
+        return [1.0] * len(images)
+
+    built = rewards.Rewards({"a": 1.0, "b": 1.0}, {"a": score, "b": score},
+                            functools.partial(lambda device: (started.append(device), setattr(here, "device", device)), "cuda:1"))
+    for scored in (built, built.subset({"a": 1.0})):
+        scored(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}])
+    assert set(started) == {"cuda:1"} and ran == ["cuda:1"] * 3
+
+
+# ---- what a collective's error is --------------------------------------------------------------------------
+
+def fail_with(error: Exception):
+    @distributed.collective
+    def fails():
+        raise error
+    return fails
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer"),
+                                   torch.distributed.DistNetworkError("recv failed")])
+def test_an_error_of_the_backend_is_a_lost_rank(error):
+    with pytest.raises(distributed.LostRank):
+        fail_with(error)()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ"),
+                                   torch.distributed.DistBackendError("NCCL error: Cuda failure 2 'out of memory'")])
+def test_out_of_memory_and_faults_of_the_program_pass_a_collective_as_they_are(error):
+    with pytest.raises(type(error)) as caught:
+        fail_with(error)()
+    assert caught.value is error

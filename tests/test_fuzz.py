@@ -8,37 +8,24 @@ Without that, a few, always the same.
 import dataclasses
 import json
 import math
-import os
 import time
 import typing
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
-import hypothesis
-import numpy as np
 import pytest
 import torch
+from helpers import EXAMPLES, fuzz
 from hypothesis import strategies as st
 
-import distributed
-import train
-from config import PRESETS, Config, ConfigError, changed_fields, parse_config, to_dict, validate
+from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
+from draws import draw_windows, noise_levels
 from harness.batches import batch_plan, describe
-from prompts import Prompt, load_prompts
+from harness.checkpoint import changed_fields
+from learner import learning_rate
+from prompts import load_prompts
 from engines.geneval import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, Detection, geneval_score)
 from engines.ocr import quoted_text, text_score
 from rewards import REGISTRY, check_reward_prompts, check_reward_weights
 from sampler import rollout, timestep_schedule
-
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 0))
-
-
-def fuzz(few: int, **strategies):
-    settings = hypothesis.settings(max_examples=EXAMPLES or few, derandomize=not EXAMPLES, deadline=None, database=None,
-                                   suppress_health_check=list(hypothesis.HealthCheck))
-    return lambda test: settings(hypothesis.given(**strategies)(test))
-
 
 def refusal(errors, call, *args, **kwargs) -> str:
     """What `call` says where it refuses its arguments: one line, not too long to read; "" where it takes them."""
@@ -100,17 +87,15 @@ def accepted_by_all_that_uses_it(config):
         described = describe(config, world_size, branches=2)
         assert f"{plan.samples} images" in described and f"({plan.trained_steps} trained)" in described
     assert changed_fields(json.loads(json.dumps(to_dict(config))), config) == []
-    assert math.isfinite(train.learning_rate(config, 1000))
+    assert math.isfinite(learning_rate(config, 1000))
     if config.num_steps > 100 or config.groups_per_epoch > 1000:
         return
-    first = train.draw_windows(config, 1)[:3]
+    first = draw_windows(config, 1)[:3]
     assert (first >= 0).all() and (first + plan.trained_steps <= config.num_steps).all()
-    step = torch.arange(config.num_steps)[:, None]
-    inside = (step >= first) & (step < first + plan.trained_steps) if config.window_size else torch.ones_like(step + first)
     for dtype in (torch.float32, torch.float64):                                            # every trained step is stochastic
-        start, levels = torch.zeros(len(first), 1, 1, 1, dtype=dtype), (config.noise_level * inside).to(dtype)
+        start, levels = torch.zeros(len(first), 1, 1, 1, dtype=dtype), noise_levels(first, config)
         done = rollout(lambda x, sigma: x, start, timestep_schedule(config.num_steps, dtype=dtype), levels, torch.Generator(),
-                       config.rule, first, plan.trained_steps)
+                       rule=config.rule, first_step=first, num_trained=plan.trained_steps)
         assert done.log_probs.shape == (plan.trained_steps, len(first))
 
 
@@ -131,83 +116,6 @@ def test_settings_are_refused_in_one_line_or_taken_by_all_that_uses_them(changes
     config = dataclasses.replace(PRESETS[preset], **changes)
     if not refusal(ConfigError, validate, config):
         accepted_by_all_that_uses_it(config)
-
-
-# ----------------------------------------------------------------------------------------------- every sample exactly once
-
-class Recorder:
-    """In place of a policy, for train.sample_epoch: latents of one number, a velocity of 0, and how many it was asked for."""
-
-    device, dtype, compute_dtype, latent_shape = torch.device("cpu"), torch.float64, torch.float64, (1, 1, 1)
-
-    def __init__(self):
-        self.parameters, self.rows, self.batches = [torch.nn.Parameter(torch.zeros(()))], 0, []
-
-    def cache_text(self, prompts, guidance_scale):
-        pass
-
-    def encode(self, prompts):
-        self.batches.append(len(prompts))
-
-    def velocity(self, text, guidance_scale):
-        def velocity(x, sigma):
-            self.rows += len(x)
-            return torch.zeros_like(x)
-        return velocity
-
-    def decode(self, latents):
-        return latents
-
-
-def score(images, prompts, metadata):
-    return {"total": np.zeros(len(images), np.float32)}
-
-
-@fuzz(15, data=st.data(), groups=st.integers(1, 6), size=st.integers(2, 7), ranks=st.integers(1, 9),
-      rollout_batch=st.integers(1, 12), train_batch=st.integers(1, 12), beta=st.sampled_from([0.0, 0.1]),
-      window_size=st.integers(0, 2), shared=st.booleans(), dtype=st.sampled_from(["float32", "bfloat16"]))
-def test_every_sample_is_drawn_once_and_trained_once_in_its_update_and_the_plan_counts_right(
-        data, groups, size, ranks, rollout_batch, train_batch, beta, window_size, shared, dtype):
-    config = dataclasses.replace(
-        Config(), groups_per_epoch=groups, group_size=size, updates_per_epoch=data.draw(st.integers(1, groups * size)), num_steps=4,
-        rollout_batch=rollout_batch, train_batch=train_batch, beta=beta, window_size=window_size, window_range=(0, 4),
-        shared_start_noise=shared, dtype=dtype)
-    validate(config)
-    N, U, plan = groups * size, config.updates_per_epoch, batch_plan(config, ranks)
-    advantages = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, -1.0]), min_size=N, max_size=N)))
-    drawn, trained, rows, rollouts, trainings, update = [], [], 0, [], [], 0
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as scorer:
-        patch.setattr(distributed, "world_size", lambda: ranks)
-        for name in ("sum_over_ranks", "max_over_ranks"):
-            patch.setattr(distributed, name, lambda values: values)
-        patch.setattr(distributed, "sum_gradients", lambda parameters: None)
-        patch.setattr(train, "accumulate_gradients", lambda policy, samples, batch, *rest: passes.append(
-            (learner.average.steps, [samples.indices[j] for j in batch])))
-        for rank in range(ranks):
-            patch.setattr(distributed, "rank", lambda: rank)
-            patch.setattr(train, "progress", lambda items, *rest: SimpleNamespace(update=lambda: None, close=lambda: None)
-                          if items is None else items)
-            policy, passes = Recorder(), []
-            learner = train.Learner(policy, config)
-            samples = train.sample_epoch(policy, score, [Prompt(str(i)) for i in range(9)],
-                                         timestep_schedule(4, dtype=torch.float64), config, 1, scorer)
-            assert len(samples.indices if samples else []) == len(samples.trajectory.first_step if samples else [])
-            drawn += samples.indices if samples else []
-            rows, rollouts = rows + policy.rows, [*rollouts, policy.batches]
-            train.train_epoch(learner, samples, advantages, config, 1)
-            trained += passes
-            trainings.append(len(passes))
-            for update in range(U):
-                assert all(len(batch) == train_batch for u, batch in [p for p in passes if p[0] == update][:-1])
-    assert sorted(drawn) == list(range(N)) and plan.samples == N
-    counts = Counter(i for _, batch in trained for i in batch)
-    assert all(i % U == update for update, batch in trained for i in batch) and max(counts.values(), default=1) == 1
-    assert all(counts[i] == 1 for i in range(N) if beta or advantages[i])
-    assert max(trainings) == plan.train_batches if beta else max(trainings) <= plan.train_batches
-    assert max(map(max, filter(None, rollouts))) <= rollout_batch
-    if not shared:
-        assert rows == plan.rollout_calls and max(map(len, rollouts)) == plan.rollout_batches
-    assert plan.replay_calls == N * plan.trained_steps and plan.reference_calls == (plan.replay_calls if beta else 0)
 
 
 # ------------------------------------------------------------------------------------------------- prompt files, metadata

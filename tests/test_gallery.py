@@ -14,12 +14,12 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from helpers import CHEAP, ROOT, images_of, metrics_of
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import CHEAP, ROOT, images_of, metrics_of, train_here  # noqa: F401  (a fixture)
 
-import train
 from harness.gallery import POINTS, Display, save_images, write_page
+from harness.run import prepare
 
 HOSTILE = ["</script><script>document.title = 'run'</script>", "<img src=x onerror=\"document.title = 'run'\">", "<!--", "{{data}}",
            "a sign that says \"it's\" & 'that's it' \\ \u2028 \u202e", "日本語 😀", ""]
@@ -158,6 +158,7 @@ def test_the_command_writes_the_page_of_a_run_and_one_that_compares_several_besi
     assert gallery("a/same", "b/same", runs[2]) == (0, str(tmp_path / "a" / "compare.html"), "")
     assert (runs[0] / "index.html").read_bytes() == own
     assert [shown["name"] for shown in runs_on(tmp_path / "a" / "compare.html")] == ["a/same", "b/same", "third"]
+    assert "--output is given twice" in gallery("a/same", "--output", "x.html", "--output=y.html")[2]
     code, out, err = gallery("a", "--output", "x.html")
     assert code == 1 and out == "" and err == "error: a holds no run: neither metrics.jsonl nor images/epoch_*/\n"
 
@@ -283,7 +284,7 @@ def test_a_default_run_spends_less_than_two_percent_on_being_looked_at(tmp_path)
 def test_wandb_without_its_package_ends_before_a_model_loads(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
-        train.prepare(["--wandb"])
+        prepare(["--wandb"])
 
 
 def records_of(path: Path) -> Iterator[bytes]:

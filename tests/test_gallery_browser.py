@@ -11,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from helpers import CHEAP, metrics_of
 from PIL import Image
 from test_gallery import HOSTILE, make_run, page_of, runs_on
-from test_train import CHEAP, metrics_of, train_here  # noqa: F401  (a fixture)
 
 from harness.gallery import save_images, write_page
 

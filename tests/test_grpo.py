@@ -295,3 +295,23 @@ def test_on_policy_nothing_is_clipped_and_no_ratio_deviates():
 def test_whole_number_rewards_are_as_good_as_floats():
     ids, rewards = torch.zeros(5, dtype=torch.int64), torch.tensor([0, 1, 1, 0, 0])
     assert torch.equal(group_advantages(rewards, ids), group_advantages(rewards.float(), ids))
+
+
+@pytest.mark.parametrize("A, excess, expected", [(4.236, -1.0073e-5, -4.236), (4.236, 2e-5, 0.0), (-4.236, 2e-5, 4.236),
+                                                 (-4.236, -2e-5, 0.0), (1.0, 0.0, -1.0), (-1.0, 0.0, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_clipped_loss_is_all_or_nothing(A, excess, expected, dtype):
+    # In float32, -A rho and -A clip(rho) of the first case are one number, whose gradient a maximum would halve.
+    log_prob = torch.tensor([excess], dtype=torch.float64).log1p().to(dtype).requires_grad_()
+    clipped_loss(log_prob, torch.zeros(1, dtype=dtype), torch.tensor([A], dtype=dtype), 1e-5).backward()
+    assert log_prob.grad.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("clip_range", [1e-5, 2e-6, 0.2])
+def test_no_float32_pair_of_ratio_and_advantage_loses_half_its_gradient(clip_range):
+    generator = torch.Generator().manual_seed(0)
+    A = 5 * (2 * torch.rand(200_000, generator=generator) - 1)
+    log_prob = (clip_range * 2 * torch.randn(200_000, generator=generator)).requires_grad_()
+    clipped_loss(log_prob, torch.zeros_like(log_prob), A, clip_range).sum().backward()
+    share = log_prob.grad / (-A * log_prob.detach().exp())
+    assert bool(((share - 1).abs() < 1e-5).logical_or(share == 0).all())

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kill_and_resume import equal
+from helpers import equal
 
 from config import parse_config
-from learner import Learner, learning_rate, on_host
+from learner import Learner, WeightAverage, learning_rate, on_host
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def learner() -> Learner:
 def step(learner: Learner, gradient: float) -> float:
     for p in learner.policy.parameters:
         p.grad = torch.full_like(p, gradient)
-    return learner.update(max_grad_norm=1.0)
+    return learner.step(max_grad_norm=1.0)[0]
 
 
 def test_the_same_steps_from_a_restored_state_end_at_the_same_bits(learner):
@@ -75,3 +75,36 @@ def test_updates_are_skipped_up_to_the_limit_and_then_raise(learner, capsys):
 def test_without_a_half_life_the_learning_rate_stays():
     _, config = parse_config(["sd35m_ocr"])
     assert {learning_rate(config, epoch) for epoch in (1, 1000)} == {3e-4}
+
+
+# ----------------------------------------------------------------------------------------------------- weight average
+
+def test_the_average_follows_its_formula_every_so_many_steps():
+    p = torch.nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
+    average = WeightAverage([p], decay=0.5, every=3)
+    expected = 0.0
+    for n in range(1, 31):
+        with torch.no_grad():
+            p += n
+        average.step()
+        if n % 3 == 0:
+            d = min((1 + n) / (10 + n), 0.5)
+            expected = d * expected + (1 - d) * p.item()
+        assert abs(average.average[0].item() - expected) < 1e-9
+    assert (1 + 3) / (10 + 3) < 0.5 < (1 + 30) / (10 + 30)                               # both sides of the min were met
+
+
+def test_the_average_is_applied_within_and_the_weights_are_themselves_again_after_an_exception_too():
+    p = torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0)))
+    average = WeightAverage([p], decay=0.9, every=1)
+    start = p.detach().clone()
+    with torch.no_grad():
+        p += 1 / 3
+    trained = p.detach().clone()
+    with average.applied():
+        assert torch.equal(p, start)
+    assert torch.equal(p, trained) and torch.equal(average.average[0], start)
+    with pytest.raises(KeyError), average.applied():
+        assert torch.equal(p, start)
+        raise KeyError
+    assert torch.equal(p, trained) and torch.equal(average.average[0], start)

@@ -5,7 +5,7 @@ that is trained. Where x is (1 - sigma) m, v is -m, and a step of any rule and l
 mean of what is sampled is m itself. So the reward, minus the squared distance to a target, is greatest where m is the target.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,9 @@ import torch
 import distributed
 import train
 from config import Config, validate
+from grpo import group_advantages
+from harness.scoring import Scorer
+from learner import Learner
 from prompts import Prompt
 from sampler import RULES, replay
 
@@ -80,14 +83,32 @@ def one_process():
     distributed.shutdown()
 
 
-def trained(config):
+class ShortRun:
+    """What train.py asks of a run, which keeps nothing."""
+
+    prompts = PROMPTS
+
+    def __init__(self, config, rewards=rewards, reference=START):
+        validate(config)
+        self.config, self.policy = config, GaussianPolicy(reference)
+        self.learner, self.scorer = Learner(self.policy, config), Scorer(rewards, self.policy, config)
+
+    def epochs_left(self):
+        return range(1, self.config.epochs + 1)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self, epoch):
+        yield {"epoch": epoch}
+
+    def conclude(self, metrics):
+        pass
+
+
+def trained(config, rewards=rewards):
     """m after training."""
-    validate(config)
-    learner = train.Learner(GaussianPolicy(), config)
-    with ThreadPoolExecutor(1) as scorer:
-        for epoch in range(1, config.epochs + 1):
-            train.run_epoch(learner, rewards, PROMPTS, config, epoch, scorer)
-    return learner.policy.m.detach()
+    run = ShortRun(config, rewards)
+    train.train(run)
+    return run.policy.m.detach()
 
 
 @pytest.mark.parametrize("changes", [
@@ -98,10 +119,11 @@ def test_training_reaches_the_known_optimum(changes):
     assert (trained(replace(BASE, **changes)) - TARGETS).abs().max() < 0.1
 
 
-def test_reversed_advantages_lead_away_from_the_optimum(monkeypatch):
-    group_advantages = train.group_advantages
-    monkeypatch.setattr(train, "group_advantages", lambda *args: -group_advantages(*args))
-    away = (trained(replace(BASE, epochs=15)) - START) * (START - TARGETS).sign()
+def test_reversed_rewards_lead_away_from_the_optimum():
+    def reversed_rewards(*batch):
+        return {"total": -rewards(*batch)["total"]}
+
+    away = (trained(replace(BASE, epochs=15), reversed_rewards) - START) * (START - TARGETS).sign()
     assert (away > 0.5).all()
 
 
@@ -114,20 +136,23 @@ def test_with_a_large_beta_the_policy_stays_at_the_reference():
 @pytest.mark.parametrize("changes", [
     dict(rule="flow_sde", beta=0.3, kl="exact"), dict(rule="dance_sde", beta=0.3, kl="per_time"), dict(rule="cps", clip_range=2e-4),
     dict(guard=True), dict(window_size=2, window_range=(0, 4), beta=0.3)], ids=str)
-def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss_on_and_off_policy(changes, monkeypatch):
+def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss(changes):
+    """On policy in the first of two updates, and off policy in the second."""
     config = replace(BASE, **dict(max_grad_norm=1e9, clip_range=0.005, learning_rate=0.3, learning_rate_half_life=0.0,
                                   train_batch=7) | changes)
-    learner = train.Learner(GaussianPolicy(reference=TARGETS / 2), config)
-    learner.optimizer = torch.optim.SGD(learner.policy.parameters)                # whose step is the gradient
-    visited, sampled, train_epoch = [START], [], train.train_epoch
-    monkeypatch.setattr(learner.average, "step", lambda: visited.append(learner.policy.m.detach().clone()))
-    monkeypatch.setattr(train, "train_epoch", lambda *args: sampled.extend(args[1:3]) or train_epoch(*args))
-    with ThreadPoolExecutor(1) as scorer:
-        metrics = train.run_epoch(learner, rewards, PROMPTS, config, 1, scorer)
+    run = ShortRun(config, reference=TARGETS / 2)
+    learner, visited = run.learner, [START]
+    learner.optimizer = torch.optim.SGD(run.policy.parameters)                    # whose step is the gradient
+    learner.average.step = lambda: visited.append(run.policy.m.detach().clone())
+    samples = train.sample(run.policy, run.scorer, PROMPTS, config, 1)
+    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
+    scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))
+    advantages = group_advantages(scores["total"], group_ids, config.advantage_std)
+    metrics = train.update(learner, samples, advantages, config, 1)
     assert 0.1 < metrics["clip_fraction_high"] + metrics["clip_fraction_low"] < 0.9 and len(visited) == 3
     for update in range(2):
         def loss(m):
-            return mean_loss(m, *sampled, update, config)
+            return mean_loss(m, samples, advantages, update, config)
 
         expected = torch.zeros_like(START)
         for index in np.ndindex(*START.shape):
@@ -139,21 +164,25 @@ def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss_on
         assert (gradient - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
+def square(a):
+    return (a**2).mean((1, 2, 3))
+
+
 @torch.no_grad()
 def mean_loss(m, samples, advantages, update, config):
     """The loss of an update's samples, written down once more from the papers."""
     chosen = [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
-    part, A = samples.trajectory.select(chosen), advantages[[samples.indices[j] for j in chosen]]
-    rows = torch.tensor([int(samples.prompts[j].text == "right") for j in chosen])
+    A = advantages[[samples.indices[j] for j in chosen]]
+    row = torch.tensor([int(samples.prompts[j].text == "right") for j in chosen])          # of m
     losses = []
-    for k in range(len(part.log_probs)):
-        log_prob, mean, std = replay(lambda x, sigma: gaussian_velocity(m[rows], x, sigma), part, k)
-        _, ref_mean, _ = replay(lambda x, sigma: gaussian_velocity(TARGETS[rows] / 2, x, sigma), part, k)
-        std, D = std.flatten(), part.sigmas[part.first_step + k] - part.sigmas[part.first_step + k + 1]
-        square = lambda a: (a**2).mean((1, 2, 3))
-        log_rho = log_prob - part.log_probs[k]
+    for k in range(config.trained_steps):
+        part = samples.trajectory.rows(k, chosen)
+        log_prob, mean, std = replay(lambda x, sigma: gaussian_velocity(m[row], x, sigma), part)
+        _, ref_mean, _ = replay(lambda x, sigma: gaussian_velocity(TARGETS[row] / 2, x, sigma), part)
+        std, D = std.flatten(), part.sigma - part.sigma_next
+        log_rho = log_prob - part.log_prob
         if config.guard:
-            log_rho = std * (log_rho + square(mean - part.means[k]) / (2 * std**2))
+            log_rho = std * (log_rho + square(mean - part.mean) / (2 * std**2))
         rho = log_rho.exp()
         loss = torch.maximum(-A * rho, -A * rho.clamp(1 - config.clip_range, 1 + config.clip_range)) / (D if config.guard else 1)
         losses.append(loss + config.beta * square(mean - ref_mean) / (2 * std**2 / (D if config.kl == "per_time" else 1)))

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import plain
 from config import parse_config
-from prompts import epoch_prompt_indices, load_prompts, words
+from draws import GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_windows, epoch_prompt_indices
+from prompts import load_prompts, words
 from rewards import build_rewards
-from train import GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_windows
 
 ROOT = Path(plain.__file__).parent
 SEED, GROUPS, K, UPDATES = 1, 3, 4, 2
@@ -30,7 +30,7 @@ FLAGS = dict(
 # Name -> what the trainer is told besides, and what plain.py is told.
 SETTINGS = {
     "window": (dict(window_size=3, window_range="2 7", beta=0), dict(WINDOW=3, BETA=0.0)),
-    "whole trajectory with KL": (dict(window_size=0, timestep_fraction=0.9, beta=4.0, kl="exact"),
+    "all steps but the last with KL": (dict(window_size=7, window_range="0 7", beta=4.0, kl="exact"),
                                  dict(WINDOW=7, BETA=4.0)),
 }
 
@@ -74,6 +74,7 @@ def flat(adapter: dict) -> torch.Tensor:
     return torch.cat([adapter[name].flatten() for name in sorted(adapter)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_plain_and_trainer_train_the_same_weights(setting, tmp_path, monkeypatch):
     """In float64, after two updates, the largest difference is below 1e-8 of the largest change."""
@@ -104,6 +105,7 @@ plain.main()
 """
 
 
+@pytest.mark.slow
 def test_a_copy_of_plain_rewards_and_model_runs_alone(tmp_path):
     for name in ("plain.py", "rewards.py"):
         shutil.copy(ROOT / name, tmp_path)

@@ -13,7 +13,6 @@ from peft import PeftModel
 
 import adapters
 import policy as policy_module
-from learner import WeightAverage
 from policy import Policy, check_model
 from sampler import rollout, timestep_schedule
 
@@ -278,39 +277,6 @@ def test_full_fine_tuning_trains_every_weight_of_the_transformer_and_saves_one_t
     loaded = SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
     for (name, p), trained, before in zip(loaded.named_parameters(), policy.parameters, pipe.transformer.parameters(), strict=True):
         assert torch.equal(p, trained) and not torch.equal(p, before), name
-
-
-# ----------------------------------------------------------------------------------------------------- weight average
-
-def test_the_average_follows_its_formula_every_so_many_steps():
-    p = torch.nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
-    average = WeightAverage([p], decay=0.5, every=3)
-    expected = 0.0
-    for n in range(1, 31):
-        with torch.no_grad():
-            p += n
-        average.step()
-        if n % 3 == 0:
-            d = min((1 + n) / (10 + n), 0.5)
-            expected = d * expected + (1 - d) * p.item()
-        assert abs(average.average[0].item() - expected) < 1e-9
-    assert (1 + 3) / (10 + 3) < 0.5 < (1 + 30) / (10 + 30)                               # both sides of the min were met
-
-
-def test_the_average_is_applied_within_and_the_weights_are_themselves_again_after_an_exception_too():
-    p = torch.nn.Parameter(torch.randn(5, generator=torch.Generator().manual_seed(0)))
-    average = WeightAverage([p], decay=0.9, every=1)
-    start = p.detach().clone()
-    with torch.no_grad():
-        p += 1 / 3
-    trained = p.detach().clone()
-    with average.applied():
-        assert torch.equal(p, start)
-    assert torch.equal(p, trained) and torch.equal(average.average[0], start)
-    with pytest.raises(KeyError), average.applied():
-        assert torch.equal(p, start)
-        raise KeyError
-    assert torch.equal(p, trained) and torch.equal(average.average[0], start)
 
 
 # ------------------------------------------------------------------------------------------------------ at the door

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import prompts
-from prompts import BUILT_IN, Prompt, epoch_prompt_indices, load_prompts
+from draws import epoch_prompt_indices
+from prompts import BUILT_IN, Prompt, load_prompts
 
 ROOT = Path(prompts.__file__).parent
 COLORS = {"red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"}

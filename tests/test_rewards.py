@@ -102,6 +102,7 @@ def test_edit_distance_is_its_recursive_definition_and_a_metric():
         ("hello", "", 0),
         ("cat", "qqqqqqqqqqqqqqqqqq", 0),  # the distance is cut off at the target's length: never negative
         ("héllo", "HÉLLO", 1),
+        ("ΑΣ Β", "ΑΣΒ", 1),  # a sigma is another letter at the end of a word, so the spaces go first
     ],
 )
 def test_text_score_of_known_pairs(target, recognised, expected):
@@ -121,13 +122,14 @@ def test_text_score_of_an_empty_target_is_an_error():
         ('says "Hello World" in blue', "Hello World"),
         ("it's a \"dog's\" bowl", "dog's"),
         ('says "two\nlines"', "two\nlines"),
+        ('a "b', "b"),  # a quote that is not closed reaches to the end, as the authors score it
     ],
 )
 def test_quoted_text_is_between_the_first_pair_of_double_quotes(prompt, quoted):
     assert ocr.quoted_text(prompt) == quoted
 
 
-@pytest.mark.parametrize("prompt", ["a cat", "", 'one " quote', 'says ""', 'says "  "', 'says "" and "cat"', "'cat'"])
+@pytest.mark.parametrize("prompt", ["a cat", "", 'one "', 'says ""', 'says "  "', 'says "" and "cat"', "'cat'"])
 def test_a_prompt_without_a_quoted_text_is_an_error_that_names_it(prompt):
     with pytest.raises(ValueError) as error:
         ocr.quoted_text(prompt)
@@ -564,6 +566,25 @@ def test_the_random_streams_are_untouched_by_a_reward_that_fails():
     assert stream_states() == before
 
 
+def test_the_random_streams_are_untouched_while_a_slower_reward_goes_on_after_another_failed():
+    go, done = threading.Event(), threading.Event()
+
+    def slow(*batch):
+        go.wait(10)
+        seed_streams()
+        done.set()
+        return np.zeros(3)
+
+    before = stream_states()
+    scorer = rewards_of(odd=lambda *batch: 1 / 0, slow=slow)
+    with pytest.raises(RewardError):
+        scorer(IMAGES, PROMPTS, METADATA)
+    go.set()
+    done.wait(10)
+    scorer.threads.shutdown()
+    assert stream_states() == before
+
+
 def test_a_reward_that_draws_draws_anew_at_each_call():
     scorer = rewards_of(random=lambda *batch: [draw_from_streams() for _ in range(3)])
     scores = [scorer(IMAGES, PROMPTS, METADATA)["random"].tolist() for _ in range(2)]
@@ -669,3 +690,15 @@ def test_a_file_of_ones_own_that_is_served_elsewhere_is_not_imported(own_rewards
     check_reward_weights({"served_rewards:score": 1.0}, urls)
     check_reward_prompts({"served_rewards:score": 1.0}, ["a"], [{}], urls)
     build_rewards({"served_rewards:score": 1.0}, urls=urls)
+
+
+def test_a_reward_is_a_file_by_its_path_or_name_whatever_else_has_that_name(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text("from neighbour import VALUE\ndef f(i, p, m): return [VALUE] * len(p)\n")
+    (tmp_path / "sub" / "neighbour.py").write_text("VALUE = 2.0\n")
+    (tmp_path / "test.py").write_text("def f(i, p, m): return [3.0] * len(p)\n")       # Python has a package of this name
+    (tmp_path / "random.py").write_text("def f(i, p, m): return [4.0] * len(p)\n")     # and this file itself uses that one
+    monkeypatch.chdir(tmp_path)
+    names = ["sub/mine.py:f", f"{tmp_path}/sub/mine.py:f", "test:f", "random.py:f"]
+    scores = build_rewards(dict.fromkeys(names, 1.0))(IMAGES, PROMPTS, METADATA)
+    assert [scores[name][0] for name in names] == [2, 2, 3, 4]

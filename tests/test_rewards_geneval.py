@@ -261,7 +261,7 @@ def test_every_built_in_prompt_can_be_judged(split):
 
 def test_objects_with_null_for_what_they_do_not_have_are_judged_as_without():
     """The library `datasets` writes every field of any object back, null where an object has none."""
-    for tag, include, found, exclude, *judged in TABLE:
+    for tag, include, found, exclude, *_ in TABLE:
         nulls = [{"color": None, "position": None} | clause for clause in include]
         metadata = {"tag": tag, "include": nulls, "exclude": exclude or None}
         check_prompt("a prompt", metadata)

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import schemathesis
 import torch
-from conftest import wait_until
+from helpers import wait_until
 from PIL import Image
 from test_rewards import noisy_words, render
 
@@ -692,6 +692,11 @@ def test_a_pickle_that_is_damaged_or_holds_more_than_plain_data_is_an_error(data
 # ---------------------------------------------------------------- URLs, probe, the command
 
 
+@pytest.mark.parametrize("url", ["http://host", "https://host:1/path", "http://[::1]:18085", "http://user:word@host:1/"])
+def test_a_url_of_a_host_with_or_without_port_path_and_user_is_taken(url):
+    rewards.check_reward_weights({"jpeg_compressibility": 1.0}, {"jpeg_compressibility": url})
+
+
 @pytest.mark.parametrize("urls, contents", [
     ({"geneval": "http://host:1"}, ["'geneval'", "http://host:1", "weight", "jpeg_compressibility"]),
     ({"jpeg_compressibility": "ftp://host:1"}, ["'jpeg_compressibility'", "ftp://host:1", "pickle+http://"]),
@@ -713,7 +718,7 @@ def test_a_url_that_cannot_be_asked_is_one_line(urls, contents):
 
 def test_what_goes_wrong_in_building_a_reward_is_one_line_whatever_it_raises(monkeypatch):
     def no_such_device(*, device):
-        assert False, "compiled without that device"
+        raise AssertionError("compiled without that device")
 
     monkeypatch.setattr(clip, "clipscore", no_such_device)
     with pytest.raises(ValueError) as error:

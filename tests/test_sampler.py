@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from helpers import fuzz
+from hypothesis import strategies as st
 from scipy.stats import ks_2samp, kstest
 
 import sampler
@@ -87,7 +89,7 @@ def test_noise_level_0_is_the_diffusers_scheduler_step_for_step(rule, model, T):
             x = scheduler.step(v, timestep, x).prev_sample
             assert std == 0
             assert largest_difference(mean, x) <= 2e-6            # a few roundings of float32 values near 1
-    final = rollout(velocity, start, sigmas, 0, None, rule).final
+    final = rollout(velocity, start, sigmas, 0, None, rule=rule).final
     assert largest_difference(final, x) <= 2e-6 * T
 
 
@@ -139,7 +141,7 @@ def mixture_errors(rule, noise_level, T):
     quantiles = (torch.arange(SAMPLES, dtype=F64) + 0.5) / SAMPLES
     start = torch.special.ndtri(quantiles)[:, None]                          # N(0, 1) with next to no sampling error
     noise = torch.Generator().manual_seed(0) if noise_level else None
-    x = rollout(mixture_velocity, start, timestep_schedule(T, dtype=F64), noise_level, noise, rule).final
+    x = rollout(mixture_velocity, start, timestep_schedule(T, dtype=F64), noise_level, noise, rule=rule).final
     return torch.stack([x.mean() - MEAN, x.var() - VARIANCE, (x < BETWEEN).to(F64).mean() - WEIGHT]).abs()
 
 
@@ -173,9 +175,10 @@ def least_p_value(rule, noise_level, T, wrong_std=1.0, samples=2**14):
     x, transition = torch.randn(samples, 2, generator=generator, dtype=F64), sampler.sde_transition
     for first, last in ((0, T // 2), (T // 2, T)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampler, "sde_transition", lambda *args: (lambda mean, std: (mean, wrong_std * std))(*transition(*args)))
-            x = rollout(lambda x, sigma: mixture_velocity(x, sigma, CENTRES), x, sigmas[:last + 1], noise_level, generator, rule,
-                        start_step=first).final
+            patch.setattr(sampler, "sde_transition", lambda *args, **options: (
+                lambda mean, std: (mean, wrong_std * std))(*transition(*args, **options)))
+            x = rollout(lambda x, sigma: mixture_velocity(x, sigma, CENTRES), x, sigmas[:last + 1], noise_level, generator,
+                        rule=rule, start_step=first).final
         modes = (torch.rand(samples, generator=generator) > WEIGHT).long()
         data, eps = (torch.randn(samples, 2, generator=generator, dtype=F64) for _ in range(2))
         y = (1 - sigmas[last]) * (CENTRES[modes] + WIDTH * data) + sigmas[last] * eps
@@ -191,12 +194,14 @@ def test_sde_samples_and_noised_data_cannot_be_told_apart_half_way_nor_at_the_en
     assert least_p_value(rule, noise_level, T) > FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule, noise_level", [("flow_sde", 0.7), ("dance_sde", 1.4)])
 def test_the_two_sample_test_has_the_power_to_see_a_std_that_is_10_percent_off(rule, noise_level):
     for wrong_std in (0.9, 1.1):
         assert least_p_value(rule, noise_level, 64, wrong_std) < FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [8, 64])
 def test_on_the_mixture_cps_loses_variance_and_is_told_apart_at_any_number_of_steps(T):
     mean, variance, weight = mixture_errors("cps", 0.8, T) / STANDARD_ERRORS
@@ -347,7 +352,8 @@ def test_a_rollout_with_a_window_per_sample_stores_what_a_step_by_step_loop_visi
     T, S, first = 6, 2, [0, 3, 1, 0, 2]
     B, sigmas, velocity = len(first), timestep_schedule(T, dtype=F64), network()
     levels, noise = windowed_levels(first, S, T, 0.7), normal(T, B, *SHAPE, seed=2)
-    t = rollout(velocity, normal(B, *SHAPE), sigmas, levels, noise, rule, torch.tensor(first), S)
+    t = rollout(velocity, normal(B, *SHAPE), sigmas, levels, noise, rule=rule, first_step=torch.tensor(first),
+                num_trained=S)
 
     visited, log_probs = [normal(B, *SHAPE)], {}
     with torch.no_grad():
@@ -428,11 +434,11 @@ def test_a_trained_deterministic_step_is_refused():
     for rule in RULES:
         for levels in (0, [0.7, 0, 0, 0], one_sample):
             with pytest.raises(ValueError, match=r"trained step .*\[.*\] is deterministic"):
-                rollout(*arguments, levels, noise, rule, num_trained=2)
+                rollout(*arguments, levels, noise, rule=rule, num_trained=2)
     with pytest.raises(ValueError, match=r"\[3\] is deterministic"):
-        rollout(*arguments, 0.7, noise, "cps", num_trained=4)          # its last step has std 0 at any noise_level
-    assert rollout(*arguments, 0.7, noise, "flow_sde", num_trained=4).log_probs.isfinite().all()
-    assert rollout(*arguments, 0.7, noise, "cps", num_trained=3).log_probs.isfinite().all()
+        rollout(*arguments, 0.7, noise, rule="cps", num_trained=4)          # its last step has std 0 at any noise_level
+    assert rollout(*arguments, 0.7, noise, rule="flow_sde", num_trained=4).log_probs.isfinite().all()
+    assert rollout(*arguments, 0.7, noise, rule="cps", num_trained=3).log_probs.isfinite().all()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -440,9 +446,10 @@ def test_images_that_share_start_noise_may_share_the_ode_before_their_window(rul
     T, S, first, B = 7, 2, 3, 4
     sigmas, velocity, start = timestep_schedule(T, dtype=F64), network(), normal(1, *SHAPE)
     levels, noise = windowed_levels([first] * B, S, T, 0.7), normal(T, B, *SHAPE, seed=2)
-    apart = rollout(velocity, start.expand(B, *SHAPE), sigmas, levels, noise, rule, first, S)
-    prefix = rollout(velocity, start, sigmas[:first + 1], 0, None, rule).final                           # one image
-    shared = rollout(velocity, prefix.expand(B, *SHAPE), sigmas, levels, noise, rule, first, S, start_step=first)
+    apart = rollout(velocity, start.expand(B, *SHAPE), sigmas, levels, noise, rule=rule, first_step=first, num_trained=S)
+    prefix = rollout(velocity, start, sigmas[:first + 1], 0, None, rule=rule).final                      # one image
+    shared = rollout(velocity, prefix.expand(B, *SHAPE), sigmas, levels, noise, rule=rule, first_step=first, num_trained=S,
+                     start_step=first)
     for name in ("final", "latents", "log_probs"):
         assert largest_difference(getattr(shared, name), getattr(apart, name)) <= 1e-12
 
@@ -468,8 +475,8 @@ def stored(rule, dtype, first, S=3, T=7, noise_level=0.7, seed=0):
     """A network and a trajectory that it sampled."""
     B, velocity = len(first), network(dtype)
     t = rollout(velocity, normal(B, *SHAPE, seed=seed, dtype=dtype), timestep_schedule(T, dtype=dtype),
-                windowed_levels(first, S, T, noise_level), normal(T, B, *SHAPE, seed=seed + 1, dtype=dtype), rule,
-                torch.tensor(first), S, keep_means=True)
+                windowed_levels(first, S, T, noise_level), normal(T, B, *SHAPE, seed=seed + 1, dtype=dtype),
+                rule=rule, first_step=torch.tensor(first), num_trained=S, keep_means=True)
     return velocity, t
 
 
@@ -479,35 +486,69 @@ def test_replay_by_the_network_that_sampled_gives_the_stored_log_probs_to_the_bi
     for first_step in (0, 2):
         velocity, t = stored(rule, dtype, [first_step] * 5)
         for k in range(3):
-            new, mean, std = replay(velocity, t, k)
+            new, mean, std = replay(velocity, t.rows(k))
             assert torch.equal(mean, t.means[k])
             assert torch.equal(new, t.log_probs[k]) and new.dtype == mean.dtype == std.dtype == dtype
             assert mean.shape == (5, *SHAPE) and std.shape == (5, 1, 1, 1)
 
 
+ROWS = [(1, None), (0, [4]), ([2, 0, 0], [6, 0, 3]), ([0, 1, 2, 0], [5, 5, 5, 5]), (2, [3, 1, 3])]
+
+
 @pytest.mark.parametrize("rule", RULES)
-def test_replay_in_other_batches_keeps_log_rho_below_1e_5_in_float32(rule):
+@pytest.mark.parametrize("k, samples", ROWS)
+def test_replay_of_any_rows_keeps_log_rho_below_1e_5_in_float32(rule, k, samples):
     velocity, t = stored(rule, torch.float32, [0, 3, 1, 0, 2, 3, 1])
-    _, u = stored(rule, torch.float32, [2, 0], seed=7)
-    batches = [t, *(t.select([b]) for b in range(7)), t.select(torch.tensor([6, 0, 3])), t.select(slice(2, 6)),
-               Trajectory.concatenate([t, u]), Trajectory.concatenate([u.select([1]), t.select([5, 4]), u])]
-    for batch in batches:
+    rows = t.rows(k, samples)
+    assert (replay(velocity, rows)[0] - rows.log_prob).abs().max() < 1e-5
+
+
+def test_replay_of_concatenated_trajectories_keeps_log_rho_below_1e_5_in_float32():
+    velocity, t = stored("flow_sde", torch.float32, [0, 3, 1, 0, 2, 3, 1])
+    _, u = stored("flow_sde", torch.float32, [2, 0], seed=7)
+    for whole in (Trajectory.concatenate([t, u]), Trajectory.concatenate([u, t, u])):
         for k in range(3):
-            assert (replay(velocity, batch, k)[0] - batch.log_probs[k]).abs().max() < 1e-5
+            assert (replay(velocity, whole.rows(k))[0] - whole.log_probs[k]).abs().max() < 1e-5
 
 
-def test_select_and_concatenate_take_every_field_apart_and_together_again():
+@fuzz(50, data=st.data())
+def test_row_m_is_trained_step_k_m_of_sample_m(data):
+    """For any pairs, with windows that differ between samples."""
+    T, S = 7, 3
+    first = data.draw(st.lists(st.integers(0, T - S), min_size=1, max_size=5))
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, S - 1), st.integers(0, len(first) - 1)), min_size=1, max_size=9))
+    _, t = stored("flow_sde", F64, first, S, T)
+    rows = t.rows(*map(list, zip(*pairs)))
+    assert torch.equal(rows.sigma_max, t.sigmas[1]) and rows.rule == t.rule
+    for m, (k, b) in enumerate(pairs):
+        step = first[b] + k
+        expected = dict(latents=t.latents[k, b], next_latents=t.latents[k + 1, b], sigma=t.sigmas[step],
+                        sigma_next=t.sigmas[step + 1], noise_level=t.noise_levels[step, b], log_prob=t.log_probs[k, b],
+                        mean=t.means[k, b])
+        for name, value in expected.items():
+            assert torch.equal(getattr(rows, name)[m], value), name
+        assert rows.noise_level[m] == 0.7                              # a trained step is a stochastic one
+
+
+def test_rows_of_one_k_are_that_step_of_every_sample_in_order():
+    _, t = stored("cps", F64, [0, 3, 1, 0])
+    some, spelt_out = t.rows(2), t.rows([2] * 4, [0, 1, 2, 3])
+    assert all(torch.equal(getattr(some, name), value) for name, value in vars(spelt_out).items() if name != "rule")
+
+
+def test_rows_have_means_only_if_the_rollout_kept_them():
+    arguments = network(), normal(2, *SHAPE), timestep_schedule(4, dtype=F64), 0.7, torch.Generator()
+    assert rollout(*arguments, num_trained=3).rows(0).mean is None
+
+
+def test_concatenate_keeps_every_field_of_every_part():
     _, t = stored("flow_sde", F64, [0, 3, 1, 0])
-    assert len(t.means) == 3
+    _, u = stored("flow_sde", F64, [2, 0], seed=7)
+    whole = Trajectory.concatenate([t, u])
     fields = {"final": 0, "latents": 1, "log_probs": 1, "means": 1, "first_step": 0, "noise_levels": 1}       # name: batch axis
-    part = t.select([2, 0])
-    whole = Trajectory.concatenate([t.select([0]), t.select(torch.tensor([1, 2])), t.select(slice(3, 4))])
     for name, axis in fields.items():
-        value = getattr(t, name)
-        assert torch.equal(getattr(part, name), value.index_select(axis, torch.tensor([2, 0])))
-        assert torch.equal(getattr(whole, name), value)
-    for other in (part, whole):
-        assert torch.equal(other.sigmas, t.sigmas) and other.rule == t.rule
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(t, name), getattr(u, name)], axis)), name
+    assert torch.equal(whole.sigmas, t.sigmas) and whole.rule == t.rule
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -522,12 +563,13 @@ def test_the_gradient_of_replay_through_the_velocity_agrees_with_finite_differen
 
     first = [0, 2, 1]
     t = rollout(velocity_of(normal(2, 2)), normal(3, *SHAPE), timestep_schedule(6, dtype=F64),
-                windowed_levels(first, 2, 6, 0.7), normal(6, 3, *SHAPE, seed=1), rule, torch.tensor(first), 2)
+                windowed_levels(first, 2, 6, 0.7), normal(6, 3, *SHAPE, seed=1), rule=rule,
+                first_step=torch.tensor(first), num_trained=2)
     for k in range(2):
         weight = (normal(2, 2) + 0.1 * normal(2, 2, seed=4)).requires_grad_()            # off-policy: rho is not 1
 
         def log_probs_and_means(weight):
-            new, mean, _ = replay(velocity_of(weight), t, k)
+            new, mean, _ = replay(velocity_of(weight), t.rows(k))
             return new, mean.reshape(3, dims)
         assert torch.autograd.gradcheck(log_probs_and_means, weight, eps=1e-6, atol=1e-6, rtol=1e-5)
         gradient, = torch.autograd.grad(log_probs_and_means(weight)[0].sum(), weight)
@@ -546,9 +588,9 @@ def test_neither_sampling_nor_replay_looks_at_a_value_on_the_device(rule):
     def velocity(latents, sigma):
         return latents * sigma.view(-1, 1, 1, 1)
 
-    t = rollout(velocity, empty(4, *SHAPE), timestep_schedule(6), 0.7, empty(6, 4, *SHAPE), rule, torch.tensor([0, 1, 2, 1]), 2,
-                keep_means=True)
-    log_probs, means, std = replay(velocity, t.single_steps(range(2)), 0)
+    t = rollout(velocity, empty(4, *SHAPE), timestep_schedule(6), 0.7, empty(6, 4, *SHAPE), rule=rule,
+                first_step=torch.tensor([0, 1, 2, 1]), num_trained=2, keep_means=True)
+    log_probs, means, std = replay(velocity, t.rows(torch.tensor([0, 1, 1]), torch.tensor([3, 0, 2])))
     assert all(value.device.type == "meta" for value in (t.final, t.sigmas, t.first_step, log_probs, means, std))
 
 
@@ -559,12 +601,7 @@ def test_several_steps_replayed_in_one_call_are_those_replayed_one_by_one(rule):
 
     first = [0, 2, 1]
     t = rollout(velocity, normal(3, *SHAPE), timestep_schedule(6, dtype=F64), windowed_levels(first, 3, 6, 0.7),
-                normal(6, 3, *SHAPE, seed=1), rule, torch.tensor(first), 3, keep_means=True)
-    steps = t.single_steps(range(1, 3))
-    for one, two, both in zip(replay(velocity, t, 1), replay(velocity, t, 2), replay(velocity, steps, 0)):
+                normal(6, 3, *SHAPE, seed=1), rule=rule, first_step=torch.tensor(first), num_trained=3)
+    rows = t.rows([1] * 3 + [2] * 3, [0, 1, 2] * 2)
+    for one, two, both in zip(replay(velocity, t.rows(1)), replay(velocity, t.rows(2)), replay(velocity, rows)):
         assert torch.equal(torch.cat([one, two]), both)
-    assert torch.equal(steps.log_probs, t.log_probs[1:].view(1, 6)) and torch.equal(steps.means, t.means[1:].flatten(0, 1)[None])
-    assert torch.equal(steps.latents, torch.stack([t.latents[1:3].flatten(0, 1), t.latents[2:4].flatten(0, 1)]))
-    assert torch.equal(steps.final, torch.cat([t.final, t.final])) and torch.equal(steps.sigmas, t.sigmas) and steps.rule == t.rule
-    assert steps.first_step.tolist() == [1, 3, 2, 2, 4, 3]
-    assert torch.equal(steps.select([4]).noise_levels, t.select([1]).noise_levels)

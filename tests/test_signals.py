@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import alive, wait_until
-from test_distributed import launch
+from helpers import alive, launch_ranks, wait_until
 
 import distributed
 
@@ -29,7 +28,7 @@ def test_workers_end_within_seconds_when_their_launcher_is_killed(tmp_path):
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
     folder = tmp_path / "pids"
     folder.mkdir()
-    launcher = launch(tmp_path / "sleepers.py", folder, 2)
+    launcher = launch_ranks(tmp_path / "sleepers.py", folder, 2)
     try:
         wait_until(lambda: len(list(folder.iterdir())) == 2, 200)
         workers = [int(path.name) for path in folder.iterdir()]

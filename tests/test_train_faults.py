@@ -11,17 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import wait_until
-from kill_and_resume import equal as equal_states
+from helpers import (
+    CHEAP, ROOT, Stopped, equal, errors_in, metrics_of, replace_call, run_here, wait_until, without_times)
 from safetensors import safe_open
-from test_train import (CHEAP, Stopped, command, errors_in, metrics_of, start, train_here,  # noqa: F401 (fixtures, some)
-                        without_times)
 
-import distributed
-import train
-from harness.checkpoint import checkpoints
+import harness.run
 from config import Config, parse_config
 from harness import signals
+from harness.checkpoint import checkpoint_path, checkpoints, load_state, open_run
 
 
 # ------------------------------------------------------------------------------------------------ small and odd settings
@@ -38,7 +35,7 @@ def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_en
 
 def test_a_second_writer_is_refused_with_the_pid_of_the_first(command, tmp_path):
     _, config = parse_config(["--run-name", "held", "--output-dir", str(tmp_path)])
-    directory, lock, _ = train.open_run(config)                                             # this process is the first
+    directory, lock, _ = open_run(config)                                             # this process is the first
     try:
         code, out, err, _ = command("held", 0, output_dir=tmp_path)
     finally:
@@ -55,7 +52,7 @@ def no_model(tmp_path) -> str:
     """The index of a pipeline without its parts: whatever loads it fails."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         (tmp_path / "index" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(train.__file__).parent / Config.model / name, tmp_path / "index" / name)
+        shutil.copy(ROOT / Config.model / name, tmp_path / "index" / name)
     return str(tmp_path / "index")
 
 
@@ -81,14 +78,12 @@ def test_bad_input_is_named_in_one_line_before_the_model_loads(arguments, names,
             (tmp_path / folder / f"{split}.txt").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(train, "Policy", lambda *_, **__: pytest.fail("the model loads"))
-    monkeypatch.setattr(train, "build_rewards", lambda *_, **__: pytest.fail("the rewards load"))
-    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(harness.run, "make_policy", lambda *_: pytest.fail("the model loads"))
+    monkeypatch.setattr(harness.run, "make_rewards", lambda *_: pytest.fail("the rewards load"))
     words = arguments.split()
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, *([] if "--model" in words else ["--model", no_model])])
-    with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert stop.value.code not in (0, None)
+    with pytest.raises(Stopped) as stop:
+        run_here([*words, *([] if "--model" in words else ["--model", no_model])])
+    assert stop.value.code == 2
     out, err = capsys.readouterr()
     (line,) = err.splitlines()
     assert line.startswith("error: ") and all(name in line for name in names), line
@@ -128,6 +123,7 @@ def score(images, prompts, metadata):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, outcome, says", [
     ("raises", "1 / 0", "ZeroDivisionError"), ("nan", "good * float('nan')", "nan"), ("shape", "good[:3]", "(3,)")])
 def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_saved_goes_on(
@@ -156,83 +152,89 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_one_line_after_a_checkpoi
     assert [p.name for p in checkpoints(directory)] == ["epoch_00001"]
 
 
-def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower_after_a_checkpoint(train_here, unbroken, monkeypatch):
-    at_call(monkeypatch, "accumulate_gradients", 2, lambda _: torch.empty(2**55, dtype=torch.uint8))      # in epoch 2
+def at_call(owner, name: str, number: int, deed) -> None:
+    """The `number`-th call of a method meets with the deed, which gets what it returns, and may replace it."""
+    calls = itertools.count(1)
+
+    def around(original, *arguments, **options):
+        result = original(*arguments, **options)
+        return deed(result) if next(calls) == number else result
+
+    replace_call(owner, name, around)
+
+
+def at_batch(policy, training: bool, number: int, deed) -> None:
+    """The network's `number`-th call meets with the deed, which gets its velocity: in training, or in sampling."""
+    calls = itertools.count(1)
+
+    def watching(velocity, *arguments):
+        inner = velocity(*arguments)
+
+        def watched(latents, sigma):
+            v = inner(latents, sigma)
+            return deed(v) if torch.is_grad_enabled() == training and next(calls) == number else v
+        return watched
+
+    replace_call(policy, "velocity", watching)
+
+
+def test_out_of_memory_ends_in_one_line_with_the_plan_and_the_flag_to_lower(train_here, capsys):
     with pytest.raises(Stopped) as stop:
-        train_here("too-large", **CHEAP, epochs=2, save_every=100)
-    assert [p.name for p in checkpoints(unbroken.with_name("too-large"))] == ["epoch_00001"]
-    message = str(stop.value)
-    assert "out of memory on rank 0" in message and "lower --train-batch" in message
-    assert "training batches: 1 of up to 4, steps at once: " in message
+        train_here("too-large", lambda run: at_batch(run.policy, True, 1, lambda _: torch.empty(2**55, dtype=torch.uint8)),
+                   **CHEAP, epochs=1)
+    (line,) = errors_in(capsys.readouterr().err)
+    assert stop.value.code == 2 and "out of memory on rank 0" in line and "lower --train-batch" in line
+    assert "; the plan was: epoch: 1 groups x 4 = 4 images" in line and "training batches: 1 of up to 8 rows" in line
+
+
+@pytest.mark.slow
+def test_out_of_memory_leaves_a_checkpoint_of_the_last_whole_epoch(train_here, unbroken):
+    def out_of_memory(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(Stopped):
+        train_here("too-large-later", lambda run: at_batch(run.policy, True, 2, out_of_memory), **CHEAP, epochs=2, save_every=100)
+    assert [p.name for p in checkpoints(unbroken.with_name("too-large-later"))] == ["epoch_00001"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA error: out of memory"), MemoryError("std::bad_alloc")])
 def test_a_model_that_does_not_fit_ends_in_one_line_too(train_here, monkeypatch, error):
-    monkeypatch.setattr(train, "Policy", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(harness.run, "Policy", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(Stopped) as stop:
         train_here("too-large-a-model", **CHEAP)
     assert "out of memory on rank 0" in str(stop.value) and "--offload-text-encoders" in str(stop.value)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_its_epoch_and_leaves_the_weights(train_here):
-    changes = dict(CHEAP, dtype="float16", learning_rate=3.0, updates_per_epoch=2, epochs=3)
+    changes = dict(CHEAP, dtype="float16", learning_rate=3.0, updates_per_epoch=2, epochs=9)
     with pytest.raises(Stopped) as stop:
         train_here("blown-up", **changes)
     assert "not finite" in str(stop.value) and "epoch " in str(stop.value) and "--learning-rate" in str(stop.value)
 
 
-def test_more_processes_than_gpus_are_refused_with_both_numbers(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes but 1 GPUs here: lower --nproc_per_node"):
-        distributed.setup()
-
-
-@pytest.mark.parametrize("dtype, filled", [("float64", 1), ("bfloat16", 3)])
-def test_samples_without_advantage_are_replayed_only_to_fill_the_last_batch_in_half_precision(
-        train_here, tmp_path, monkeypatch, dtype, filled):
+def test_samples_without_advantage_are_not_replayed_but_stay_in_the_mean(train_here, tmp_path, monkeypatch):
+    """Of three groups one has rewards that differ: four samples of twelve, three steps each, in batches of up to six."""
     (tmp_path / "some_equal.py").write_text(
-        "from rewards import jpeg_incompressibility\n"
+        "import numpy as np\nfrom rewards import jpeg_incompressibility\n"
         "def score(images, prompts, metadata):\n"
-        "    return jpeg_incompressibility(images, prompts, metadata) * (np.array(prompts) == min(prompts))\n".replace(
-            "from", "import numpy as np\nfrom", 1))
+        "    return jpeg_incompressibility(images, prompts, metadata) * (np.array(prompts) == min(prompts))\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    sizes, seen, accumulate = [], [], train.accumulate_gradients
+    rows = []
 
-    def counted(policy, samples, batch, advantages, *rest):
-        sizes.append((len(batch), sum(bool(advantages[samples.indices[j]]) for j in batch)))
-        seen.extend(batch)
-        return accumulate(policy, samples, batch, advantages, *rest)
+    def counting(velocity, *arguments):
+        inner = velocity(*arguments)
+        return lambda x, sigma: (torch.is_grad_enabled() and rows.append(len(x)), inner(x, sigma))[1]
 
-    monkeypatch.setattr(train, "accumulate_gradients", counted)
-    train_here(f"some-equal-{dtype}", rewards=("some_equal:score", 1), groups_per_epoch=3, group_size=4, updates_per_epoch=1,
-               beta=0, rollout_batch=12, train_batch=3, epochs=1, dtype=dtype)
-    assert sizes == [(3, 3), (filled, 1)] and len(set(seen)) == len(seen)                    # 12 samples, of which 4 count
+    directory = train_here(
+        "some-equal", lambda run: replace_call(run.policy, "velocity", counting), rewards=("some_equal:score", 1),
+        groups_per_epoch=3, group_size=4, updates_per_epoch=1, beta=0, rollout_batch=12, train_batch=6, epochs=1)
+    assert rows == [6, 6] and metrics_of(directory)[1]["zero_variance_groups"] == 2
+    assert abs(metrics_of(directory)[1]["ratio"] - 1) < 1e-12                                # 36 rows, 24 of them with ratio 1
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
-
-@pytest.fixture
-def left(monkeypatch):
-    """The exit codes with which runs in this process left, in place of the end of the process."""
-    codes = []
-
-    def leave(code: int) -> None:
-        codes.append(code)
-        raise Stopped(f"exit {code}")
-
-    monkeypatch.setattr(train, "leave", leave)
-    return codes
-
-
-def at_call(monkeypatch, name: str, number: int, deed) -> None:
-    """The `number`-th call of train.py's function meets with the deed, which gets what the function returns and may replace it."""
-    original, calls = getattr(train, name), itertools.count(1)
-    monkeypatch.setattr(train, name, lambda *args, **options: (
-        deed(original(*args, **options)) if next(calls) == number else original(*args, **options)))
-
 
 THREE_EPOCHS = dict(CHEAP, updates_per_epoch=2, epochs=3, eval_every=2, save_every=2, rollout_batch=2, train_batch=2)
 
@@ -244,43 +246,49 @@ def unbroken(train_here) -> Path:
 
 def assert_same_bits(one: Path, other: Path) -> None:
     assert without_times(metrics_of(one)) == without_times(metrics_of(other))
-    states = [train.load_state(checkpoints(directory)[-1]) for directory in (one, other)]
-    assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal_states(*states)
+    states = [load_state(checkpoints(directory)[-1]) for directory in (one, other)]
+    assert [state.pop("metrics")["epoch"] for state in states] == [3, 3] and equal(*states)
 
 
-def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(
-        train_here, unbroken, left, monkeypatch, capsys):
-    def signalled(value):
-        os.kill(os.getpid(), signal.SIGTERM)
-        wait_until(signals.stop_asked, 5)
-        return value
+def signalled(value):
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait_until(signals.stop_asked, 5)
+    return value
 
-    def slow_reward(value):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(2)
-        return value
 
-    phases = [("rollout", 2, signalled, "before the first epoch was whole"),                   # the evaluation before training
-              ("accumulate_gradients", 2, signalled, "before the first epoch was whole"),       # after an update, that is undone
-              ("score", 4, slow_reward, "epoch 1 is saved"),                                   # of epoch 2
-              ("accumulate_gradients", 2, signalled, "epoch 1 is saved"),                       # likewise
-              ("evaluate_share", 1, signalled, "epoch 2 is saved"),                             # whose evaluation is made up for,
-              ("evaluate_share", 2, signalled, "epoch 3 is saved")]                             # and so is this one
-    for name, number, deed, says in phases:
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            at_call(patch, name, number, deed)
-            train_here("signalled", **THREE_EPOCHS)
+def slow_reward(value):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(2)
+    return value
+
+
+# What a signal meets, one after the other in one run -> which epoch is saved then.
+PHASES = [
+    ("the evaluation before training", lambda run: at_batch(run.policy, False, 2, signalled), 0),
+    ("after an update, which is undone", lambda run: at_batch(run.policy, True, 3, signalled), 0),
+    ("scores of epoch 2", lambda run: at_call(run.scorer, "rewards", 3, slow_reward), 1),
+    ("after an update of epoch 2", lambda run: at_batch(run.policy, True, 3, signalled), 1),
+    ("the evaluation of epoch 2, which is made up for", lambda run: at_call(run.eval_scorer, "rewards", 1, signalled), 2),
+    ("the evaluation of epoch 3", lambda run: at_call(run.eval_scorer, "rewards", 2, signalled), 3)]
+
+
+@pytest.mark.slow
+def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(train_here, unbroken, capsys):
+    for phase, before, saved in PHASES:
+        with pytest.raises(Stopped) as stop:
+            train_here("signalled", before, **THREE_EPOCHS)
         out = capsys.readouterr().out
-        assert "stopped by a signal" in out and says in out and "to go on: " in out, (name, out)
+        says = f"epoch {saved} is saved" if saved else "before the first epoch was whole"
+        assert stop.value.code == 0 and "stopped by a signal" in out and says in out and "to go on: " in out, (phase, out)
         newest = [p.name for p in checkpoints(unbroken.with_name("signalled"))][-1:]
-        assert newest == ([f"epoch_0000{says[6]}"] if says.startswith("epoch") else [])
-    assert left == [0] * len(phases)
+        assert newest == ([f"epoch_0000{saved}"] if saved else []), phase
     assert_same_bits(train_here("signalled", **THREE_EPOCHS), unbroken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch_however_often_they_come(
-        train_here, unbroken, left, monkeypatch, capsys, number):
+        train_here, unbroken, capsys, number):
     def noticed(value):
         os.kill(os.getpid(), number)
         time.sleep(1.2)
@@ -289,26 +297,32 @@ def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch_how
         return value
 
     name = f"noticed-{number.name}"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        at_call(patch, "accumulate_gradients", 3, noticed)                                      # of epoch 2
-        train_here(name, **THREE_EPOCHS)
-    assert "stopped by a signal; epoch 1 is saved; to go on: " in capsys.readouterr().out and left == [0]
+    with pytest.raises(Stopped) as stop:
+        train_here(name, lambda run: at_batch(run.policy, True, 5, noticed), **THREE_EPOCHS)                # of epoch 2
+    assert "stopped by a signal; epoch 1 is saved; to go on: " in capsys.readouterr().out and stop.value.code == 0
     assert_same_bits(train_here(name, **THREE_EPOCHS), unbroken)
 
 
+PLACES = {
+    "update": lambda run, deed: at_batch(run.policy, True, 7, deed),                     # the second of epoch 2
+    "score": lambda run, deed: at_call(run.scorer, "rewards", 3, deed),                  # of epoch 2
+    "conclude": lambda run, deed: replace_call(run, "conclude", lambda conclude, metrics: (
+        deed(None) if metrics["epoch"] == 2 else conclude(metrics)))}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, raised", [(ZeroDivisionError, ZeroDivisionError), (KeyboardInterrupt, KeyboardInterrupt),
                                            (SystemExit, RuntimeError), (GeneratorExit, GeneratorExit)])
-@pytest.mark.parametrize("place, number", [("accumulate_gradients", 4), ("score", 4), ("summary", 2)])
+@pytest.mark.parametrize("place", PLACES)
 def test_whatever_ends_a_run_the_last_whole_epoch_is_saved_and_it_says_how_to_go_on(
-        train_here, unbroken, monkeypatch, capsys, fault, raised, place, number):
-    def fails(value):
+        train_here, unbroken, capsys, fault, raised, place):
+    def fails(_):
         raise fault("injected")
 
     name = f"fault-{place}-{fault.__name__}"
-    with monkeypatch.context() as patch, pytest.raises(raised, match="injected"):
-        at_call(patch, place, number, fails)
-        train_here(name, **THREE_EPOCHS)
-    saved = 2 if place == "summary" else 1
+    with pytest.raises(raised, match="injected"):
+        train_here(name, lambda run: PLACES[place](run, fails), **THREE_EPOCHS)
+    saved = 2 if place == "conclude" else 1
     assert f"epoch {saved} is saved; to go on: " in capsys.readouterr().out
     assert [p.name for p in checkpoints(unbroken.with_name(name))] == [f"epoch_0000{saved}"]
     assert_same_bits(train_here(name, **THREE_EPOCHS), unbroken)
@@ -322,10 +336,11 @@ def test_a_run_whose_output_nobody_reads_goes_on(start):
     assert process.wait(100) == 0 and [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to_the_same_bits(train_here, unbroken, capsys):
     directory = unbroken.with_name("corrupt")
     shutil.copytree(unbroken, directory)
-    with open(train.checkpoint_path(directory, 3) / "state.pt", "r+b") as file:
+    with open(checkpoint_path(directory, 3) / "state.pt", "r+b") as file:
         file.seek(1000)
         file.write(b"not what was written")
     train_here("corrupt", **THREE_EPOCHS)
@@ -377,51 +392,51 @@ def test_a_signal_during_a_reward_that_waits_for_its_processes_saves_and_ends_th
 
 # --------------------------------------------------------------------------------------------------- what is not finite
 
+def spoil(policy, quantity: str) -> None:
+    """Make something not finite: a row's log-prob, the gradient, or an image's latents; of CHEAP, with four images."""
+    seen = []                                    # the latents of image 2, before each step
+
+    def spoiling(velocity, *arguments):
+        inner = velocity(*arguments)
+
+        def spoilt(latents, sigma):
+            v = inner(latents, sigma)
+            if quantity == "gradient" and v.requires_grad:
+                v.register_hook(lambda gradient: gradient * float("nan"))
+            if len(latents) == 4:                                          # sampling; an evaluation has 2 images, training 8 rows
+                seen.append(latents[2].clone())
+                if quantity == "latents":
+                    v[1, 0, 0, 0] = float("inf")
+            elif quantity == "loss":
+                bad = torch.tensor([any(torch.equal(x, y) for y in seen) for x in latents])
+                v = torch.where(bad.view(-1, 1, 1, 1), float("nan"), v)
+            return v
+        return spoilt
+
+    replace_call(policy, "velocity", spoiling)
+
+
+SOMETIMES_NAN = """
+calls = 0
+
+def score(images, prompts, metadata):
+    global calls
+    calls += 1
+    return images.mean((1, 2, 3)) * (float("nan") if calls > 2 else 1)     # the probe and the evaluation go well
+"""
+
+
 @pytest.mark.parametrize("quantity", ["loss", "gradient", "latents", "reward"])
 def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_stops_by_name_with_tensors_and_sound_weights(
         train_here, monkeypatch, tmp_path, capsys, quantity):
-    def nan(value):
-        return value * float("nan")
-
-    if quantity == "loss":                                                 # of one sample, wherever its batch is replayed
-        replay = train.replay
-
-        def bad_replay(velocity, trajectory, k):
-            log_prob, mean, std = replay(velocity, trajectory, k)
-            return torch.where(trajectory.final.flatten(1)[:, 0] == bad[0], nan(log_prob), log_prob), mean, std
-
-        bad, concatenate = [], train.Trajectory.concatenate
-
-        def noted(parts):
-            whole = concatenate(parts)
-            bad[:] = [whole.final[2].flatten()[0]]
-            return whole
-
-        monkeypatch.setattr(train, "replay", bad_replay)
-        monkeypatch.setattr(train.Trajectory, "concatenate", staticmethod(noted))
-    elif quantity == "gradient":
-        loss = train.clipped_loss
-        monkeypatch.setattr(train, "clipped_loss", lambda *args: (result := loss(*args), result.register_hook(nan))[0])
-    elif quantity == "latents":
-        rollout = train.rollout
-
-        def bad_rollout(*args, **options):
-            trajectory = rollout(*args, **options)
-            if options:                                                    # as sampling calls it, and evaluation does not
-                trajectory.final[1, 0, 0, 0] = float("inf")
-            return trajectory
-
-        monkeypatch.setattr(train, "rollout", bad_rollout)
-    else:
-        (tmp_path / "sometimes_nan.py").write_text(
-            "calls = 0\ndef score(images, prompts, metadata):\n    global calls\n    calls += 1\n"
-            "    return images.mean((1, 2, 3)) * (float('nan') if calls > 2 else 1)\n")      # the probe and the evaluation go well
+    changes = dict(CHEAP, beta=0, epochs=3, skip_nonfinite=2)
+    if quantity == "reward":
+        (tmp_path / "sometimes_nan.py").write_text(SOMETIMES_NAN)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "path", [*sys.path])
-    changes = dict(CHEAP, beta=0, epochs=3, skip_nonfinite=2, **(
-        {"rewards": ("sometimes_nan:score", 1)} if quantity == "reward" else {}))
+        changes["rewards"] = ("sometimes_nan:score", 1)
     with pytest.raises(Stopped) as stop:
-        train_here(f"bad-{quantity}", **changes)
+        train_here(f"bad-{quantity}", lambda run: spoil(run.policy, quantity), **changes)
     says, err = str(stop.value), capsys.readouterr().err
     assert quantity in says and "epoch 3" in says and "rank 0" in says and 'the word "' in says and "\n" not in says
     assert "skipped, 1 of 2 updates" in err and "skipped, 2 of 2 updates" in err
@@ -429,18 +444,18 @@ def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_stops_by_name_wi
     with safe_open(evidence, "pt") as file:
         prompts, names = json.loads(file.metadata()["prompts"]), set(file.keys())
         if quantity == "loss":
-            again = file.get_tensor("log_probs_again")
-            assert again[:, 2].isnan().all() and again.isnan().sum() == len(again)
-    assert len(prompts) == 4 and ({"images"} if quantity == "reward" else {"samples", "latents", "log_probs"}) <= names
+            assert torch.equal(file.get_tensor("log_prob_again").isnan(), file.get_tensor("samples") == 2)
+    kept = {"latents": {"samples", "latents", "log_probs"}, "reward": {"images"}}
+    assert kept.get(quantity, {"samples", "steps", "advantages", "latents", "log_prob", "log_prob_again"}) <= names
+    assert len(prompts) == (4 if quantity in kept else 8)                  # images, or rows of two steps each
     directory = Path(evidence).parent.parent
     assert [m.get("skipped_updates") for m in metrics_of(directory)] == [None, 1, 1]
-    state = train.load_state(checkpoints(directory)[-1])
+    state = load_state(checkpoints(directory)[-1])
     assert state["epoch"] == 2 and state["skipped"] == 2 and not state["optimizer"]["state"]
     assert all(p.isfinite().all() for p in state["trained"])
 
 
-def test_a_number_that_is_finite_when_computed_again_is_blamed_on_the_machine(train_here, monkeypatch):
-    at_call(monkeypatch, "clipped_loss", 1, lambda loss: loss * float("inf"))
+def test_a_number_that_is_finite_when_computed_again_is_blamed_on_the_machine(train_here):
     with pytest.raises(Stopped) as stop:
-        train_here("flipped-bit", **CHEAP)
+        train_here("flipped-bit", lambda run: at_batch(run.policy, True, 1, lambda v: v * float("nan")), **CHEAP)
     assert "suspect memory" in str(stop.value) and "the loss of epoch 1, update 0" in str(stop.value)

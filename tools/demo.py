@@ -363,7 +363,7 @@ def main(arguments: list[str]) -> int:
         port = free_port(options.host, options.port)         # find out now, before a model loads
         config, adapters = choose_settings(options)
         if importlib.util.find_spec("gradio") is None:
-            raise ImportError("the demo needs gradio: pip install -r requirements.txt")
+            raise ImportError("the demo needs gradio: pip install -r requirements-extra.txt")
         studio, notes = make_studio(options, config, adapters)
         page, served = build_page(studio, config, notes)
         if options.share or options.host not in ("127.0.0.1", "localhost"):

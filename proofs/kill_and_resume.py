@@ -1,4 +1,4 @@
-"""What a run survives, on real processes: python tests/kill_and_resume.py [--seed 0] [--kills 20] [--only kills signals ...]
+"""What a run survives, on real processes: python -m proofs.kill_and_resume [--seed 0] [--kills 20] [--only kills signals ...]
 
     kills      SIGKILL at random moments, to a worker or to torchrun, and the same command again until the run is whole
     ranks      killed on two ranks, continued on three, then on one
@@ -16,6 +16,7 @@ Started by itself with `--at PHASE N RANK DEED`, it is train.py with that fault 
 
 import argparse
 import contextlib
+import importlib
 import os
 import random
 import re
@@ -28,22 +29,23 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""               # more processes than there are GPUs
 sys.path[:0] = [str(ROOT), str(ROOT / "assets"), str(ROOT / "tests")]
 
 # phase: (module, attribute, whether the fault comes after the call and not before, on the main rank alone, calls to choose from)
 PHASES = {
-    "loading a checkpoint": ("train", "load_state", True, False, 1),
-    "sampling": ("train", "rollout", False, False, 8),
-    "scoring": ("train", "score", False, False, 4),
-    "training": ("train", "accumulate_gradients", False, False, 6),
-    "summing gradients": ("distributed", "sum_gradients", False, False, 4),
+    "loading a checkpoint": ("harness.checkpoint", "load_state", True, False, 1),
+    "sampling": ("sampler", "rollout", False, False, 8),
+    "scoring": ("rewards", "Rewards.__call__", False, False, 5),
+    "training": ("grpo", "clipped_loss", False, False, 6),
+    "summing gradients": ("distributed", "sum_gradients", False, False, 5),
     "between updates": ("learner", "WeightAverage.step", True, False, 3),
-    "evaluation": ("train", "evaluate_share", True, False, 2),
+    "evaluation": ("train", "evaluate", True, False, 2),
     "half the images": ("harness.gallery", "save_images", False, True, 2),
     "images written": ("harness.gallery", "save_images", True, True, 2),
     "half a line of metrics": ("harness.checkpoint", "write_metrics", False, True, 3),
-    "saving the adapter": ("train", "Policy.save", True, True, 2),
+    "saving the adapter": ("policy", "Policy.save", True, True, 2),
     "half a state": ("harness.checkpoint", "torch.save", False, True, 2),
     "syncing a checkpoint": ("harness.checkpoint", "sync", True, True, 9),
     "before a rename": ("harness.checkpoint", "os.replace", False, True, 6),
@@ -82,9 +84,9 @@ def do(deed: str, phase: str, arguments: tuple) -> None:
 def train_with(phase: str, count: int, rank: int, deed: str) -> None:
     """The `count`-th call of a phase on a rank, in the launcher's first attempt, meets with the deed."""
     import distributed
-    import train
-    owner, attribute, after, _, _ = PHASES[phase]
-    owner = {"train": train, "distributed": distributed, **sys.modules}[owner]
+    from harness import program
+    module, attribute, after, _, _ = PHASES[phase]
+    owner = importlib.import_module(module)                  # before train.py takes the function from it
     *path, name = attribute.split(".")
     for part in path:
         owner = getattr(owner, part)
@@ -101,15 +103,16 @@ def train_with(phase: str, count: int, rank: int, deed: str) -> None:
         return result if after else original(*arguments, **options)
 
     setattr(owner, name, faulty)
-    leave = train.leave
+    leave = program.leave
 
     def leave_and_tell(code: int) -> None:
         print(f"rank {distributed.rank()} exits {code}", file=sys.stderr)
         leave(code)
 
-    train.leave = leave_and_tell
+    program.leave = leave_and_tell
+    import train
     sys.argv[0] = str(ROOT / "train.py")
-    train.run_as_program(train.main)
+    program.run_as_program(train.main)
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
@@ -118,7 +121,7 @@ class Bench:
     """Runs of one small configuration, what was done to them, and how they compare."""
 
     def __init__(self, folder: Path, seed: int):
-        from conftest import save_small_sd3
+        from helpers import save_small_sd3
         self.folder, self.random = folder, random.Random(seed)
         self.model, self.faults, self.compared, self.failures = folder / "model", 0, 0, []
         save_small_sd3(self.model)
@@ -126,10 +129,10 @@ class Bench:
     def start(self, name: str, ranks: int = 2, at: tuple = (), launcher: tuple = (), output_dir: Path | None = None,
               words: str = "", **changes) -> subprocess.Popen:
         """words: of a shell, after the command."""
-        from test_train import SMALL, flags
+        from helpers import SMALL, flags
         fault = ["--at", *map(str, at)] if at else ["--at", "sampling", "-1", "0", "kill"]               # a call that never comes
         settings = {**SMALL, "guidance_scale": 1, "epochs": 6, "eval_every": 2, "save_every": 2, "rollout_batch": 2,
-                    "train_batch": 2, "model": self.model, "output_dir": output_dir or self.folder, **changes}
+                    "train_batch": 6, "model": self.model, "output_dir": output_dir or self.folder, **changes}
         if name:
             settings["run_name"] = name
         self.log = open(self.folder / "log", "w+")
@@ -175,7 +178,7 @@ class Bench:
     def same(self, directory: Path, tolerance: float = 0.0, lost: str = " ", undisturbed: str = "undisturbed") -> None:
         """The run is the undisturbed one: bit by bit, or rewards and weights to a tolerance; but for `lost` images."""
         import torch
-        from test_train import metrics_of, without_times
+        from helpers import equal, metrics_of, without_times
         if not (directory / "checkpoints" / "epoch_00006" / "state.pt").exists():
             return self.check(f"{directory.name} is whole", False)
         self.compared += 1
@@ -200,17 +203,6 @@ class Bench:
         for checkpoint in sorted((directory / "checkpoints").glob("epoch_*[0-9]")):
             sums = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=checkpoint, capture_output=True)
             self.check(f"{checkpoint}: sha256sum --check", sums.returncode == 0)
-
-
-def equal(a, b) -> bool:
-    import torch
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def images(directory: Path) -> dict[str, bytes]:
@@ -260,8 +252,8 @@ def ranks(bench: Bench) -> None:
 
 def signals(bench: Bench) -> None:
     # A phase that takes two seconds, so that the signal meets it; scoring takes minutes, and must not hold up the end.
-    cases = [("syncing a checkpoint", 6, 0, "sleep-2"), ("sampling", 3, 0, "sleep-2"), ("scoring", 3, 1, "sleep-120"),
-             ("training", 3, 0, "sleep-2"), ("training", 4, 1, "sleep-2"), ("summing gradients", 2, 0, "sleep-2"),
+    cases = [("syncing a checkpoint", 6, 0, "sleep-2"), ("sampling", 3, 0, "sleep-2"), ("scoring", 4, 1, "sleep-120"),
+             ("training", 3, 0, "sleep-2"), ("training", 4, 1, "sleep-2"), ("summing gradients", 3, 0, "sleep-2"),
              ("evaluation", 1, 1, "sleep-2")]
     run = 1
     for case, sent in zip(cases, [signal.SIGTERM, signal.SIGINT] * len(cases)):
@@ -282,7 +274,7 @@ def signals(bench: Bench) -> None:
     bench.check("it goes on to the end", bench.run(f"signals-{run}") == 0)
     bench.same(bench.folder / f"signals-{run}")
 
-    from conftest import alive
+    from helpers import alive
     # Nothing but a second signal, or 20 seconds, ends a micro-batch that does.
     for second in (True, False):
         name = f"stuck-{second}"
@@ -307,7 +299,7 @@ def signals(bench: Bench) -> None:
 
 
 def restarts(bench: Bench) -> None:
-    faults = [("training", 7, "kill"), ("summing gradients", 7, "raise"), ("sampling", 11, "kill")]
+    faults = [("training", 7, "kill"), ("summing gradients", 8, "raise"), ("sampling", 11, "kill")]
     for number, (phase, count, deed) in enumerate(faults):
         output = bench.folder / f"restarts-{number}"
         code = bench.run("", at=(phase, count, number % 2, deed), launcher=("--max-restarts=3",), output_dir=output)
@@ -332,11 +324,11 @@ def restarts(bench: Bench) -> None:
         bench.check(f"{name}: it goes on", bench.run(name) == 0)
         bench.same(bench.folder / name)
 
-    code = bench.run("slow", at=("scoring", 8, 1, "sleep-12"))
+    code = bench.run("slow", at=("scoring", 9, 1, "sleep-12"))
     bench.fault("a reward on one rank that takes 12 s")
     bench.check("a slow reward is no death", code == 0 and "fault: scoring" in bench.text())
     bench.same(bench.folder / "slow")
-    code = bench.run("too-slow", at=("scoring", 8, 1, "sleep-120"), collective_timeout=6, reward_deadline=3)
+    code = bench.run("too-slow", at=("scoring", 9, 1, "sleep-120"), collective_timeout=6, reward_deadline=3)
     bench.fault("a reward on one rank that takes longer than --collective-timeout 6")
     bench.check("beyond --collective-timeout it is", code != 0 and "rank 0: stopped, another rank is gone" in bench.text())
 

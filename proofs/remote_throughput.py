@@ -1,6 +1,6 @@
 """How fast `rapidocr` (detection and recognition) is as a server's reward, against the same reward in this process.
 
-    python tests/remote_throughput.py [images] [threads]
+    python -m proofs.remote_throughput [images] [threads]
 
 One run: local and remote take turns, several rounds of the same images, each a scene of 512 x 512 with two lines of
 text. Both have the same number of CPU cores for their engines; the remote one encodes, sends and decodes besides, which

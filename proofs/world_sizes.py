@@ -1,13 +1,13 @@
 """Law 6 in full: a run is a function of its seed, whatever ranks and micro-batches it is spread over.
 
-    python tests/world_sizes.py [settings ...]        # names of SETTINGS; none means all of them
+    python -m proofs.world_sizes [settings ...]        # names of SETTINGS; none means all of them
 
 Every run is train.py's own main, three epochs in as many torchrun processes as it says, on a small random
 StableDiffusion3Pipeline. Each is compared to the same settings on one rank with everything in one batch: the rewards and
 advantages of every sample in every epoch, the trained weights at the end, and what training changed of them. Samples lie on the
 ranks as they do in training, in contiguous parts that split groups (from a shared start, groups are dealt out first), and also
-"scattered" over them, so that nothing can depend on who holds what. It prints the relative differences, and ends with 1 where one in float64 is above 1e-8; those in float32 are
-for information.
+"scattered" over them, so that nothing can depend on who holds what. It prints the relative differences, and ends with 1 where
+one in float64 is above 1e-8; those in float32 are for information.
 """
 
 import contextlib
@@ -20,15 +20,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "assets"), str(ROOT / "tests")]
+os.environ["CUDA_VISIBLE_DEVICES"] = ""               # more processes than there are GPUs
+sys.path[:0] = [str(ROOT), str(ROOT / "assets"), str(ROOT / "tests"), str(ROOT / "proofs")]
 
 import torch  # noqa: E402
-from conftest import save_small_sd3  # noqa: E402
-from test_train import flags  # noqa: E402
+from helpers import flags, save_small_sd3  # noqa: E402
 
 import distributed  # noqa: E402
+import draws  # noqa: E402
 import train  # noqa: E402
-from prompts import epoch_prompt_indices, load_prompts  # noqa: E402
+from draws import epoch_prompt_indices  # noqa: E402
+from grpo import group_advantages  # noqa: E402
+from harness.run import launch  # noqa: E402
+from prompts import load_prompts  # noqa: E402
 from rewards import jpeg_incompressibility  # noqa: E402
 
 TOLERANCE = 1e-8
@@ -87,40 +91,50 @@ def equal_after_first_epoch(*batch):
 
 # ---------------------------------------------------------------------------------------------------- on each rank
 
+def scattered(windows, config, rank: int, world_size: int) -> list[int]:
+    """In place of `draws.deal_samples`."""
+    return list(range(rank, config.groups_per_epoch * config.group_size, world_size))
+
+
 def run_here(model: str, folder: Path, names: list[str]) -> None:
     """All runs of this number of ranks, one after the other in the same processes; the main rank keeps what they came to."""
-    device, share, make_policy, advantages_of = distributed.setup(), distributed.share, train.make_policy, train.group_advantages
-    end, ranks = distributed.shutdown, distributed.world_size()
-    seen, made, before = [], [], []
-
-    def kept_policy(*args):
-        made[:] = [make_policy(*args)]
-        before[:] = [weights()]
-        return made[0]
+    device, end, ranks = distributed.setup(), distributed.shutdown, distributed.world_size()
+    gather_scores, deal_samples = distributed.gather_scores, draws.deal_samples
+    seen, made = [], {}
 
     def weights():
-        return torch.cat([p.detach().flatten() for p in made[0].parameters]).double()
+        return torch.cat([p.detach().flatten() for p in made["run"].policy.parameters]).double()
 
-    def kept_advantages(rewards, *args):
-        seen.append((rewards, advantages_of(rewards, *args)))
-        return seen[-1][1]
+    def kept_scores(*args):
+        scores = gather_scores(*args)
+        if len(scores["total"]) > BASE["eval_prompts"]:                                      # an epoch's
+            config = made["run"].config
+            group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
+            seen.append((scores["total"], group_advantages(scores["total"], group_ids, config.advantage_std)))
+        return scores
+
+    def training(run):
+        made["run"] = run
+        made["before"] = weights()
+        train.train(run)
 
     distributed.setup, distributed.shutdown = lambda *_: device, lambda: None            # one process group for all runs
-    train.make_policy, train.group_advantages = kept_policy, kept_advantages
+    distributed.gather_scores = kept_scores
     for name in names:
         for size, place in cases(name, ranks):
-            distributed.share = share if place == "contiguous" else lambda total, rank, count: range(rank, total, count)
+            draws.deal_samples = deal_samples if place == "contiguous" else scattered
             run = f"{name}, {ranks} x {size}, {place}"
-            sys.argv = ["train.py", *flags(**{**BASE, **SETTINGS[name], "model": model, "output_dir": folder / "runs",
-                                              "run_name": run, "rollout_batch": size, "train_batch": size})]
+            words = flags(**{**BASE, **SETTINGS[name], "model": model, "output_dir": folder / "runs", "run_name": run,
+                             "rollout_batch": size, "train_batch": size})
             seen.clear()
             started = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
-                train.main()
+                launch(words, training, train.evaluate)
             rewards, advantages = (torch.stack(part) for part in zip(*seen))                                   # (epochs, N)
             if distributed.is_main():
                 torch.save({"rewards": rewards, "advantages": advantages, "weights": weights(),
-                            "their change": weights() - before[0], "seconds": time.perf_counter() - started}, folder / f"{run}.pt")
+                            "their change": weights() - made["before"], "seconds": time.perf_counter() - started},
+                           folder / f"{run}.pt")
     end()
 
 

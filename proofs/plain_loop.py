@@ -1,7 +1,7 @@
 """An epoch as one writes it first, one image and one step after another, beside train.py's: the same numbers, and how much sooner.
 
-    python tests/plain_loop.py [--rounds 3]
-    python tests/plain_loop.py --only-model DIR    # writes DIR/model, the copy of the bundled model that this uses
+    python -m proofs.plain_loop [--rounds 3]
+    python -m proofs.plain_loop --only-model DIR    # writes DIR/model, the copy of the bundled model that this uses
 
 The setting is the full algorithm on the bundled model, its tokenizers padding to Stable Diffusion 3's 77 + 128 text tokens: 10 steps of
 which 9 are trained, guidance 4.5, KL, 8 groups of 8, two updates. The loop here shares with the project the pipeline, the noise and the
@@ -21,18 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import distributed
-import train
-from prompts import epoch_prompt_indices
+import distributed  # noqa: E402
+import train  # noqa: E402
+from draws import TRAIN_NOISE, draw_noise, epoch_prompt_indices  # noqa: E402
+from grpo import group_advantages  # noqa: E402
+from harness.run import make_policy, make_rewards, prepare  # noqa: E402
+from harness.scoring import Scorer  # noqa: E402
+from learner import Learner  # noqa: E402
+from sampler import timestep_schedule  # noqa: E402
 
 SETTING = """--rewards rapidocr_line 1 --max-sequence-length 128 --num-steps 10 --guidance-scale 4.5 --window-size 0 --timestep-fraction 0.9
     --noise-level 0.7 --beta 0.04 --groups-per-epoch 8 --group-size 8 --updates-per-epoch 2 --clip-range 1e-4
@@ -49,10 +52,18 @@ def full_length_model(directory: Path) -> Path:
     return directory / "model"
 
 
-def plain_epoch(learner, rewards, prompts, config, epoch: int) -> None:
+def our_epoch(learner, scorer, prompts, config, epoch: int) -> None:
+    """Sample, score and train, as `train.train` does."""
+    samples = train.sample(learner.policy, scorer, prompts, config, epoch)
+    group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
+    scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))
+    train.update(learner, samples, group_advantages(scores["total"], group_ids, config.advantage_std), config, epoch)
+
+
+def plain_epoch(learner, scorer, prompts, config, epoch: int) -> None:
     """Sample, score and train, one image at a time; the equations are those of arXiv 2505.05470."""
     policy, T, K, a = learner.policy, config.num_steps, config.group_size, config.noise_level
-    sigmas = train.timestep_schedule(T, **policy.schedule_arguments(T), dtype=policy.compute_dtype).tolist()
+    sigmas = timestep_schedule(T, **policy.schedule_arguments(T), dtype=policy.compute_dtype).tolist()
     chosen = [prompts[i] for i in epoch_prompt_indices(len(prompts), config.groups_per_epoch, config.seed, epoch - 1)]
     trained, count = int(config.timestep_fraction * T), config.groups_per_epoch * K
 
@@ -72,7 +83,7 @@ def plain_epoch(learner, rewards, prompts, config, epoch: int) -> None:
     paths, old, r = [], [], []
     for i in range(count):
         prompt, path, log_probs = chosen[i // K], [], []
-        noise = train.draw_noise(config.seed, train.TRAIN_NOISE, epoch, [i], T + 1, policy.latent_shape).to(policy.compute_dtype)
+        noise = draw_noise(config.seed, TRAIN_NOISE, epoch, [i], T + 1, policy.latent_shape).to(policy.compute_dtype)
         with torch.no_grad():
             texts = encode(prompt.text)
             path.append(noise[0])
@@ -82,7 +93,7 @@ def plain_epoch(learner, rewards, prompts, config, epoch: int) -> None:
                 log_probs.append(log_prob(path[k + 1], mean, std))
         paths.append(path)
         old.append(log_probs)
-        r.append(float(rewards(policy.decode(path[-1]).numpy(), [prompt.text], [prompt.metadata])["total"][0]))
+        r.append(float(scorer.rewards(policy.decode(path[-1]).numpy(), [prompt.text], [prompt.metadata])["total"][0]))
 
     r = torch.tensor(r, dtype=torch.float64).view(-1, K)
     A = ((r - r.mean(1, keepdim=True)) / (r.std(correction=0) + 1e-4)).clamp(-5, 5).flatten().float()
@@ -98,7 +109,7 @@ def plain_epoch(learner, rewards, prompts, config, epoch: int) -> None:
                 clipped = rho.clamp(1 - config.clip_range, 1 + config.clip_range)
                 loss = torch.maximum(-A[i] * rho, -A[i] * clipped) + config.beta * ((mean - reference) ** 2).mean() / (2 * s**2)
                 (loss / (len(mine) * trained)).backward()
-        learner.update(config.max_grad_norm)
+        learner.step(config.max_grad_norm)
 
 
 def largest_difference(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> float:
@@ -113,11 +124,22 @@ def gradients(learner) -> list[torch.Tensor]:
 
 def prepared(model: Path, device: torch.device, **changes) -> tuple:
     words = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    _, config, prompts, _ = train.prepare(["--model", str(model), *SETTING, *words])
-    learner = train.Learner(train.make_policy(config, device), config)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = train.learning_rate(config, 1)
-    return learner, train.make_rewards(config, device), prompts, config
+    _, config, prompts, _ = prepare(["--model", str(model), *SETTING, *words])
+    learner = Learner(make_policy(config, device), config)
+    learner.set_learning_rate(1)
+    return learner, Scorer(make_rewards(config, device), learner.policy, config), prompts, config
+
+
+def keep_gradients(learner) -> list:
+    """A list that will hold the gradients before each of the learner's steps."""
+    kept, step = [], learner.step
+
+    def keeping(max_grad_norm: float):
+        kept.append(gradients(learner))
+        return step(max_grad_norm)
+
+    learner.step = keeping
+    return kept
 
 
 def images(prepared: tuple) -> int:
@@ -138,39 +160,31 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             model, cores = full_length_model(Path(directory)), os.cpu_count()
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cores}"]
-            sys.exit(subprocess.run([*launcher, *sys.argv], env={**os.environ, "MODEL": str(model)}).returncode)
+            sys.exit(subprocess.run([*launcher, __file__, *sys.argv[1:]], env={**os.environ, "MODEL": str(model)}).returncode)
     device, model = distributed.setup(), Path(os.environ["MODEL"])
-    with ThreadPoolExecutor(1) as scorer:
-        for dtype in ("float64", "float32"):     # on fewer images, since the plain loop takes its time
-            few = dict(dtype=dtype, groups_per_epoch=2, group_size=4)
-            ours, plain = prepared(model, device, **few), prepared(model, device, **few)
-            first, update = [], train.Learner.update
-
-            def keep_gradients(learner, max_grad_norm):
-                first.append(gradients(learner))
-                return update(learner, max_grad_norm)
-
-            with mock.patch.object(train.Learner, "update", keep_gradients):
-                train.run_epoch(*ours, 1, scorer)
-                if distributed.is_main():
-                    plain_epoch(*plain, 1)
-            if distributed.is_main():            # of two updates each
-                print(f"{dtype}: first gradients differ by {largest_difference(first[0], first[2]):.1e}, weights after "
-                      f"an epoch by {largest_difference(ours[0].policy.parameters, plain[0].policy.parameters):.1e}", flush=True)
-            distributed.wait_for_all()
-        ours, plain, seconds = prepared(model, device), prepared(model, device, groups_per_epoch=2), {"ours": [], "plain": []}
-        for epoch in range(1, rounds + 2):
-            distributed.wait_for_all()
+    for dtype in ("float64", "float32"):         # on fewer images, since the plain loop takes its time
+        few = dict(dtype=dtype, groups_per_epoch=2, group_size=4)
+        ours, plain = prepared(model, device, **few), prepared(model, device, **few)
+        kept = [keep_gradients(learner) for learner, *_ in (ours, plain)]
+        our_epoch(*ours, 1)
+        if distributed.is_main():
+            plain_epoch(*plain, 1)
+            print(f"{dtype}: first gradients differ by {largest_difference(kept[0][0], kept[1][0]):.1e}, weights after "
+                  f"an epoch by {largest_difference(ours[0].policy.parameters, plain[0].policy.parameters):.1e}", flush=True)
+        distributed.wait_for_all()
+    ours, plain, seconds = prepared(model, device), prepared(model, device, groups_per_epoch=2), {"ours": [], "plain": []}
+    for epoch in range(1, rounds + 2):
+        distributed.wait_for_all()
+        started = time.perf_counter()
+        our_epoch(*ours, epoch)
+        distributed.wait_for_all()
+        seconds["ours"].append((time.perf_counter() - started) / images(ours))
+        if distributed.is_main():
+            torch.set_num_threads(os.cpu_count())
             started = time.perf_counter()
-            train.run_epoch(*ours, epoch, scorer)
-            distributed.wait_for_all()
-            seconds["ours"].append((time.perf_counter() - started) / images(ours))
-            if distributed.is_main():
-                torch.set_num_threads(os.cpu_count())
-                started = time.perf_counter()
-                plain_epoch(*plain, epoch)
-                seconds["plain"].append((time.perf_counter() - started) / images(plain))
-                torch.set_num_threads(1)
+            plain_epoch(*plain, epoch)
+            seconds["plain"].append((time.perf_counter() - started) / images(plain))
+            torch.set_num_threads(1)
     if distributed.is_main():
         ours, plain = (1 / statistics.median(seconds[name][1:]) for name in ("ours", "plain"))      # the first round warms up
         print(f"{ours:.2f} images/s, the plain loop {plain:.2f}: {ours / plain:.2f} times as fast, medians of {rounds}")

@@ -1,0 +1,57 @@
+"""What a run says of its pictures' diversity."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harness.report import spread_shares, spreads
+from harness.run import Run
+from harness.scoring import thumbnails
+
+
+def pictures(*colours, size=(24, 64)):
+    return torch.stack([torch.tensor(colour, dtype=torch.uint8).expand(*size, 3) for colour in colours])
+
+
+def test_the_spread_is_the_deviation_of_mean_colours_averaged_over_channels():
+    found = spreads("eval", thumbnails(pictures((0, 0, 0), (255, 255, 255))))
+    assert found == {"spread/eval": pytest.approx(127.5), "spread/eval_fine": pytest.approx(127.5)}
+    found = spreads("eval", thumbnails(pictures((0, 10, 0), (60, 10, 0), (0, 10, 0), (60, 10, 0))))
+    assert found["spread/eval"] == pytest.approx(10)                       # 30, 0 and 0
+
+
+def test_pictures_that_differ_in_layout_alone_differ_in_the_finer_figure_alone():
+    left, right = torch.zeros(24, 64, 3, dtype=torch.uint8), torch.zeros(24, 64, 3, dtype=torch.uint8)
+    left[:, :32], right[:, 32:] = 200, 200
+    found = spreads("eval", thumbnails(torch.stack([left, right])))
+    assert found["spread/eval"] == 0 and found["spread/eval_fine"] == pytest.approx(100)
+
+
+def test_the_spread_of_groups_sees_no_difference_between_groups():
+    within = thumbnails(pictures((0, 0, 0), (0, 0, 0), (200, 0, 0), (200, 0, 0))).unflatten(0, (2, 2))
+    assert spreads("group", within)["spread/group"] == 0
+
+
+@pytest.mark.parametrize("size", [(24, 64), (16, 16), (512, 512), (48, 1000)])
+def test_a_thumbnail_keeps_the_mean_colour(size):
+    images = torch.randint(0, 256, (3, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = images.float().mean((1, 2))
+    assert torch.allclose(thumbnails(images).mean((2, 3)), expected, atol=0.5 if size[1] % 8 == 0 else 2)
+
+
+def test_a_share_is_of_the_first_value_that_was_recorded():
+    history = [{"epoch": 0, "spread/eval": 80.0}, {"epoch": 1, "spread/group": 50.0, "spread/eval": 60.0}]
+    assert spread_shares({"epoch": 2, "spread/group": 25.0}, history) == {"spread/group_share": 0.5}
+    assert spread_shares({"epoch": 2, "spread/eval": 20.0}, history) == {"spread/eval_share": 0.25}
+    assert spread_shares({"epoch": 0, "spread/eval": 80.0}, []) == {"spread/eval_share": 1.0}
+    assert spread_shares({"epoch": 3}, history) == {}
+
+
+def test_collapse_is_told_once(capsys):
+    run = SimpleNamespace(record=SimpleNamespace(history=[]))
+    for share in (1.0, 0.4, 0.3, 0.2):
+        metrics = {"spread/eval_share": share}
+        Run.warn_of_collapse(run, metrics)
+        run.record.history.append(metrics)
+    assert capsys.readouterr().err.count("differ by 30%") == 1 and "differ by 20%" not in capsys.readouterr().err
