@@ -97,21 +97,20 @@ class Clock:
         """Within, time the methods of these objects that an epoch is made of, and all collectives."""
         velocity = policy.velocity
 
-        def counted_velocity(text, guidance_scale=1.0, *rest):
-            call, branches = velocity(text, guidance_scale, *rest), policy.branches(guidance_scale)
+        def counted_velocity(text, guidance_scale=1.0, reference=False, **more):
+            call = velocity(text, guidance_scale, reference=reference, **more)
+            branches = policy.branches(guidance_scale)
 
             def counted(latents, sigma):
-                # The rollout runs without gradients and the replay with them. The reference calls this too.
+                # The rollout runs without gradients and the replay with them.
                 phase = "replay" if torch.is_grad_enabled() else "rollout"
-                phase = "reference" if self.stack[-1] == "reference" else phase
+                phase = "reference" if reference else phase
                 self.rows[phase] += branches * len(latents)
                 with self.phase(phase):
                     return call(latents, sigma)
             return counted
 
-        reference = policy.reference_velocity
-        wrapped = [(policy, "velocity", counted_velocity),
-                   (policy, "reference_velocity", lambda *args: self.timed("reference", reference(*args)))]
+        wrapped = [(policy, "velocity", counted_velocity)]
         for owner, name, phase in [
                 (policy, "cache_text", "text"), (policy, "encode", "text"), (policy, "decode", "decode"),
                 (scorer, "submit", "reward exposed"), (scorer, "collect", "reward exposed"),
