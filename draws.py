@@ -156,8 +156,8 @@ def training_batches(draw: EpochDraw, update: int, advantages: Tensor,
     mine = [[i for i in batch if i % config.updates_per_epoch == update] for batch in draw.rollout_batches]
     steps = range(config.trained_steps)
     if config.half_precision:
-        alive = [batch for batch in mine if any(trains[i] for i in batch)]
-        parts = [part for batch in alive for part in batches(batch, config.train_batch)]
-        return [([position[i] for i in part], [k] * len(part)) for part in parts for k in steps]
+        parts = [part for batch in mine for part in batches(batch, config.train_batch)]
+        alive = [part for part in parts if any(trains[i] for i in part)]
+        return [([position[i] for i in part], [k] * len(part)) for part in alive for k in steps]
     rows = [(position[i], k) for batch in mine for i in batch if trains[i] for k in steps]
     return [tuple(map(list, zip(*batch))) for batch in batches(rows, config.train_batch)]

@@ -73,11 +73,6 @@ class Learner:
     def learning_rate(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def set_learning_rate(self, epoch: int) -> None:
-        """Set the learning rate of `epoch`, from 1 on."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, epoch)
-
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
         """Take one optimizer step on the accumulated gradients.
 
@@ -99,8 +94,15 @@ class Learner:
         return grad_norm, may_overflow
 
     def begin_updates(self, epoch: int) -> None:
-        """Keep the state after `epoch` in the host memory of the main rank, because that rank saves."""
-        self._before = on_host(self.state(epoch)) if is_main() else None
+        """Set the learning rate of `epoch`, from 1 on, and keep the state before it, to which `undo_updates` goes back.
+
+        The state is in the host memory of the main rank, because that rank saves. With one update an epoch
+        nothing is kept, because nothing can fail between two updates.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, epoch)
+        if is_main() and self.config.updates_per_epoch > 1:
+            self._before = on_host(self.state(epoch - 1))
 
     def end_updates(self) -> None:
         self._before, self._changed = None, False

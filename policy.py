@@ -240,15 +240,18 @@ class Policy:
         Offloaded text encoders then move to the device once, and not once per batch.
         """
         prompts = list(dict.fromkeys([*prompts, *[""] * (self.branches(guidance_scale) - 1)]))
-        self._text_kept = len(prompts)
+        self._text_kept = max(self._text_kept, len(prompts))     # an evaluation's prompts come again
         self._encode_missing(prompts)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Text:
         """Return embeddings (B, L, D) and pooled embeddings (B, P). Each distinct prompt is encoded once."""
         self._encode_missing(prompts)
-        rows = [self._text_cache[prompt] for prompt in prompts]                      # B pairs of (L, D), (P,)
-        text = tuple(to_device(torch.stack(part), self.device) for part in zip(*rows))
+        # Copy each prompt once, and repeat it on the device, because rows of one sample share their prompt.
+        place = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
+        kept = [self._text_cache[prompt] for prompt in place]                        # pairs of (L, D), (P,)
+        index = to_device(torch.tensor([place[prompt] for prompt in prompts]), self.device)
+        text = tuple(to_device(torch.stack(part), self.device)[index] for part in zip(*kept))
         while len(self._text_cache) > max(TEXT_CACHE, self._text_kept):
             self._text_cache.pop(next(iter(self._text_cache)))
         return text
@@ -265,6 +268,8 @@ class Policy:
             if moved:
                 self._move_text_encoders(self.device)
             for prompt in missing:
+                if self.before_call:
+                    self.before_call()
                 if self.model.startswith("random:"):
                     text = random_text(self.family, prompt, self.max_sequence_length, self.dtype)
                 else:

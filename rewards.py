@@ -239,6 +239,8 @@ def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequ
             raise RewardError(f"reward {column!r} returned {found}, not {wanted}, {batch}")
         with np.errstate(over="ignore"):
             columns[column] = values.astype(np.float32)
+        if column != name:  # an infinite metric would make every mean infinite, so it says nothing instead
+            columns[column][~np.isfinite(columns[column])] = np.nan
     for score, prompt in zip(columns[name], prompts):
         if not math.isfinite(score):
             raise NonFiniteScore(f"reward {name!r} is {score} for prompt {one_line(repr(prompt), 80)}")

@@ -54,7 +54,7 @@ def train(run: Run) -> None:
             # 4. Update the policy: make steps that led to better images more likely.
             metrics |= reward_metrics(scores, group_ids)
             metrics |= update(run.learner, samples, advantages, config, epoch)
-
+            del samples                        # because the next epoch's trajectories need their memory
         # Log, evaluate and save, as far as they are due.
         run.conclude(metrics)
 
@@ -140,7 +140,7 @@ def update(learner: Learner, samples: Samples, advantages: Tensor, config: Confi
            epoch: int) -> dict[str, float]:  # all ranks
     """Take U optimizer steps, each on its part of the samples. Returns statistics. advantages: (N,)."""
     statistics = Statistics()
-    learner.set_learning_rate(epoch)
+    learner.begin_updates(epoch)
     for u in range(config.updates_per_epoch):
         # The loss is the mean over the update's rows on all ranks.
         num_rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps
@@ -165,8 +165,8 @@ def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, num_ro
                   batch: tuple[list[int], list[int]]) -> dict[str, Tensor]:
     """Add a batch's part to the gradient of an update's mean loss. Returns what is watched, (M,) each."""
     policy, (positions, steps) = learner.policy, batch
-    A = advantages[[samples.indices[j] for j in positions]].to(policy.device, policy.compute_dtype)     # (M,)
     text = policy.encode([samples.prompts[j].text for j in positions])
+    A = to_device(advantages[[samples.indices[j] for j in positions]], policy.device).to(policy.compute_dtype)
     loss, watched = step_loss(policy, samples.trajectory.rows(steps, positions), text, A, config)
     learner.scaler.scale(loss.sum() / num_rows).backward()
     return watched
@@ -190,7 +190,7 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
         loss = loss / D
     watched = {"policy_loss": loss, **ratio_statistics(log_prob, old_log_prob, config.clip_range)}
 
-    # Add the KL to the reference, the model before training, which replays the same steps.
+    # Add the KL to the reference, the policy without its adapter, which replays the same steps.
     if config.beta:
         with torch.no_grad():
             _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)

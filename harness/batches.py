@@ -85,9 +85,9 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, "
             f"{config.num_steps} steps ({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
             f"per rank ({world_size}): up to {p.samples_per_rank} images; "
-            f"rollout batches: {p.rollout_batches} of up to "
+            f"rollout batches: {about}{p.rollout_batches} of up to "
             f"{p.rollout_images if config.rollout_batch else 'any number'}; "
-            f"training batches: {p.train_batches} of up to "
+            f"training batches: {about}{p.train_batches} of up to "
             f"{p.train_rows if config.train_batch else 'any number of'} rows\n"
             f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
             f"{p.reference_calls:,} reference")

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -279,7 +280,10 @@ def load_state(path: Path) -> dict:
 
 def write_metrics(directory: Path, metrics: dict) -> None:
     """Append an epoch's line. If the disk takes only a part of it, remove that part and raise OSError."""
-    line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
+    # JSON knows no infinity, and a number that is not finite must not keep a run from being saved.
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+              for name, value in metrics.items()}
+    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
     with open(directory / "metrics.jsonl", "ab", buffering=0) as file:
         before = file.tell()
         try:

@@ -19,7 +19,7 @@ from config import Config
 from harness import signals
 from harness.checkpoint import try_write
 from prompts import Prompt
-from rewards import RewardError
+from rewards import NonFiniteScore, RewardError
 from sampler import replay
 
 
@@ -66,7 +66,8 @@ def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (RewardError, DoesNotFit)) or not is_out_of_memory(error):
+        told = (RewardError, TrainingError, DoesNotFit, distributed.LostRank)      # their text may quote a prompt
+        if isinstance(error, told) or not is_out_of_memory(error):
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
         # Clear the frames of what failed, because they hold tensors, and there is still a state to save.
@@ -107,8 +108,14 @@ def on_all_ranks(task: Callable) -> Callable:
             failure = Interrupted()
         everywhere = enumerate(distributed.gather_objects(failure))
         failures = [(rank, error) for rank, error in everywhere if error is not None]
-        # Errors come before interruptions.
-        for rank, error in sorted(failures, key=lambda failed: isinstance(failed[1], Interrupted)):
+        # Numbers that are not finite come first. A reward that failed comes last, because the signal that
+        # interrupts one rank may have killed the processes of another's reward.
+        kinds = (NonFinite, NonFiniteScore), (Interrupted,), (Exception,)
+
+        def order(failed: tuple[int, Exception]) -> int:
+            return next(k for k, kind in enumerate(kinds) if isinstance(failed[1], kind))
+
+        for rank, error in sorted(failures, key=order):
             raise error if isinstance(error, Interrupted) else type(error)(f"rank {rank}: {error}")
         return result
     return run
@@ -161,8 +168,11 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
 
     found = None
     for positions, steps in batches:
+        if signals.stop_asked():         # the next collective of all ranks raises Interrupted
+            break
         if not finite(positions, steps):
-            worst = next((j for j, k in zip(positions, steps) if not finite([j], [k])), positions[0])
+            rows_left = ((j, k) for j, k in zip(positions, steps) if not signals.stop_asked())
+            worst = next((j for j, k in rows_left if not finite([j], [k])), positions[0])
             prompts, rows = [samples.prompts[j] for j in positions], samples.trajectory.rows(steps, positions)
             text = learner.policy.encode([p.text for p in prompts])
             with torch.no_grad():

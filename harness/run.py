@@ -56,7 +56,6 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
         end_with(error, plan, command)
         raise                                                  # a fault of this program
     run.scorer.close()
-    run.eval_scorer.close()
     distributed.shutdown()
     return 0
 
@@ -194,8 +193,9 @@ class Run:
 
     def __post_init__(self):
         config, self.learner = self.config, Learner(self.policy, self.config)
-        self.scorer = Scorer(self.rewards.subset(weights=dict(config.rewards)), self.policy, config)
         self.eval_scorer = Scorer(self.rewards, self.policy, config)
+        self.scorer = Scorer(self.rewards.subset(weights=dict(config.rewards)), self.policy, config,
+                             self.eval_scorer.thread)
         self.plan = describe(config, distributed.world_size(), self.policy.branches(config.guidance_scale))
 
     def resume(self) -> None:
@@ -246,8 +246,6 @@ class Run:
         `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
-        if config.updates_per_epoch > 1:         # else the first update is the epoch's last
-            self.learner.begin_updates(epoch - 1)
         try:
             yield metrics
             seconds, images = time.perf_counter() - started, config.groups_per_epoch * config.group_size
@@ -274,12 +272,16 @@ class Run:
                     self.save(self.whole)
             except Exception as failure:         # after a fault of the device or program, the error to read
                 print(f"warning: epoch {self.whole['epoch']} could not be saved ({failure})", file=sys.stderr)
-            saved = self.record.saved
+            saved, whole = self.record.saved, self.whole["epoch"]
             note = f"epoch {saved} is saved" if saved else "that was before the first epoch was whole"
+            if is_main() and not self.config.eval_only and saved < whole:
+                note = f"epoch {whole} was whole and is not saved: epoch {saved} is the last one that is"
             error.add_note(note)
             # Wait for the others after these errors alone, because any other may be this rank's alone.
             if isinstance(error, (RewardError, NonFinite, Interrupted)):
                 distributed.wait_for_all()
+            if isinstance(error, Interrupted) and "not saved" in note:
+                raise TrainingError(f"{error}; {note}") from error
             raise
 
     def conclude(self, metrics: dict) -> None:  # all ranks
@@ -287,18 +289,22 @@ class Run:
         epoch, config = metrics["epoch"], self.config
         if epoch == 0 or epoch % config.eval_every == 0 or epoch == config.epochs:
             metrics = {**metrics, **self.evaluate(epoch)}
-        if is_main():
-            metrics |= spread_shares(metrics, self.record.history)
-            self.warn_of_collapse(metrics)
-            self.record.add(metrics)
-            self.display.curves(metrics)
-            if "eval/total" in metrics:
-                self.display.page()
-        self.whole = metrics
-        if epoch % config.save_every == 0 or epoch == config.epochs:
-            with signals.taking_its_time():
+        with signals.taking_its_time():
+            if is_main():
+                self.record_epoch(metrics)
+            self.whole = metrics
+            if epoch % config.save_every == 0 or epoch == config.epochs:
                 self.save(metrics)
-                distributed.wait_for_all()       # nobody goes on, or ends the run, while it is written
+            distributed.wait_for_all()           # nobody goes on, or ends the run, while this is written
+
+    def record_epoch(self, metrics: dict) -> None:
+        """Put an epoch's metrics on the disk and on the page."""
+        metrics |= spread_shares(metrics, self.record.history)
+        self.warn_of_collapse(metrics)
+        self.record.add(metrics)
+        self.display.curves(metrics)
+        if "eval/total" in metrics:
+            self.display.page()
 
     def warn_of_collapse(self, metrics: dict) -> None:
         """Say once that the pictures have become alike, because a score does not show it."""
@@ -313,8 +319,11 @@ class Run:
         """Metrics of the held-out prompts. The images go to the page."""
         metrics, images, scores = self.evaluate_policy(self.learner, self.eval_scorer, self.test_prompts,
                                                        self.config)
-        if is_main():
-            self.display.pictures(epoch, images, [p.text for p in self.test_prompts[:len(images)]], scores)
+        with signals.taking_its_time():          # because many large pictures take a while
+            if is_main():
+                prompts = [p.text for p in self.test_prompts[:len(images)]]
+                self.display.pictures(epoch, images, prompts, scores)
+            distributed.wait_for_all()
         say(f"epoch {epoch}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         return metrics
 

@@ -23,15 +23,16 @@ def thumbnails(images: Tensor) -> Tensor:
 class Scorer:
     """Scores micro-batches of pictures in their order while the next one is sampled."""
 
-    def __init__(self, rewards: Rewards, policy: Policy, config: Config):
+    def __init__(self, rewards: Rewards, policy: Policy, config: Config, thread: ThreadPoolExecutor | None = None):
+        """thread: that of another scorer, because a reward must not be called twice at a time."""
         self.rewards, self.config = rewards, config
         # A rank with one core that computes its own rewards gains nothing by two threads, because they would
         # only share the core.
         self.waits = policy.device.type == "cpu" and distributed.cores() <= 1 and not config.reward_urls
         # One thread for the rewards. The current CUDA device is per thread, so set it there.
         on_gpu = policy.device.type == "cuda"
-        self.thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if on_gpu else None,
-                                         initargs=(policy.device,) if on_gpu else ())
+        self.thread = thread or ThreadPoolExecutor(1, initializer=torch.cuda.set_device if on_gpu else None,
+                                                   initargs=(policy.device,) if on_gpu else ())
         self.pending: list[Future] = []
 
     def submit(self, images: Tensor, latents: Tensor, prompts: list[Prompt], where: str,
@@ -46,7 +47,7 @@ class Scorer:
         try:
             self._wait() if self.waits else self._raise_failed()
         except BaseException:
-            self.pending = []
+            self._forget()
             raise
 
     def collect(self) -> dict[str, np.ndarray]:
@@ -60,10 +61,16 @@ class Scorer:
             self._wait()
             parts = [future.result() for future in self.pending]
         finally:
-            self.pending = []
+            self._forget()
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts])
                 for name in names}
+
+    def _forget(self) -> None:
+        """Leave out what waits to be scored, so that the next epoch's batches do not wait for it."""
+        for future in self.pending:
+            future.cancel()
+        self.pending = []
 
     def close(self) -> None:
         self.thread.shutdown()

@@ -80,8 +80,8 @@ def count_velocities(policy) -> list[tuple[str, int]]:
     """A list that will hold what each call of a velocity was for, and how many images or rows it took."""
     calls, reference = [], []
 
-    def counting(velocity, text, scale=1.0, *network):
-        inner, kind = velocity(text, scale, *network), reference and "reference"
+    def counting(velocity, text, scale=1.0, **which):
+        inner, kind = velocity(text, scale, **which), reference and "reference"
 
         def counted(latents, sigma):
             calls.append((kind or ("replay" if torch.is_grad_enabled() else "rollout"), len(latents)))
