@@ -140,13 +140,24 @@ def random_detections(metadata: dict) -> list[Detection]:
     wanted += [(random.choice(GENEVAL_CLASSES), None)] * random.choice([0, 0, 1, 2, 18])
     detections = []
     for name, color in wanted:
-        x, y = random.choice([0, 150, 300]), random.choice([0, 150, 300])
-        box = np.float32([x, y, x, y]) + np.random.default_rng(random.getrandbits(32)).uniform(
-            [0, 0, 90, 90], [30, 30, 200, 200]).astype(np.float32)
         color = color if color and random.random() < 0.7 else random.choice(GENEVAL_COLORS)
         confidence = random.choice([random.uniform(0.1, 1), random.uniform(0.91, 1)])
-        detections.append(Detection(name, confidence, tuple(box.tolist()), color=color))
+        detections.append(Detection(name, confidence, random_box(), color=color))
     return detections
+
+
+def random_box() -> tuple[float, ...]:
+    """A box of 20 to 120 pixels each way, in float32 as the detector has it."""
+    x, y, width, height = (random.uniform(*limits) for limits in ((0, 200), (0, 200), (20, 120), (20, 120)))
+    return tuple(np.float32([x, y, x + width, y + height]).tolist())
+
+
+def random_pair() -> tuple[list[Detection], dict]:
+    """Two objects, and what asks for one relation of them."""
+    relation = random.choice(GENEVAL_RELATIONS)
+    include = [{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": [relation, 0]}]
+    detections = [Detection(clause["class"], 0.9, random_box(), color="red") for clause in include]
+    return detections, {"tag": "position", "prompt": "a photo", "include": include}
 
 
 def random_metadata() -> dict:
@@ -181,10 +192,11 @@ def geneval_rules(checkout: Checkout, trials: int) -> list[Line]:
     for metadata in published:
         check_prompt(metadata["prompt"], metadata)
     built_in = [prompt.metadata for prompt in load_prompts("geneval", "train")]
-    for kind, draw in (("published prompts", lambda: random.choice(published)),
-                       ("this project's prompts", lambda: random.choice(built_in)),
-                       ("random objects", random_metadata)):
-        judged = [geneval_trial(server, repaired, draw()) for _ in range(3 * trials)]
+    for kind, draw in (("published prompts", lambda: with_detections(random.choice(published))),
+                       ("this project's prompts", lambda: with_detections(random.choice(built_in))),
+                       ("random metadata", lambda: with_detections(random_metadata())),
+                       ("two boxes", random_pair)):
+        judged = [geneval_trial(server, repaired, *draw()) for _ in range(3 * trials)]
         stray, two, scores, strict, accuracy = (sum(each) for each in zip(*judged))
         note = f"and {stray:,} for the server's stray 1 (16)" + (
             f", {two:,} for its rules of colour with position and of exclude (10)" if two else "")
@@ -195,12 +207,16 @@ def geneval_rules(checkout: Checkout, trials: int) -> list[Line]:
     return lines
 
 
-def geneval_trial(server: Server, repaired: Server, metadata: dict) -> tuple[bool, ...]:
+def with_detections(metadata: dict) -> tuple[list[Detection], dict]:
+    return random_detections(metadata), metadata
+
+
+def geneval_trial(server: Server, repaired: Server, detections: list[Detection],
+                  metadata: dict) -> tuple[bool, ...]:
     """What differs in one picture: (score for the stray 1, anything for rule 10, score, strict, accuracy).
 
     The last three are for no known reason.
     """
-    detections = random_detections(metadata)
     ours, as_is, mended = (judge(detections, metadata) for judge in (geneval_score, server, repaired))
     score, strict, accuracy = (abs(a - b) > 1e-6 for a, b in zip(ours, mended))
     both = any("color" in clause and "position" in clause for clause in metadata["include"])
