@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -123,8 +124,8 @@ def gradients(learner) -> list[torch.Tensor]:
 
 
 def prepared(model: Path, device: torch.device, **changes) -> tuple:
-    words = [word for name, value in changes.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    _, config, prompts, _ = prepare(["--model", str(model), *SETTING, *words])
+    _, config, prompts, _ = prepare(["--model", str(model), *SETTING])
+    config = replace(config, **changes)
     learner = Learner(make_policy(config, device), config)
     learner.set_learning_rate(1)
     return learner, Scorer(make_rewards(config, device), learner.policy, config), prompts, config

@@ -139,6 +139,7 @@ def test_a_loaded_adapter_is_trained_in_full_precision_and_without_its_dropout(m
     assert torch.equal(policy.velocity(text)(x, SIGMA), policy.velocity(text)(x, SIGMA))
 
 
+@pytest.mark.slow
 def test_checkpoints_and_diffusers_files_load_as_adapters(each_model, tmp_path):
     policy = make_policy(each_model)
     change(policy)
@@ -246,6 +247,7 @@ KEPT = {                               # settings of LoraConfig
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", KEPT.values(), ids=KEPT)
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_an_adapter_trains_and_is_saved_exactly_under_every_setting_that_is_taken(model, tmp_path, settings):

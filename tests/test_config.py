@@ -137,7 +137,7 @@ def test_a_setting_that_cannot_be_is_named_with_its_value(changes, names):
     assert str(error.value).startswith("--" + names) and "\n" not in str(error.value)
 
 
-def test_a_continued_run_may_change_the_machine_and_the_length_and_nothing_of_the_algorithm():
+def test_a_continued_run_may_change_the_machine_and_the_length_alone():
     saved = to_dict(Config())
     free = dataclasses.replace(Config(), epochs=7, rollout_batch=3, train_batch=5, eval_every=2, eval_prompts=9,
                                eval_num_steps=3, eval_images=1, eval_only=True, save_every=9, run_name="x", output_dir="y",
@@ -193,7 +193,7 @@ def test_a_published_preset_has_its_published_settings(preset):
     assert c.eval_num_steps == (28 if "flux" in preset else 40) and not c.shared_start_noise and c.kl == "per_time"
 
 
-def test_every_preset_of_a_published_model_is_checked_against_the_published_settings():
+def test_every_preset_of_a_published_model_has_published_settings():
     assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"}
 
 

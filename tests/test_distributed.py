@@ -74,7 +74,7 @@ def found(tmp_path_factory) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-def test_gradients_become_the_sum_over_ranks_on_every_rank_also_where_one_trained_nothing(found):
+def test_gradients_are_summed_on_every_rank_also_where_one_trained_nothing(found):
     for rank in found:
         assert rank["shared"] == [[4.0, 4.0], [4.0, 4.0]]                             # 1 + 0 + 3
         assert rank["single"] == [7.0, 7.0, 7.0]
@@ -103,7 +103,7 @@ def test_scores_are_gathered_whole_and_a_metric_of_one_rank_is_nan_elsewhere(fou
         assert of_one[1:3] == [2.0, 3.0] and all(map(math.isnan, [of_one[0], *of_one[3:]]))
 
 
-def test_a_signal_to_one_rank_that_waits_in_a_collective_is_known_to_all_ranks_within_seconds(found):
+def test_a_signal_to_a_rank_that_waits_in_a_collective_is_soon_known_to_all(found):
     for rank in found:
         asked, seconds = rank["stopped"]
         assert asked and seconds < 15
@@ -114,7 +114,7 @@ def test_what_was_said_first_is_remembered_by_all(found):
     assert name.startswith("of rank ")
 
 
-def test_one_process_is_world_size_one_and_its_collectives_leave_values_as_they_are():
+def test_the_collectives_of_one_process_leave_values_as_they_are():
     distributed.setup()
     try:
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)

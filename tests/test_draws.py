@@ -187,7 +187,7 @@ def test_full_precision_leaves_out_every_row_without_advantage(epoch):
 
 
 @fuzz(60, epoch=epochs(beta=0.0, dtype="bfloat16", train_batch=12))
-def test_half_precision_replays_exactly_the_rollouts_batches_that_have_an_advantage(epoch):
+def test_half_precision_replays_the_rollouts_batches_that_have_an_advantage(epoch):
     """Each whole, in its order, at one trained step at a time: training batches have room for any rollout batch."""
     config, ranks, advantages = epoch
     for draw in of_all_ranks(config, ranks):

@@ -365,7 +365,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_fewer_activations(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            log_prob, _, _ = replay(policy.velocity(text, 3.5), trajectory, 0)
+            log_prob, _, _ = replay(policy.velocity(text, 3.5), trajectory.rows(0))
         assert (log_prob - trajectory.log_probs[0]).abs().max() < 1e-9
         grads = torch.autograd.grad(log_prob.sum(), policy.parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in grads]), kept
@@ -475,6 +475,7 @@ def test_an_unknown_random_model_is_refused_with_those_there_are():
 
 # ------------------------------------------------------------------------------------------------------------ training
 
+@pytest.mark.slow
 def test_flux_trains_on_two_ranks_by_the_command_that_users_run(flux_model, tmp_path):
     root = Path(policy_module.__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", root / "train.py",

@@ -144,6 +144,7 @@ def test_a_page_of_64_prompts_and_50_evaluations_over_1000_epochs_weighs_under_a
     assert page.stat().st_size < 1e6
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_of_a_run_and_one_that_compares_several_beside_them(tmp_path):
     runs = [make_run(tmp_path / name / "same") for name in "ab"] + [make_run(tmp_path / "a" / "third")]
 

@@ -48,7 +48,7 @@ def test_undone_updates_leave_nothing_and_ended_ones_stay(learner):
     assert not equal(learner.state(1)["trained"], before["trained"])
 
 
-def test_weights_between_two_whole_epochs_whose_state_was_not_kept_are_not_called_whole(learner):
+def test_changed_weights_whose_state_was_not_kept_are_not_called_whole(learner):
     step(learner, float("nan"))
     assert learner.undo_updates()
     step(learner, 0.5)

@@ -260,6 +260,7 @@ def test_metadata_keeps_keys_that_only_the_users_reward_knows(tmp_path):
     assert load_prompts(str(write(tmp_path / "a.jsonl", json.dumps(metadata))), "test") == [Prompt("a cat", metadata)]
 
 
+@pytest.mark.slow
 def test_a_million_lines_load_within_seconds(tmp_path):
     path = write(tmp_path / "many.txt", "".join(f"a photo of number {number}\n" for number in range(1_000_000)))
     start = time.process_time()

@@ -165,6 +165,7 @@ def test_an_engine_is_built_for_each_worker(monkeypatch):
     assert len(built) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rapidocr_line", "rapidocr"])
 def test_scores_do_not_depend_on_the_number_of_workers_to_the_bit(name):
     words = ["cat", "stone", "river", "moon", "tree", "lamp", "door", "bird", "fish"]
@@ -481,6 +482,7 @@ def test_four_clients_of_1000_images_get_their_own_scores_though_the_server_is_k
 # ---------------------------------------------------------------- fuzz
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["jpeg", "line"])
 @pytest.mark.parametrize("mode", schemathesis.GenerationMode)
 def test_no_request_that_the_openapi_page_allows_or_forbids_makes_an_internal_error(name, mode, request):

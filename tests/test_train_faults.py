@@ -24,7 +24,7 @@ from harness.checkpoint import checkpoint_path, checkpoints, load_state, open_ru
 # ------------------------------------------------------------------------------------------------ small and odd settings
 
 @pytest.mark.parametrize("changes", [dict(epochs=0), dict(epochs=1, eval_images=0), dict(epochs=1, eval_images=100)])
-def test_a_run_without_epochs_or_without_pictures_or_with_more_than_there_are_ends_well(train_here, changes, capsys):
+def test_a_run_without_epochs_or_pictures_or_with_more_than_there_are_ends_well(train_here, changes, capsys):
     directory = train_here("-".join(f"{k}-{v}" for k, v in changes.items()), **{**CHEAP, **changes})
     out = capsys.readouterr().out
     assert "before training" in out and ("the best and last weights, of epoch 1: " in out) == bool(changes["epochs"])
@@ -90,7 +90,7 @@ def test_bad_input_is_named_in_one_line_before_the_model_loads(arguments, names,
     assert out == "" and not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_flag_on_two_ranks_is_one_line_of_the_main_rank_even_if_that_is_the_slower(command, no_model, tmp_path):
+def test_an_unknown_flag_on_two_ranks_is_one_line_even_if_the_main_rank_is_slower(command, no_model, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import os, time\ntime.sleep(4 * (os.environ.get('RANK') == '0'))\n")
     code, out, err, directory = command("flag", 2, "--group-sise", "4", model=no_model, path=tmp_path)
     assert code != 0 and len(errors_in(err)) == 1, err
@@ -98,7 +98,7 @@ def test_an_unknown_flag_on_two_ranks_is_one_line_of_the_main_rank_even_if_that_
     assert out == "" and not directory.exists()
 
 
-def test_a_continued_run_whose_seed_differs_is_refused_on_two_ranks_with_both_values(command, train_here):
+def test_a_continued_run_whose_seed_differs_is_refused_with_both_values(command, train_here):
     directory = train_here("seed-held", **CHEAP, epochs=1)
     before = (directory / "metrics.jsonl").read_text()
     code, _, err, _ = command("seed-held", 2, output_dir=directory.parent, **CHEAP, epochs=1, seed=3)
@@ -126,7 +126,7 @@ def score(images, prompts, metadata):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, outcome, says", [
     ("raises", "1 / 0", "ZeroDivisionError"), ("nan", "good * float('nan')", "nan"), ("shape", "good[:3]", "(3,)")])
-def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_saved_goes_on(
+def test_a_failing_reward_stops_the_run_with_its_name_and_what_was_saved_goes_on(
         train_here, name, outcome, says, tmp_path, monkeypatch):
     module, changes = f"failing_{name}", dict(rewards=(f"failing_{name}:score", 1), **CHEAP)
     (tmp_path / f"{module}.py").write_text(FAILING_REWARD.format(outcome=outcome))
@@ -142,7 +142,7 @@ def test_a_failing_reward_stops_the_run_with_its_name_and_a_prompt_and_what_was_
     assert [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2]
 
 
-def test_a_reward_that_fails_on_one_rank_ends_all_with_one_line_after_a_checkpoint(command, tmp_path):
+def test_a_reward_that_fails_on_one_rank_ends_all_after_a_checkpoint(command, tmp_path):
     (tmp_path / "failing.py").write_text("import os\n" + FAILING_REWARD.format(
         outcome="good * float('nan') if os.environ['RANK'] == '1' else good"))
     code, _, err, directory = command("failing", 2, cwd=tmp_path, rewards=("failing:score", 1), dtype="float32",
@@ -273,7 +273,7 @@ PHASES = [
 
 
 @pytest.mark.slow
-def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to_the_same_bits(train_here, unbroken, capsys):
+def test_a_run_goes_on_to_the_same_bits_after_a_signal_in_any_phase(train_here, unbroken, capsys):
     for phase, before, saved in PHASES:
         with pytest.raises(Stopped) as stop:
             train_here("signalled", before, **THREE_EPOCHS)
@@ -287,7 +287,7 @@ def test_a_signal_in_any_phase_saves_the_last_whole_epoch_and_the_run_goes_on_to
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
-def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch_however_often_they_come(
+def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch(
         train_here, unbroken, capsys, number):
     def noticed(value):
         os.kill(os.getpid(), number)
@@ -314,7 +314,7 @@ PLACES = {
 @pytest.mark.parametrize("fault, raised", [(ZeroDivisionError, ZeroDivisionError), (KeyboardInterrupt, KeyboardInterrupt),
                                            (SystemExit, RuntimeError), (GeneratorExit, GeneratorExit)])
 @pytest.mark.parametrize("place", PLACES)
-def test_whatever_ends_a_run_the_last_whole_epoch_is_saved_and_it_says_how_to_go_on(
+def test_whatever_ends_a_run_the_last_whole_epoch_is_saved_and_goes_on(
         train_here, unbroken, capsys, fault, raised, place):
     def fails(_):
         raise fault("injected")
@@ -337,7 +337,7 @@ def test_a_run_whose_output_nobody_reads_goes_on(start):
 
 
 @pytest.mark.slow
-def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before_to_the_same_bits(train_here, unbroken, capsys):
+def test_a_run_whose_newest_checkpoint_is_corrupt_goes_on_from_the_one_before(train_here, unbroken, capsys):
     directory = unbroken.with_name("corrupt")
     shutil.copytree(unbroken, directory)
     with open(checkpoint_path(directory, 3) / "state.pt", "r+b") as file:
@@ -378,7 +378,7 @@ def test_a_run_whose_reward_makes_processes_ends_well_and_so_do_they(command, tm
     assert [m["epoch"] for m in metrics_of(directory)] == [0, 1]
 
 
-def test_a_signal_during_a_reward_that_waits_for_its_processes_saves_and_ends_the_run(start, tmp_path):
+def test_a_signal_ends_a_run_whose_reward_waits_for_its_processes(start, tmp_path):
     (tmp_path / "forking.py").write_text(FORKING_REWARD)
     process, directory = start("forking-stopped", 2, cwd=tmp_path, rewards=("forking:waits_for_one", 1), **{
         **CHEAP, "epochs": 1000, "save_every": 1000})
@@ -427,7 +427,7 @@ def score(images, prompts, metadata):
 
 
 @pytest.mark.parametrize("quantity", ["loss", "gradient", "latents", "reward"])
-def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_stops_by_name_with_tensors_and_sound_weights(
+def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_ends_the_run(
         train_here, monkeypatch, tmp_path, capsys, quantity):
     changes = dict(CHEAP, beta=0, epochs=3, skip_nonfinite=2)
     if quantity == "reward":
