@@ -61,9 +61,7 @@ DEPARTURES = """
 - (14) GRPO-Guard: their centring term is averaged over the micro-batch too, because its `dim` is empty,
   so each sample gets the mean of all. Here each sample has its own. In micro-batches of one both are
   equal.
-- (15) Text rule: a prompt with one unpaired quote is refused here and scored there. All white space is
-  left out here, and only U+0020 there. Lower case is taken before the spaces go here, and after there,
-  which changes a Greek final sigma.
+- (15) Text rule: all white space is left out here, and only U+0020 there.
 - (16) GenEval's stray 1: after the 0 of a wrong position their server appends a 1 as well. Here it does
   not.
 
