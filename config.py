@@ -86,7 +86,7 @@ class Config:
     beta: float = 0.0
     """Weight of the KL to the network without its adapter; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
-    """per_time divides by 2 s^2, as the published runs; exact divides by 2 std^2, with std = s sqrt(D). cps: exact only."""
+    """per_time divides by 2 s^2, as the published runs; exact divides by 2 std^2, with std = s sqrt(D)."""
     learning_rate: float = 8e-4
     """AdamW's learning rate in the first epoch."""
     learning_rate_half_life: float = 20.0
@@ -187,9 +187,9 @@ PUBLISHED = Config(
     clip_range=1e-4, beta=0.04, kl="per_time", learning_rate=3e-4, learning_rate_half_life=0, ema_decay=0.9**2,
     ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16", rollout_batch=0,
     train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
-# The authors' average has decay 0.9 every 8 optimizer steps, but their code applies it once per micro-batch of that
-# step. So the decay of their published weights is 0.9 to the power of their micro-batches per update: 2 on 32 GPUs, 4 on
-# 4 GPUs or 1 and under Guard, 6 for FLUX.
+# The authors' average has decay 0.9 every 8 optimizer steps, but their code applies it once per micro-batch of
+# that step. So the decay of their published weights is 0.9 to the power of their micro-batches per update: 2 on
+# 32 GPUs, 4 on 4 GPUs or 1 and under Guard, 6 for FLUX.
 FOUR, SIX = dict(ema_decay=0.9**4), dict(ema_decay=0.9**6)
 GENEVAL = dict(prompts="geneval", rewards=(("geneval", 1.0),))
 PICKSCORE = dict(prompts="data/pickscore", rewards=(("pickscore", 1.0),))  # docs/recipes.md fetches them
@@ -209,7 +209,8 @@ PRESETS = {
     "sd35m_ocr_4gpu": replace(PUBLISHED, groups_per_epoch=16, group_size=16, **FOUR),
     # Its authors published no GenEval run on 4 GPUs: these are the sizes of the other two.
     "sd35m_geneval_4gpu": replace(PUBLISHED, **GENEVAL, groups_per_epoch=16, group_size=16, **FOUR),
-    "sd35m_pickscore_4gpu": replace(PUBLISHED, **PICKSCORE, beta=0.01, groups_per_epoch=16, group_size=16, **FOUR),
+    "sd35m_pickscore_4gpu": replace(PUBLISHED, **PICKSCORE, beta=0.01, groups_per_epoch=16, group_size=16,
+                                    **FOUR),
     "sd35m_ocr_1gpu": replace(PUBLISHED, groups_per_epoch=8, group_size=8, **FOUR),
     "sd35m_geneval_fast": replace(PUBLISHED, **GENEVAL, **FAST),
     "sd35m_pickscore_fast": replace(PUBLISHED, **PICKSCORE, **FAST, groups_per_epoch=64, group_size=18),

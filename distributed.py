@@ -157,21 +157,23 @@ def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all r
 
 @collective
 def gather_vectors(values: Tensor) -> Tensor:  # all ranks
-    """Every rank's CPU vector (n,), as (ranks, n). Any rank computes the same sum or maximum of them, so all act on it alike."""
+    """Every rank's CPU vector (n,), as (ranks, n). All ranks compute the same of them, so all act alike."""
     vectors = [torch.empty_like(values) for _ in range(world_size())]
     dist.all_gather(vectors, values)
     return torch.stack(vectors)
 
 
 def gather_scores(scores: dict[str, np.ndarray], rows: list[int], total: int) -> dict[str, Tensor]:  # all ranks
-    """Every sample's scores and metrics on every rank, name -> (total, ...) float32, of which this rank has `rows`.
+    """Every sample's scores and metrics, name -> (total, ...) float32, of which this rank has `rows`.
 
     A metric that a rank says nothing about is NaN there.
     """
-    shapes = {name: shape for rank in gather_objects([(name, values.shape[1:]) for name, values in scores.items()])
-              for name, shape in rank}
-    absent = {name: np.full((len(rows), *shape), np.nan, np.float32) for name, shape in shapes.items()}
-    return {name: gather_rows(torch.from_numpy(scores.get(name, absent[name])), rows, total) for name in shapes}
+    own = [(name, values.shape[1:]) for name, values in scores.items()]
+    whole = {}
+    for name, shape in dict(item for rank in gather_objects(own) for item in rank).items():
+        values = scores.get(name, np.full((len(rows), *shape), np.nan, np.float32))
+        whole[name] = gather_rows(torch.from_numpy(values), rows, total)
+    return whole
 
 
 @collective

@@ -94,7 +94,7 @@ class Learner:
         return grad_norm, may_overflow
 
     def begin_updates(self, epoch: int) -> None:
-        """Set the learning rate of `epoch`, from 1 on, and keep the state before it, to which `undo_updates` goes back.
+        """Set the learning rate of `epoch`, from 1 on, and keep the state before it for `undo_updates`.
 
         The state is in the host memory of the main rank, because that rank saves. With one update an epoch
         nothing is kept, because nothing can fail between two updates.

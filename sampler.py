@@ -206,12 +206,8 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     T, B = len(sigmas) - 1, len(latents)
     noise_levels = torch.as_tensor(noise_levels, dtype=latents.dtype, device="cpu")
     first_step = torch.as_tensor(first_step, device="cpu")
-    for name, value, shapes in [("noise_levels", noise_levels, [(), (T,), (T, B)]),
-                                ("first_step", first_step, [(), (B,)]),
-                                ("noise", noise, [(T, *latents.shape)])]:
-        if isinstance(value, Tensor) and value.shape not in shapes:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: "
-                             f"{' or '.join(map(str, shapes))} is needed")
+    _check_shapes(noise_levels=(noise_levels, (), (T,), (T, B)), first_step=(first_step, (), (B,)),
+                  noise=(noise, (T, *latents.shape)))
     noise_levels = (noise_levels[:, None] if noise_levels.ndim == 1 else noise_levels).expand(T, B)
     first_step = first_step.expand(B)
     _check_trained_steps(sigmas, noise_levels, first_step, num_trained, start_step, rule)
@@ -271,6 +267,14 @@ def _per_sample(value, latents: Tensor) -> Tensor:
     """A scalar as () and a (B,) vector as (B, 1, 1, 1), of the latents' dtype and device."""
     value = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
     return value if value.ndim == 0 else value.reshape(-1, *[1] * (latents.ndim - 1))
+
+
+def _check_shapes(**named) -> None:
+    """Each is (value, shape, shape, ...): a tensor must have one of the shapes."""
+    for name, (value, *shapes) in named.items():
+        if isinstance(value, Tensor) and value.shape not in shapes:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: "
+                             f"{' or '.join(map(str, shapes))} is needed")
 
 
 def _require_noise(std: Tensor) -> None:

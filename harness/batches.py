@@ -4,6 +4,7 @@ The plan is arithmetic on the settings and the number of ranks. Sizes that were 
 trials.
 """
 
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -44,17 +45,19 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
     """
     samples = config.groups_per_epoch * config.group_size
     trained, per_rank = config.trained_steps, -(-samples // world_size)
-    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples * trained  # 0: not chosen yet
+    # A size of 0 is not chosen yet.
+    rollout_batch, train_batch = config.rollout_batch or samples, config.train_batch or samples * trained
 
     def batches_of(held: int) -> tuple[list[int], list[int]]:
         """The sizes of a rank's rollout and training batches, if it holds so many samples."""
-        in_update, more = divmod(held, config.updates_per_epoch)          # samples, and updates that have one more
-        updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)           # samples of each
-        # In half precision a training batch is a rollout batch, or a part of it, at one step; else it holds any rows.
+        in_update, more = divmod(held, config.updates_per_epoch)          # samples, and updates with one more
+        updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)
+        # In half precision a training batch is a rollout batch, or a part of it, at one step. In full precision
+        # it holds any rows.
         if config.half_precision:
             rollouts = [images for n in updates for images in even_parts(n, rollout_batch)]
-            return rollouts, [rows for images in rollouts for rows in even_parts(images, train_batch) * trained]
-        return even_parts(held, rollout_batch), [rows for n in updates for rows in even_parts(n * trained, train_batch)]
+            return rollouts, [m for images in rollouts for m in even_parts(images, train_batch) * trained]
+        return even_parts(held, rollout_batch), [m for n in updates for m in even_parts(n * trained, train_batch)]
 
     # Other ranks hold one sample less. Where that leaves them one batch less, theirs are the larger ones.
     rollouts, trainings = batches_of(per_rank)
@@ -89,8 +92,8 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
             f"{p.rollout_images if config.rollout_batch else 'any number'}; "
             f"training batches: {about}{p.train_batches} of up to "
             f"{p.train_rows if config.train_batch else 'any number of'} rows\n"
-            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, {p.replay_calls:,} forward + backward, "
-            f"{p.reference_calls:,} reference")
+            f"transformer calls per epoch: {about}{p.rollout_calls:,} forward, "
+            f"{p.replay_calls:,} forward + backward, {p.reference_calls:,} reference")
 
 
 # ----------------------------------------------------------------------------- sizes that were not given
@@ -103,39 +106,11 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
     in_update = -(-plan.samples_per_rank // config.updates_per_epoch)                   # images
-    # What comes later: AdamW's two moments, the average, the summed gradient.
-    later = 4 * sum(p.numel() * p.element_size() for p in policy.parameters)
-
-    # What this process may have: others on the same GPU, such as a reward server, keep what they hold.
-    memory = 0
-    if policy.device.type == "cuda":
-        memory = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
+    memory = available_memory(policy)
 
     def trial(size: int, training: bool) -> float:
-        """Seconds of an image. Raises OutOfMemoryError, also if less than a fifth of a GPU is left for all
-        else.
-        """
-        text = policy.encode([prompts[i % len(prompts)].text for i in range(size)])
-        velocity = policy.velocity(text, config.guidance_scale)
-        latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
-        sigma = latents.new_full((size,), 0.5)
-        if policy.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(policy.device)
-        started = time.perf_counter()
-        try:
-            with torch.set_grad_enabled(training):
-                v = velocity(latents, sigma)
-                if training:
-                    v.sum().backward()
-            v.cpu()                              # waits until a GPU is done
-        finally:
-            for p in policy.parameters:
-                p.grad = None
-        if policy.device.type == "cuda":
-            # A single image passes if it ran at all, because there is nothing smaller to fall back on.
-            if size > 1 and torch.cuda.max_memory_allocated(policy.device) + later > 0.8 * memory:
-                raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
-        return (time.perf_counter() - started) / size
+        texts = [prompts[i % len(prompts)].text for i in range(size)]
+        return try_batch(policy, texts, config.guidance_scale, training, memory)
 
     def slowest_rank(seconds: float) -> float:
         return distributed.gather_vectors(torch.tensor([seconds])).max().item()
@@ -162,6 +137,41 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
     rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
     return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
+
+
+def available_memory(policy: Policy) -> float:
+    """Bytes of the GPU for a call of the network and its trained weights' later needs; infinite on a CPU.
+
+    Others on the same GPU, such as a reward server, keep what they hold. A fifth stays free for all else.
+    """
+    if policy.device.type != "cuda":
+        return math.inf
+    free = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
+    # AdamW's two moments, the average and the summed gradient come later.
+    return 0.8 * free - 4 * sum(p.numel() * p.element_size() for p in policy.parameters)
+
+
+def try_batch(policy: Policy, texts: list[str], guidance_scale: float, training: bool, memory: float) -> float:
+    """Seconds of an image in one call of the network. Raises OutOfMemoryError, also beyond `memory`."""
+    size, velocity = len(texts), policy.velocity(policy.encode(texts), guidance_scale)
+    latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
+    on_gpu = policy.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(policy.device)
+    started = time.perf_counter()
+    try:
+        with torch.set_grad_enabled(training):
+            v = velocity(latents, latents.new_full((size,), 0.5))
+            if training:
+                v.sum().backward()
+        v.cpu()                                  # waits until a GPU is done
+    finally:
+        for p in policy.parameters:
+            p.grad = None
+    # A single image passes if it ran at all, because there is nothing smaller to fall back on.
+    if on_gpu and size > 1 and torch.cuda.max_memory_allocated(policy.device) > memory:
+        raise torch.OutOfMemoryError(f"out of memory: {size} images leave less than a fifth of the GPU")
+    return (time.perf_counter() - started) / size
 
 
 def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:

@@ -66,7 +66,8 @@ def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        told = (RewardError, TrainingError, DoesNotFit, distributed.LostRank)      # their text may quote a prompt
+        # These have been told already, and their text may quote a prompt.
+        told = (RewardError, TrainingError, DoesNotFit, distributed.LostRank)
         if isinstance(error, told) or not is_out_of_memory(error):
             raise
         reason = str(error).partition(". GPU")[0].partition(" If reserved")[0]
@@ -103,7 +104,7 @@ def on_all_ranks(task: Callable) -> Callable:
             failure = error
         finally:
             _interruptible = False
-        # A launcher's signal also kills the processes of a reward, so a failure after it is probably only that.
+        # A launcher's signal also kills a reward's processes, so a failure after it is probably only that.
         if signals.stop_asked() and not isinstance(failure, NonFinite):
             failure = Interrupted()
         everywhere = enumerate(distributed.gather_objects(failure))

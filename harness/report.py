@@ -63,7 +63,7 @@ class Statistics:
             raise NonFiniteUpdate("loss")
 
     def end_update(self, grad_norm: float, may_overflow: bool) -> None:
-        """The optimizer stepped. may_overflow: if the norm is not finite, float16's loss scale is to blame."""
+        """The optimizer stepped. may_overflow: a norm that is not finite is float16's loss scale's doing."""
         if not np.isfinite(grad_norm) and not may_overflow:
             raise NonFiniteUpdate("gradient")
         if np.isfinite(grad_norm):

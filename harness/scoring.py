@@ -23,7 +23,8 @@ def thumbnails(images: Tensor) -> Tensor:
 class Scorer:
     """Scores micro-batches of pictures in their order while the next one is sampled."""
 
-    def __init__(self, rewards: Rewards, policy: Policy, config: Config, thread: ThreadPoolExecutor | None = None):
+    def __init__(self, rewards: Rewards, policy: Policy, config: Config,
+                 thread: ThreadPoolExecutor | None = None):
         """thread: that of another scorer, because a reward must not be called twice at a time."""
         self.rewards, self.config = rewards, config
         # A rank with one core that computes its own rewards gains nothing by two threads, because they would

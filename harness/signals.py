@@ -65,7 +65,7 @@ _asked, _safe = threading.Event(), threading.Event()
 
 
 def stop_asked() -> bool:
-    """Whether a rank was told to stop. Ranks learn it at different times, so they agree in their next collective."""
+    """Whether a rank was told to stop. Ranks learn it at different times, and agree in a collective."""
     return _asked.is_set()
 
 

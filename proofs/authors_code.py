@@ -108,7 +108,7 @@ class Checkout:
     def has(self, path: str) -> bool:
         return (self.root / path).is_file()
 
-    @functools.cache
+    @functools.cache  # noqa: B019, because the process has one checkout
     def module(self, path: str) -> ModuleType:
         """Import a file of the trainer, such as "flow_grpo/ema.py" or "scripts/train_sd3.py"."""
         if path.startswith("flow_grpo/"):
