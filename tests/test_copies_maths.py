@@ -18,7 +18,7 @@ start, sigmas = torch.randn(4, 2, 3, 3, dtype=torch.float64), timestep_schedule(
 assert rollout(velocity, start, sigmas, 0.0, None).final.abs().max() < 1e-12      # the data
 trajectory = rollout(velocity, start, sigmas, 0.7, torch.Generator().manual_seed(0), num_trained=5)
 for k in range(5):
-    again, _, _ = replay(velocity, trajectory, k)
+    again, _, _ = replay(velocity, trajectory.rows(k))
     assert torch.equal(again, trajectory.log_probs[k])       # the policy that sampled has ratio 1
 """
 
