@@ -124,6 +124,7 @@ PRINTS = {"engines/ocr.py": "(5,)", "engines/clip.py": "True", "engines/judges.p
           "engines/serve.py": "['/score', '/health']"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_rewards_and_any_one_engine_work_together(run, engine):
     assert run(["rewards.py", engine], ALONE + ENGINES[engine], HF_HUB_OFFLINE="1") == PRINTS[engine]

@@ -68,6 +68,7 @@ def test_it_ends_well_wherever_its_output_goes(run, tmp_path, words, environment
     assert "Traceback" not in err and "Exception ignored" not in err, err[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["thread", "child"])
 def test_its_end_waits_for_no_thread_or_process_of_user_code(run, tmp_path, what):
     started = time.monotonic()

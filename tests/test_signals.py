@@ -23,6 +23,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
 def test_workers_end_within_seconds_when_their_launcher_is_killed(tmp_path):
     (tmp_path / "sleepers.py").write_text(SLEEPERS)
@@ -115,6 +116,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, end", [("ways", "ends"), *((kind, end) for kind in (
     "forked", "process", "daemon", "pool", "executor") for end in ("ends", "killed"))])
 @pytest.mark.skipif(sys.platform != "linux", reason="that children end with a process that was killed is Linux's")
