@@ -187,7 +187,6 @@ def test_a_published_preset_has_its_published_settings(preset):
     task = preset.split("_")[1].replace("fast", "pickscore")
     assert c.rewards == ((task, 1.0),) and c.prompts.endswith(task) and c.resolution == (512, 512)
     assert c.learning_rate == (1e-4 if c.guard else 3e-4) and c.learning_rate_half_life == 0
-    assert (c.ema_decay, c.ema_every) == (0.9, 8)
     assert (c.lora_rank, c.lora_alpha, len(c.lora_targets)) == ((64, 128, 12) if "flux" in preset else (32, 64, 8))
     assert c.window_range == ((0, 3) if "flux" in preset else (0, 5)) or not c.window_size
     assert c.eval_num_steps == (28 if "flux" in preset else 40) and not c.shared_start_noise and c.kl == "per_time"
