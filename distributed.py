@@ -163,7 +163,8 @@ def gather_vectors(values: Tensor) -> Tensor:  # all ranks
     return torch.stack(vectors)
 
 
-def gather_scores(scores: dict[str, np.ndarray], rows: list[int], total: int) -> dict[str, Tensor]:  # all ranks
+def gather_scores(scores: dict[str, np.ndarray], rows: list[int],
+                  total: int) -> dict[str, Tensor]:  # all ranks
     """Every sample's scores and metrics, name -> (total, ...) float32, of which this rank has `rows`.
 
     A metric that a rank says nothing about is NaN there.

@@ -288,7 +288,7 @@ own_random_streams = OwnRandomStreams()
 # ---------------------------------------------------------------- names: import, build, check
 
 def import_reward(name: str) -> Callable:
-    """Import an entry of REGISTRY, or your own: `my_file:function` of this directory, `path/to/file.py:function`.
+    """Import an entry of REGISTRY, `my_file:function` of this directory, or `path/to/file.py:function`.
 
     Raises ValueError, in one line, where the module cannot be imported or holds no such callable.
     """

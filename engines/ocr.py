@@ -26,8 +26,8 @@ LINE_BATCH = 4
 def quoted_text(prompt: str) -> str:
     """Return what stands between the first two double quotes of `prompt`, which its picture should show.
 
-    A quote that is not closed reaches to the end, as in the authors' code. Raises ValueError, with the prompt,
-    if there is no quote or only space is in it.
+    A quote that is not closed reaches to the end, as in the authors' code. Raises ValueError, with the
+    prompt, if there is no quote or only space is in it.
     """
     quoted = re.search(r'"([^"]*)', prompt)
     if quoted is None or not quoted[1].strip():

@@ -52,12 +52,13 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
         """The sizes of a rank's rollout and training batches, if it holds so many samples."""
         in_update, more = divmod(held, config.updates_per_epoch)          # samples, and updates with one more
         updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)
-        # In half precision a training batch is a rollout batch, or a part of it, at one step. In full precision
-        # it holds any rows.
+        # In half precision a training batch is a rollout batch, or a part of it, at one step. In full
+        # precision it holds any rows.
         if config.half_precision:
             rollouts = [images for n in updates for images in even_parts(n, rollout_batch)]
             return rollouts, [m for images in rollouts for m in even_parts(images, train_batch) * trained]
-        return even_parts(held, rollout_batch), [m for n in updates for m in even_parts(n * trained, train_batch)]
+        trainings = [rows for n in updates for rows in even_parts(n * trained, train_batch)]
+        return even_parts(held, rollout_batch), trainings
 
     # Other ranks hold one sample less. Where that leaves them one batch less, theirs are the larger ones.
     rollouts, trainings = batches_of(per_rank)
@@ -151,7 +152,8 @@ def available_memory(policy: Policy) -> float:
     return 0.8 * free - 4 * sum(p.numel() * p.element_size() for p in policy.parameters)
 
 
-def try_batch(policy: Policy, texts: list[str], guidance_scale: float, training: bool, memory: float) -> float:
+def try_batch(policy: Policy, texts: list[str], guidance_scale: float, training: bool,
+              memory: float) -> float:
     """Seconds of an image in one call of the network. Raises OutOfMemoryError, also beyond `memory`."""
     size, velocity = len(texts), policy.velocity(policy.encode(texts), guidance_scale)
     latents = torch.zeros(size, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
