@@ -186,7 +186,8 @@ PUBLISHED = Config(
     noise_level=0.7, window_size=0, groups_per_epoch=48, group_size=24, updates_per_epoch=2, epochs=1000,
     clip_range=1e-4, beta=0.04, kl="per_time", learning_rate=3e-4, learning_rate_half_life=0,
     ema_decay=0.9**2, ema_every=8, lora_rank=32, lora_alpha=64, lora_targets=ATTENTION, dtype="float16",
-    rollout_batch=0, train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40, save_every=30)
+    rollout_batch=0, train_batch=0, reward_threads=4, eval_every=30, eval_prompts=0, eval_num_steps=40,
+    save_every=30)
 # The authors' average has decay 0.9 every 8 optimizer steps, but their code applies it once per micro-batch
 # of that step. So the decay of their published weights is 0.9 to the power of their micro-batches per update:
 # 2 on 32 GPUs, 4 on 4 GPUs or 1 and under Guard, 6 for FLUX.

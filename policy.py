@@ -240,7 +240,7 @@ class Policy:
         Offloaded text encoders then move to the device once, and not once per batch.
         """
         prompts = list(dict.fromkeys([*prompts, *[""] * (self.branches(guidance_scale) - 1)]))
-        self._text_kept = max(self._text_kept, len(prompts))     # an evaluation's prompts come again
+        self._text_kept = len(prompts)
         self._encode_missing(prompts)
 
     @torch.no_grad()

@@ -210,7 +210,7 @@ def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
     scores, kept = evaluate_slice(learner, scorer, prompts, mine, config)
     images = distributed.gather_rows(kept, mine[:len(kept)], min(config.eval_images, len(prompts)))
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
-    metrics = {**spreads("eval", scores.pop("thumbnail")), **mean_scores("eval", scores)}
+    metrics = mean_scores("eval", scores) | spreads("eval", scores.pop("thumbnail"))
     return metrics, images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
 
 

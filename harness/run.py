@@ -6,6 +6,7 @@ Start-up, resuming, the epoch that counts whole or not at all, and what follows 
 import contextlib
 import functools
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,9 +44,9 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
     Mistakes end in one line. evaluate: train.evaluate, which this file does not import because train imports
     this file.
     """
-    plan, command = "", ""
+    plan, command, held = "", "", contextlib.ExitStack()       # holds the lock on the run's directory
     try:
-        run, lock, command = start(arguments, evaluate)        # the lock is held until this function ends
+        run, command = start(arguments, evaluate, held)
         plan = run.plan
         with signals.stopping_on_signals(command):
             with run.saved_whatever_happens():
@@ -55,6 +56,8 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
     except BaseException as error:
         end_with(error, plan, command)
         raise                                                  # a fault of this program
+    finally:
+        held.close()
     run.scorer.close()
     distributed.shutdown()
     return 0
@@ -145,8 +148,8 @@ def make_policy(config: Config, device: torch.device) -> Policy:
     return policy
 
 
-def start(arguments: list[str], evaluate: Callable) -> tuple["Run", object, str]:
-    """The run that is asked for, the lock on its directory, and the command that goes on."""  # all ranks
+def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> tuple["Run", str]:
+    """The run that is asked for, and the command that goes on. `held` gets the lock."""  # all ranks
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
@@ -156,12 +159,20 @@ def start(arguments: list[str], evaluate: Callable) -> tuple["Run", object, str]
     named = "" if config.run_name else f" --run-name {name}"
     command = f"{signals.command_line() or 'the same command'}{named}"
     config = replace(config, run_name=name)
-    directory, lock, config = open_run(config) if is_main() else (None, None, None)
+    directory, lock, config = open_run(config) if is_main() else (None, contextlib.nullcontext(), None)
+    held.enter_context(lock)
     directory, config = distributed.broadcast_object((directory, config))
     checkpoint = newest_whole(directory, not config.eval_only) if is_main() else None
     checkpoint = distributed.broadcast_object(checkpoint)
+    # One rank of each machine builds its rewards before the others, because engines may fetch models into one
+    # directory without a lock.
+    goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not goes_first:
+        distributed.wait_for_all()
     rewards = make_rewards(config, device)
     rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
+    if goes_first:
+        distributed.wait_for_all()
     policy = make_policy(config, device)
     with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
                        describe(config, 1)):
@@ -170,7 +181,7 @@ def start(arguments: list[str], evaluate: Callable) -> tuple["Run", object, str]
         write_settings(directory, config, preset)
     run = Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,
               test_prompts=test_prompts, evaluate_policy=evaluate)
-    return run, lock, command
+    return run, command
 
 
 # ---------------------------------------------------------------------------------------------------- the run

@@ -167,8 +167,8 @@ def at_batch(policy, training: bool, number: int, deed) -> None:
     """The network's `number`-th call meets with the deed, which gets its velocity: in training, or in sampling."""
     calls = itertools.count(1)
 
-    def watching(velocity, *arguments):
-        inner = velocity(*arguments)
+    def watching(velocity, *arguments, **which):
+        inner = velocity(*arguments, **which)
 
         def watched(latents, sigma):
             v = inner(latents, sigma)
