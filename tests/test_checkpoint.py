@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -253,3 +254,8 @@ def test_a_disk_that_fails_is_no_file_system_without_locks(tmp_path, monkeypatch
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(OSError, match="Input/output error"):
         started(tmp_path)
+
+
+def test_a_metric_that_is_not_finite_is_null_and_keeps_nothing_from_being_written(tmp_path):
+    write_metrics(tmp_path, {"epoch": 1, "ratio": math.inf, "reward/total": 0.5})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"epoch": 1, "ratio": None, "reward/total": 0.5}]

@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import logging
+import math
 import os
 import random
 import re
@@ -702,3 +703,13 @@ def test_a_reward_is_a_file_by_its_path_or_name_whatever_else_has_that_name(tmp_
     names = ["sub/mine.py:f", f"{tmp_path}/sub/mine.py:f", "test:f", "random.py:f"]
     scores = build_rewards(dict.fromkeys(names, 1.0))(IMAGES, PROMPTS, METADATA)
     assert [scores[name][0] for name in names] == [2, 2, 3, 4]
+
+
+def test_an_infinite_metric_says_nothing_and_an_infinite_score_is_an_error():
+    def measured(images, prompts, metadata):
+        return [1.0] * len(prompts), {"psnr": [math.inf, 2.0, -math.inf][:len(prompts)]}
+
+    columns = rewards.Rewards({"own": 1}, {"own": measured})(IMAGES[:3], PROMPTS[:3], METADATA[:3])
+    assert np.isnan(columns["own/psnr"][[0, 2]]).all() and columns["own/psnr"][1] == 2
+    with pytest.raises(rewards.NonFiniteScore):
+        rewards.Rewards({"own": 1}, {"own": lambda i, p, m: [math.inf] * len(p)})(IMAGES, PROMPTS, METADATA)

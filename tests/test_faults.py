@@ -1,0 +1,40 @@
+"""Errors become the right error, on the right ranks."""
+
+import pytest
+
+import distributed
+from harness import faults, signals
+from harness.faults import DoesNotFit, Interrupted, NonFinite, on_all_ranks, within_memory
+from rewards import NonFiniteScore, RewardError
+
+
+@pytest.mark.parametrize("error", [NonFinite('prompt "out of memory"'), RewardError("out of memory"),
+                                   distributed.LostRank("out of memory")])
+def test_an_error_that_quotes_a_prompt_is_not_taken_for_a_lack_of_memory(error):
+    with pytest.raises(type(error)), within_memory("lower --rollout-batch"):
+        raise error
+
+
+def test_a_lack_of_memory_names_the_way_out_and_the_plan():
+    with pytest.raises(DoesNotFit, match="out of memory on rank 0 .*; lower --rollout-batch; the plan was: 2 batches"):
+        with within_memory("lower --rollout-batch", "2 batches"):
+            raise MemoryError("std::bad_alloc")
+
+
+@pytest.mark.parametrize("failures, expected", [
+    ([None, RewardError("a"), None], RewardError), ([Interrupted(), RewardError("a")], Interrupted),
+    ([Interrupted(), NonFinite("a"), RewardError("b")], NonFinite), ([RewardError("b"), NonFiniteScore("a")], NonFiniteScore)])
+def test_what_is_raised_on_all_ranks_is_what_tells_most(monkeypatch, failures, expected):
+    # A signal that interrupts one rank may kill the processes of another's reward, which then fails for no reason of its own.
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: failures)
+    with pytest.raises(expected) as error:
+        on_all_ranks(lambda: "done")()
+    assert type(error.value) is expected
+
+
+def test_a_policy_is_interrupted_only_where_a_task_may_end(monkeypatch):
+    monkeypatch.setattr(signals, "stop_asked", lambda: True)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own])
+    faults.raise_if_stopping()                               # an update goes on to its collective
+    with pytest.raises(Interrupted):
+        on_all_ranks(faults.raise_if_stopping)()
