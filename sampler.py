@@ -203,7 +203,7 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     keep_means:   whether to keep the trained steps' means as well, which GRPO-Guard needs
     Raises ValueError if shapes disagree, or if a trained step is deterministic.
     """
-    T, B = len(sigmas) - 1, len(latents)
+    T, B, x = len(sigmas) - 1, len(latents), latents                        # x: (B, C, H, W)
     noise_levels = torch.as_tensor(noise_levels, dtype=latents.dtype, device="cpu")
     first_step = torch.as_tensor(first_step, device="cpu")
     _check_shapes(noise_levels=(noise_levels, (), (T,), (T, B)), first_step=(first_step, (), (B,)),
@@ -212,21 +212,18 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     first_step = first_step.expand(B)
     _check_trained_steps(sigmas, noise_levels, first_step, num_trained, start_step, rule)
     if noise is None and noise_levels.any():
-        raise ValueError("noise_levels are not 0 but no noise was given: pass a (T, B, C, H, W) tensor or a "
-                         "torch.Generator")
+        raise ValueError("noise_levels are not 0 but no noise was given: pass a tensor or a torch.Generator")
 
     # Decide on the host, before the first step, what each step needs, because looking at a device's values
     # between steps would make the host wait for it.
     stochastic = noise_levels.any(1).tolist()                                                    # T booleans
     trained_samples = [((first_step <= step) & (step < first_step + num_trained)).nonzero()[:, 0]
                        .to(latents.device) for step in range(T)]            # T index vectors, up to B long
-    sigmas, noise_levels = sigmas.to(latents), noise_levels.to(latents)
-    first_step = first_step.to(latents.device)
+    sigmas, noise_levels, first_step = sigmas.to(x), noise_levels.to(x), first_step.to(x.device)
 
     stored = latents.new_empty(num_trained + 1 if num_trained else 0, *latents.shape)
     log_probs = latents.new_empty(num_trained, B)
     means = latents.new_empty(num_trained if keep_means else 0, *latents.shape)
-    x = latents                                                             # (B, C, H, W)
     for step in range(start_step, T):
         # The step's Gaussian under the policy, eq. 9. Its std is 0 where the step is the ODE's.
         mean, std = sde_transition(velocity(x, sigmas[step].expand(B)), x, sigmas[step], sigmas[step + 1],
@@ -273,8 +270,7 @@ def _check_shapes(**named) -> None:
     """Each is (value, shape, shape, ...): a tensor must have one of the shapes."""
     for name, (value, *shapes) in named.items():
         if isinstance(value, Tensor) and value.shape not in shapes:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: "
-                             f"{' or '.join(map(str, shapes))} is needed")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: {' or '.join(map(str, shapes))} is needed")
 
 
 def _require_noise(std: Tensor) -> None:
