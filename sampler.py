@@ -267,10 +267,10 @@ def _per_sample(value, latents: Tensor) -> Tensor:
 
 
 def _check_shapes(**named) -> None:
-    """Each is (value, shape, shape, ...): a tensor must have one of the shapes."""
     for name, (value, *shapes) in named.items():
         if isinstance(value, Tensor) and value.shape not in shapes:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: {' or '.join(map(str, shapes))} is needed")
+            needed = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: {needed} is needed")
 
 
 def _require_noise(std: Tensor) -> None:
