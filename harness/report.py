@@ -28,6 +28,7 @@ class Statistics:
     def __init__(self):
         self.epoch, self.rows_trained = dict.fromkeys(self.NAMES, 0.0), 0
         self.grad_norms, self.overflows, self.skipped = [], 0, 0
+        self.before: float | None = None    # largest |ratio - 1| before the weights change
         self.deviations = []                                     # largest |ratio - 1| of each update
         self._start_update()
 
@@ -98,7 +99,7 @@ class Statistics:
 
     def metrics(self) -> dict[str, float]:
         """Means over the epoch's rows, gradient norms, and how many updates overflowed or were left out."""
-        known = {"ratio_deviation_before": self.before} if hasattr(self, "before") else {}
+        known = {} if self.before is None else {"ratio_deviation_before": self.before}
         if self.rows_trained:
             known |= {name: value / self.rows_trained for name, value in self.epoch.items()}
             known["ratio_deviation"] = max(self.deviations)

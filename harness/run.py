@@ -324,7 +324,7 @@ class Run:
             if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
                 warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by "
                      "their mean colour: the policy is losing its diversity; --shared-start-noise with a "
-                     "late --window-range keeps it, and so does --beta")
+                     "late --window-range keeps it")
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
         """Metrics of the held-out prompts. The images go to the page."""
