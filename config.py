@@ -79,6 +79,8 @@ class Config:
     """Rounds of sampling and training."""
     advantage_std: Literal["global", "group"] = "global"
     """Standard deviation that divides advantages: over the epoch's rewards, or over the group's."""
+    advantage_of: Literal["sum", "each"] = "sum"
+    """Several rewards: the advantage of their weighted sum, or of each, then weighted and added (GDPO)."""
     clip_range: float = 2e-3
     """How far the ratio may move from 1. Small, because log-probs are averaged over the latent."""
     guard: bool = False

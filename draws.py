@@ -115,8 +115,8 @@ class EpochDraw:
     rollout_batches: list[list[int]]     # this rank's samples as they are sampled together
 
     @functools.cached_property
-    def samples(self) -> list[int]:
-        """This rank's samples in the order in which they are sampled."""
+    def indices(self) -> list[int]:
+        """This rank's samples among the epoch's N, in the order in which they are sampled."""
         return [i for batch in self.rollout_batches for i in batch]
 
 
@@ -146,13 +146,13 @@ def training_batches(draw: EpochDraw, update: int, advantages: Tensor,
                      config: Config) -> list[tuple[list[int], list[int]]]:
     """This rank's batches of rows in an update, each as (positions, steps). advantages: (N,) of all samples.
 
-    Row m is the trained step steps[m] of the sample at positions[m] of draw.samples. A row without advantage
+    Row m is the trained step steps[m] of the sample at positions[m] of draw.indices. A row without advantage
     has no gradient unless there is a KL, so it is left out. In full precision a batch holds any rows, and is
     full. In half precision it is a rollout batch at its samples' k-th trained step, in its order,
     or even parts of it if config.train_batch is smaller. It is left out only if all of it has no advantage.
     """
     trains = (advantages != 0).tolist() if not config.beta else [True] * len(advantages)
-    position = {i: j for j, i in enumerate(draw.samples)}
+    position = {i: j for j, i in enumerate(draw.indices)}
     mine = [[i for i in batch if i % config.updates_per_epoch == update] for batch in draw.rollout_batches]
     steps = range(config.trained_steps)
     if config.half_precision:

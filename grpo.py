@@ -57,6 +57,25 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, std: str = "global", ep
     return (centred / (scale + eps)).clamp(-clip, clip).to(rewards.dtype)
 
 
+def weighted_advantages(rewards: dict[str, Tensor], weights: dict[str, float], group_ids: Tensor,
+                        of: str = "sum", std: str = "global") -> Tensor:
+    """Advantages (N,) of several rewards. `of` says of what: their weighted "sum", or "each" of them.
+
+        sum:   A = group_advantages(sum_i w_i r_i)
+        each:  A = group_advantages(sum_i w_i group_advantages(r_i))        (GDPO, arXiv 2601.05242)
+
+    In a sum, a reward that varies much drowns one that varies little. So "each" brings every reward to one
+    scale before it is weighted. Its outer call finds group means of 0, and divides by the standard deviation.
+    rewards: name -> (N,). weights: name -> w_i. The rest is as in `group_advantages`.
+    """
+    if of not in ("sum", "each"):
+        raise ValueError(f"of is {of!r}: 'sum' or 'each'")
+    if of == "each":
+        rewards = {name: group_advantages(rewards[name], group_ids, std) for name in weights}
+        std = "global"
+    return group_advantages(sum(w * rewards[name] for name, w in weights.items()), group_ids, std)
+
+
 def zero_variance_groups(rewards: Tensor, group_ids: Tensor) -> int:
     """Count the groups whose rewards are all equal, because they teach nothing. rewards, group_ids: (N,)."""
     return sum(int(rewards[group_ids == g].unique().numel() == 1) for g in group_ids.unique())

@@ -339,6 +339,19 @@ class Policy:
 
         return untrained_velocity
 
+    @torch.no_grad()
+    def drift(self, text: Text, noise: Tensor, guidance_scale: float = 1.0) -> Tensor:
+        """Return how far training has moved the velocity at sigma 1, from noise (B, C, H, W): (B,).
+
+        It is the mean squared difference from the reference, or NaN if full fine-tuning keeps no reference.
+        """
+        sigma = torch.ones(len(noise), dtype=noise.dtype, device=noise.device)
+        if self.reference is None and not isinstance(self.network, PeftModel):
+            return torch.full_like(sigma, math.nan)
+        velocities = self.velocity(text, guidance_scale), self.reference_velocity(text, guidance_scale)
+        trained, untrained = (velocity(noise, sigma) for velocity in velocities)
+        return ((trained - untrained) ** 2).flatten(1).mean(1)
+
     @contextlib.contextmanager
     def _without_adapter(self) -> Iterator[None]:
         """Switch the adapter off for a while.

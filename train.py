@@ -19,7 +19,7 @@ import distributed
 from config import Config
 from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, draw_epoch, draw_noise,
                    noise_levels, rank_slice, training_batches)
-from grpo import clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics
+from grpo import clipped_loss, gaussian_kl, guard_log_ratio, ratio_statistics, weighted_advantages
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
 from harness.program import run_as_program
 from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
@@ -40,16 +40,16 @@ def train(run: Run) -> None:
     """Flow-GRPO, from the epoch after the last whole one to the last."""
     config, policy = run.config, run.policy
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)       # (N,)
-
     for epoch in run.epochs_left():
         # An epoch counts whole or not at all. If it does not end, it is undone, or skipped where allowed.
         with run.all_or_nothing(epoch) as metrics:
             # 1. Sample this rank's part of the epoch's N images, and 2. score them beside the sampling.
             samples = sample(policy, run.scorer, run.prompts, config, epoch)
-            scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))  # (N, ...)
+            scores = distributed.gather_scores(samples.scores, samples.draw.indices, len(group_ids))   # (N,)
 
             # 3. Compute by how much each image beat the others of its prompt.
-            advantages = group_advantages(scores["total"], group_ids, config.advantage_std)      # (N,)
+            advantages = weighted_advantages(scores, dict(config.rewards), group_ids,
+                                             of=config.advantage_of, std=config.advantage_std)   # (N,)
 
             # 4. Update the policy: make steps that led to better images more likely.
             metrics |= reward_metrics(scores, group_ids)
@@ -69,17 +69,13 @@ class Samples:
     trajectory: Trajectory | None      # of all samples; None if this rank has none
     scores: dict[str, np.ndarray]      # reward or metric -> (samples of this rank,) float32
 
-    @property
-    def indices(self) -> list[int]:    # of each sample, among the epoch's N
-        return self.draw.samples
-
 
 @on_all_ranks
 @within_memory(LESS_MEMORY.format("rollout-batch"))
 def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config, epoch: int) -> Samples:
     """Draw this rank's samples by the SDE. Rewards score a batch of images while the next one is drawn."""
     draw = draw_epoch(config, len(prompts), epoch, distributed.rank(), distributed.world_size())
-    prompt_of = {i: prompts[draw.prompts[i // config.group_size]] for i in draw.samples}
+    prompt_of = {i: prompts[draw.prompts[i // config.group_size]] for i in draw.indices}
     sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps),
                                dtype=policy.compute_dtype)                                       # (T + 1,)
     policy.cache_text([p.text for p in prompt_of.values()], config.guidance_scale)
@@ -119,7 +115,7 @@ def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas
     Images of a group then differ only in what the window changes. So their advantage cannot push what first
     steps decide, such as the ground of a picture, and the policy keeps its diversity.
     """
-    groups = list(dict.fromkeys(i // config.group_size for i in draw.samples))                  # of this rank
+    groups = list(dict.fromkeys(i // config.group_size for i in draw.indices))                  # of this rank
     if not groups:
         return {}
     latents = draw_noise(config.seed, GROUP_NOISE, epoch, groups, 1, policy.latent_shape)[0]
@@ -166,7 +162,8 @@ def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, num_ro
     """Add a batch's part to the gradient of an update's mean loss. Returns what is watched, (M,) each."""
     policy, (positions, steps) = learner.policy, batch
     text = policy.encode([samples.prompts[j].text for j in positions])
-    A = to_device(advantages[[samples.indices[j] for j in positions]], policy.device).to(policy.compute_dtype)
+    A = advantages[[samples.draw.indices[j] for j in positions]]            # (M,)
+    A = to_device(A.to(policy.compute_dtype), policy.device)
     loss, watched = step_loss(policy, samples.trajectory.rows(steps, positions), text, A, config)
     learner.scaler.scale(loss.sum() / num_rows).backward()
     return watched
@@ -211,6 +208,7 @@ def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
     images = distributed.gather_rows(kept, mine[:len(kept)], min(config.eval_images, len(prompts)))
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
     metrics = mean_scores("eval", scores) | spreads("eval", scores.pop("thumbnail"))
+    scores.pop("drift", None)                                               # of the policy, not of a picture
     return metrics, images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
 
 
@@ -228,10 +226,12 @@ def evaluate_slice(learner: Learner, scorer: Scorer, prompts: list[Prompt], mine
             # Each prompt has its own noise, whatever the run's seed is, so that runs can be compared.
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape)
             noise = noise[0].to(policy.device, policy.compute_dtype)        # (B, C, H, W)
-            velocity = policy.velocity(policy.encode([prompts[i].text for i in batch]), config.guidance_scale)
+            text = policy.encode([prompts[i].text for i in batch])
+            velocity = policy.velocity(text, config.guidance_scale)
             latents = rollout(velocity, noise, sigmas, 0.0, None).final     # (B, C, H, W)
             images = policy.decode(latents)                                 # (B, H, W, 3) uint8
-            scorer.submit(images, latents, [prompts[i] for i in batch], "evaluation", {"latents": latents})
+            scorer.submit(images, latents, [prompts[i] for i in batch], "evaluation", {"latents": latents},
+                          drift=policy.drift(text, noise, config.guidance_scale))
             kept.append(images[:max(0, config.eval_images - batch[0])])
     return scorer.collect(), torch.cat(kept).cpu()
 

@@ -178,7 +178,7 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
             text = learner.policy.encode([p.text for p in prompts])
             with torch.no_grad():
                 log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
-            indices = [samples.indices[j] for j in positions]
+            indices = [samples.draw.indices[j] for j in positions]
             path = save_debug_tensors(
                 config, where.partition(",")[0], prompts, samples=torch.tensor(indices),
                 steps=torch.tensor(steps), advantages=advantages[indices], **tensors_of(rows),

@@ -1,5 +1,7 @@
 """Rewards run in a thread beside the sampling. One object owns the thread, its tasks and their results."""
 
+import functools
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -37,14 +39,16 @@ class Scorer:
         self.pending: list[Future] = []
 
     def submit(self, images: Tensor, latents: Tensor, prompts: list[Prompt], where: str,
-               debug_tensors: dict[str, Tensor]) -> None:
+               debug_tensors: dict[str, Tensor], **columns: Tensor) -> None:
         """Hand over pictures (B, H, W, 3) uint8 and the latents (B, C, H, W) that they were decoded from.
 
         where: the epoch or "evaluation", for messages. debug_tensors: saved where the latents are not finite.
+        columns: (B,) each, which are collected beside the scores.
         Raises what scoring an earlier batch raised, so that a reward that fails ends the sampling now.
         """
-        wait_for_copy = to_host(latents.isfinite().flatten(1).all(1), images)
-        self.pending.append(self.thread.submit(self._score, wait_for_copy, prompts, where, debug_tensors))
+        wait_for_copy = to_host(latents.isfinite().flatten(1).all(1), images, *columns.values())
+        job = functools.partial(self._score, wait_for_copy, prompts, where, debug_tensors, list(columns))
+        self.pending.append(self.thread.submit(job))
         try:
             self._wait() if self.waits else self._raise_failed()
         except BaseException:
@@ -76,10 +80,10 @@ class Scorer:
     def close(self) -> None:
         self.thread.shutdown()
 
-    def _score(self, wait_for_copy, prompts: list[Prompt], where: str,
-               debug_tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    def _score(self, wait_for_copy: Callable, prompts: list[Prompt], where: str,
+               debug_tensors: dict[str, Tensor], names: list[str]) -> dict[str, np.ndarray]:
         """Score a micro-batch. The thread waits for the device's copies while the next one is sampled."""
-        finite, images = wait_for_copy()                                    # (B,) bool, (B, H, W, 3) uint8
+        finite, images, *columns = wait_for_copy()                          # (B,) bool, (B, H, W, 3) uint8
         if not finite.all():
             path = save_debug_tensors(self.config, where, prompts, **debug_tensors)
             prompt = prompts[int(finite.int().argmin())].text
@@ -87,7 +91,8 @@ class Scorer:
                             "lower --learning-rate, or in float16 use --dtype bfloat16")
         try:
             scores = self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
-            return {**scores, "thumbnail": thumbnails(images).numpy()}
+            return {**scores, "thumbnail": thumbnails(images).numpy(),
+                    **{name: values.float().numpy() for name, values in zip(names, columns)}}
         except NonFiniteScore as error:
             path = save_debug_tensors(self.config, where, prompts, images=images)
             raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error

@@ -57,7 +57,7 @@ def our_epoch(learner, scorer, prompts, config, epoch: int) -> None:
     """Sample, score and train, as `train.train` does."""
     samples = train.sample(learner.policy, scorer, prompts, config, epoch)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
-    scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))
+    scores = distributed.gather_scores(samples.scores, samples.draw.indices, len(group_ids))
     train.update(learner, samples, group_advantages(scores["total"], group_ids, config.advantage_std), config, epoch)
 
 

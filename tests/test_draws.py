@@ -141,7 +141,7 @@ def of_all_ranks(config: Config, ranks: int) -> list:
 @fuzz(60, epoch=epochs())
 def test_the_ranks_together_hold_each_sample_once(epoch):
     config, ranks, advantages = epoch
-    held = [i for draw in of_all_ranks(config, ranks) for i in draw.samples]
+    held = [i for draw in of_all_ranks(config, ranks) for i in draw.indices]
     assert sorted(held) == list(range(len(advantages)))
 
 
@@ -162,7 +162,7 @@ def test_a_rollout_batch_with_a_shared_start_has_one_window(epoch):
 
 def trained_rows(config: Config, draw, update: int, advantages) -> list[list[tuple[int, int]]]:
     """A rank's batches of an update, as (sample, trained step)."""
-    return [[(draw.samples[j], k) for j, k in zip(*batch, strict=True)]
+    return [[(draw.indices[j], k) for j, k in zip(*batch, strict=True)]
             for batch in training_batches(draw, update, advantages, config)]
 
 
@@ -218,7 +218,7 @@ def test_the_plan_counts_samples_batches_and_the_largest_batch(epoch):
     held = of_all_ranks(config, ranks)
     trained = [[batch for update in range(config.updates_per_epoch)
                 for batch in trained_rows(config, draw, update, everything)] for draw in held]
-    assert plan.samples == len(advantages) and plan.samples_per_rank == max(len(draw.samples) for draw in held)
+    assert plan.samples == len(advantages) and plan.samples_per_rank == max(len(draw.indices) for draw in held)
     assert max(len(batch) for rank in trained for batch in rank) <= config.train_batch
     assert plan.replay_calls == sum(len(batch) for rank in trained for batch in rank)
     if not config.shared_start_noise:

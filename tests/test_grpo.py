@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo import (clipped_loss, gaussian_kl, group_advantages, guard_log_ratio, ratio_statistics,
-                  zero_variance_groups)
+                  weighted_advantages, zero_variance_groups)
 
 F64 = torch.float64
 STDS = ("global", "group")
@@ -48,6 +48,53 @@ def test_the_default_std_is_global():
     rewards, ids = epoch()
     assert torch.equal(group_advantages(rewards, ids), group_advantages(rewards, ids, "global"))
     assert not torch.allclose(group_advantages(rewards, ids), group_advantages(rewards, ids, "group"))
+
+
+def test_advantages_of_the_sum_are_those_of_the_weighted_rewards():
+    (first, ids), (second, _) = epoch(), epoch(seed=1)
+    rewards, weights = {"a": first, "b": second, "logged": normal(len(ids))}, {"a": 0.5, "b": -2.0}
+    for std in STDS:
+        found = weighted_advantages(rewards, weights, ids, std=std)
+        assert torch.equal(found, group_advantages(0.5 * first - 2 * second, ids, std))
+
+
+@pytest.mark.parametrize("std", STDS)
+def test_advantages_of_each_do_not_depend_on_a_rewards_scale(std):
+    (first, ids), (second, _) = epoch(), epoch(seed=1)
+    rewards = {"a": first, "b": second}
+    weights = {"a": 1.0, "b": 1.0}
+    each = weighted_advantages(rewards, weights, ids, of="each", std=std)
+    scaled = weighted_advantages({**rewards, "b": 1e3 * second}, weights, ids, of="each", std=std)
+    assert largest_difference(each, scaled) < 1e-3                       # eps, 1e-4, is added to deviations near 1
+    # In a sum, the reward with the large scale is all that is left.
+    drowned = weighted_advantages({**rewards, "b": 1e3 * second}, weights, ids, std=std)
+    assert largest_difference(drowned, group_advantages(second, ids, std)) < 0.02
+    assert largest_difference(each, drowned) > 0.5
+
+
+def test_advantages_of_each_are_normalised_once_more_over_the_epoch():
+    (first, ids), (second, _) = epoch(), epoch(seed=1)
+    each = weighted_advantages({"a": first, "b": second}, {"a": 1.0, "b": 0.5}, ids, of="each")
+    assert abs(each.std(correction=0).item() - 1) < 1e-3
+    for g in ids.unique():
+        assert abs(each[ids == g].mean().item()) < 1e-12
+    parts = group_advantages(first, ids) + 0.5 * group_advantages(second, ids)
+    assert largest_difference(each * parts.std(correction=0), parts) < 1e-3
+
+
+def test_advantages_of_each_are_zero_in_a_group_whose_rewards_are_all_equal():
+    ids = torch.arange(3).repeat_interleave(4)
+    rewards = {"a": normal(12), "b": normal(12, seed=1)}
+    for values in rewards.values():
+        values[4:8] = values[4]
+    each = weighted_advantages(rewards, {"a": 1.0, "b": 1.0}, ids, of="each")
+    assert not each[4:8].any() and each[:4].all() and each[8:].all()
+
+
+def test_advantages_of_something_else_are_refused():
+    rewards, ids = epoch()
+    with pytest.raises(ValueError, match="of is 'all': 'sum' or 'each'"):
+        weighted_advantages({"a": rewards}, {"a": 1.0}, ids, of="all")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -55,6 +55,9 @@ class GaussianPolicy:
     def reference_velocity(self, text, guidance_scale):
         return lambda x, sigma: gaussian_velocity(self.reference[text[0]], x, sigma)
 
+    def drift(self, text, noise, guidance_scale):
+        return ((self.m - self.reference)[text[0]] ** 2).mean(1).detach()
+
     def decode(self, latents):
         return latents
 
@@ -146,7 +149,7 @@ def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss(ch
     learner.average.step = lambda: visited.append(run.policy.m.detach().clone())
     samples = train.sample(run.policy, run.scorer, PROMPTS, config, 1)
     group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
-    scores = distributed.gather_scores(samples.scores, samples.indices, len(group_ids))
+    scores = distributed.gather_scores(samples.scores, samples.draw.indices, len(group_ids))
     advantages = group_advantages(scores["total"], group_ids, config.advantage_std)
     metrics = train.update(learner, samples, advantages, config, 1)
     assert 0.1 < metrics["clip_fraction_high"] + metrics["clip_fraction_low"] < 0.9 and len(visited) == 3
@@ -171,8 +174,8 @@ def square(a):
 @torch.no_grad()
 def mean_loss(m, samples, advantages, update, config):
     """The loss of an update's samples, written down once more from the papers."""
-    chosen = [j for j, i in enumerate(samples.indices) if i % config.updates_per_epoch == update]
-    A = advantages[[samples.indices[j] for j in chosen]]
+    chosen = [j for j, i in enumerate(samples.draw.indices) if i % config.updates_per_epoch == update]
+    A = advantages[[samples.draw.indices[j] for j in chosen]]
     row = torch.tensor([int(samples.prompts[j].text == "right") for j in chosen])          # of m
     losses = []
     for k in range(config.trained_steps):

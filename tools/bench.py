@@ -145,9 +145,9 @@ class Clock:
 class KeepingScorer(Scorer):
     """Keeps the last pictures, because the floor of the rewards is measured on pictures like these."""
 
-    def submit(self, images: torch.Tensor, *rest) -> None:
+    def submit(self, images: torch.Tensor, *rest, **columns: torch.Tensor) -> None:
         self.pictures = images                   # (B, H, W, 3) uint8
-        super().submit(images, *rest)
+        super().submit(images, *rest, **columns)
 
 
 class Setting:
@@ -183,7 +183,7 @@ class Setting:
         if config.updates_per_epoch > 1:
             learner.begin_updates(self.epoch - 1)
         samples = train.sample(self.policy, self.scorer, self.prompts, config, self.epoch)
-        scores = distributed.gather_scores(samples.scores, samples.indices, self.images)
+        scores = distributed.gather_scores(samples.scores, samples.draw.indices, self.images)
         group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
         advantages = group_advantages(scores["total"], group_ids, config.advantage_std)
         update(learner, samples, advantages, config, self.epoch)
@@ -248,7 +248,7 @@ def filler_rows(samples: train.Samples, advantages: torch.Tensor, config: Config
     """Count this rank's rows that train nothing and only fill a batch, which half precision keeps whole."""
     if config.beta:
         return 0
-    return sum(int(advantages[samples.indices[j]] == 0)
+    return sum(int(advantages[samples.draw.indices[j]] == 0)
                for update in range(config.updates_per_epoch)
                for positions, _ in training_batches(samples.draw, update, advantages, config)
                for j in positions)
