@@ -232,6 +232,7 @@ def test_what_goes_wrong_is_said_in_the_page_and_the_demo_lives_on(browser, serv
 @pytest.mark.parametrize("width, height, scheme", [(1280, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
 def test_prompts_and_names_that_hold_markup_are_shown_and_not_run_and_the_page_fits(browser, server, runs, width, height, scheme):
     visit = Visit(browser, server[0], width, height, scheme)
+    visit.page.wait_for_selector("#pictures img", timeout=60_000)                          # by then it knows all adapters
     visit.fill("negative", EVIL)
     visit.draw(EVIL, SEEDS * (visit.page.locator("#adapters input").count() + 1))
     assert visit.page.locator("#status").inner_text().count(EVIL) == 2

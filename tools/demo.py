@@ -263,13 +263,17 @@ def connect(page, parts: SimpleNamespace, studio: Studio) -> None:
     inputs = [p.prompt, p.negative, p.seed, p.num_seeds, p.steps, p.guidance, p.height, p.width, p.strength,
               p.chosen]
     drawing = dict(fn=draw, inputs=inputs, outputs=[p.status, p.pictures], show_progress_on=p.status,
-                   **one_at_a_time)
+                   trigger_mode="always_last", **one_at_a_time)
     # An adapter may have been added since the page was built.
-    page.load(lambda: gr.update(**choices(studio)), None, p.chosen, **quiet).then(**drawing)
-    gr.on([p.prompt.submit, p.go.click, p.strength.release], **drawing, trigger_mode="always_last")
+    opened = page.load(lambda: gr.update(**choices(studio)), None, p.chosen, **quiet).then(**drawing)
+    asks = [p.prompt.submit, p.go.click, p.strength.release]
+    clicks = [p.other_seeds.click, *([p.examples.dataset.click] if p.examples else [])]
+    # Whoever asks does not wait for the rest of the pictures that nobody asked for.
+    gr.on([*asks, *clicks], None, cancels=[opened])
+    gr.on(asks, **drawing)
+    p.other_seeds.click(lambda: random.randrange(2**32 - MOST_SEEDS), None, p.seed, **quiet).then(**drawing)
     if p.examples:
         p.examples.load_input_event.then(**drawing)
-    p.other_seeds.click(lambda: random.randrange(2**32 - MOST_SEEDS), None, p.seed, **quiet).then(**drawing)
     gr.on([p.path.submit, p.more.click], add, [p.path, p.chosen], [p.added, p.path, p.chosen],
           show_progress_on=p.added, **one_at_a_time)
 

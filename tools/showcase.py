@@ -36,8 +36,9 @@ ROWS_CSS = """
 .rows figure > div { background: var(--line); opacity: 0.4; }
 .rows img { display: block; width: 100%; height: auto; margin: 0; }
 .rows img.small { image-rendering: pixelated; }
-.rows figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px;
-  padding: 5px 8px 6px; font-size: 0.8rem; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.rows figcaption { display: flex; flex-wrap: wrap; gap: 0 12px; padding: 5px 8px 6px; font-size: 0.8rem;
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
+.rows figcaption :first-child { margin-right: auto; }
 """
 
 PAGE_CSS = """
@@ -191,7 +192,8 @@ def gallery_html(about: str, scores: dict[str, list[dict[str, float]]], problems
     body = "".join(line(*item) for item in means.items())
     table = (f'<div class="table"><table><tr><th>Mean of all pictures</th>{head}</tr>{body}</table></div>'
              if keys else "")
-    said = "".join(f'<p class="problem">{len(problems)} pictures have no score, the first because: '
+    count = sum(map(len, scores.values()))
+    said = "".join(f'<p class="problem">No score for {len(problems)} of {count} pictures, first because of: '
                    f'{escape(problem)}</p>' for problem in problems[:1])
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{MARK}
