@@ -369,7 +369,7 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
         arguments = "" if config.model == Config.model else f" PRESET --model {config.model}"
         notes.append(f"No run under {options.output_dir}/ has an adapter for {config.model} yet, so this is "
                      f"the base alone. To make one: torchrun --nproc_per_node=1 train.py{arguments}, then "
-                     "start the demo again. Or add one below.")
+                     "start the demo again. Or give one with --adapters.")
     return studio, notes
 
 
