@@ -212,8 +212,8 @@ def lay_out_settings(parts: SimpleNamespace, studio: Studio, config: Config, num
                                    elem_id="guidance")
     with gr.Row():
         parts.seed = gr.Number(1, label="First seed", precision=0, min_width=120, elem_id="seed")
-        parts.num_seeds = gr.Number(num_seeds, label="Seeds", precision=0, minimum=1, maximum=MOST_SEEDS,
-                                    min_width=120, elem_id="num_seeds")
+        parts.num_seeds = gr.Number(num_seeds, label="Seeds", precision=0, min_width=120,
+                                    elem_id="num_seeds")
         parts.other_seeds = gr.Button("Other seeds", min_width=120, elem_id="another")
         height, width = config.resolution
         parts.height = gr.Number(height, label="Height", precision=0, min_width=100, elem_id="height")
@@ -268,7 +268,8 @@ def connect(page, parts: SimpleNamespace, studio: Studio) -> None:
     opened = page.load(lambda: gr.update(**choices(studio)), None, p.chosen, **quiet).then(**drawing)
     asks = [p.prompt.submit, p.go.click, p.strength.release]
     clicks = [p.other_seeds.click, *([p.examples.dataset.click] if p.examples else [])]
-    # Whoever asks does not wait for the rest of the pictures that nobody asked for.
+    # Whoever asks does not wait for the rest of the pictures that nobody asked for. This stands before the
+    # drawing, because gradio sends the events of a click in this order, and would end nothing afterwards.
     gr.on([*asks, *clicks], None, cancels=[opened])
     gr.on(asks, **drawing)
     p.other_seeds.click(lambda: random.randrange(2**32 - MOST_SEEDS), None, p.seed, **quiet).then(**drawing)
