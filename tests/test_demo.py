@@ -17,9 +17,11 @@ from test_families import CPU, TOKENS, change, make_policy
 
 from config import Config, to_dict
 from policy import Policy
+from prompts import Prompt, load_prompts
 from rewards import build_rewards
 from tools import demo
-from tools.demo import DemoOptions, cards_html, choose_settings, make_studio, one_line
+from tools.demo import DemoOptions, choose_settings, load_examples, make_studio, one_line, requests_of
+from tools.showcase import rows_html
 from tools.studio import Picture, PictureRequest, Studio, locate, newest_run, newest_weights
 
 REQUEST = PictureRequest('the word "lamp"', 7, 3, 2.5, (16, 32))
@@ -133,6 +135,14 @@ def test_each_picture_is_scored_where_its_prompt_can_be_and_drawn_anyway_and_kep
     assert np.array_equal(picture.image, studio.draw("", without))
 
 
+def test_an_example_is_scored_with_what_its_prompt_set_says_of_it(studio, tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text("def count(images, prompts, metadata): return [entry.get('count', 0) for entry in metadata]")
+    monkeypatch.syspath_prepend(tmp_path)
+    scored = Studio(studio.policy, build_rewards({"own_reward:count": 1.0}), [Prompt(REQUEST.prompt, {"count": 3})])
+    assert scored.draw_and_score("", REQUEST).scores["own_reward:count"] == 3
+    assert scored.draw_and_score("", replace(REQUEST, prompt="another")).scores["own_reward:count"] == 0
+
+
 def test_half_precision_draws_the_base_to_the_bit_too(model, adapters):
     studio = Studio(Policy(model, CPU, "bfloat16", resolution=(16, 32), max_sequence_length=TOKENS, lora_rank=0), None)
     request = replace(REQUEST, num_steps=1)
@@ -145,7 +155,7 @@ def test_half_precision_draws_the_base_to_the_bit_too(model, adapters):
 # ---------------------------------------------------------------------------------------------------------------- refusals
 
 def refusal(call, *args, **kwargs) -> str:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, OSError)) as error:
         call(*args, **kwargs)
     message = one_line(error.value)
     assert "\n" not in message and len(message) < 500 and "--lora-path" not in message, message
@@ -212,7 +222,8 @@ def test_running_out_of_memory_is_said_in_one_line_and_the_next_picture_is_drawn
     (["--adapters", "a", "--adapters=b"], "--adapters is given twice"),
     (["--adapters", "no/such/place"], "'no/such/place' does not exist"), (["--adaptor", "x"], "did you mean '--adapters'?"),
     (["--model", "no/such/place/at/all"], "is no diffusers pipeline"), (["--port", "many"], "many"),
-    (["--port", "70000"], "port"), (["--adapters", "tests"], "holds no adapter")])
+    (["--port", "70000"], "port"), (["--num-seeds", "0"], "--num-seeds is 0"), (["--num-prompts", "0"], "--num-prompts is 0"),
+    (["--prompts", "no/such/place"], "no/such/place"), (["--adapters", "tests"], "holds no adapter")])
 def test_a_bad_command_line_ends_in_one_line(arguments, said, capsys, tmp_path):
     port = [] if "--port" in arguments else ["--port", "0"]
     assert demo.main([*arguments, *port, "--output-dir", str(tmp_path)]) == 2
@@ -226,6 +237,27 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(capsys):
         assert demo.main(["--port", str(port)]) == 2
         assert demo.free_port("127.0.0.1", 0) != port
     assert f"cannot listen on --host 127.0.0.1 --port {port}" in capsys.readouterr().err
+
+
+def test_examples_come_from_all_over_the_test_split_of_the_runs_prompts():
+    texts = [prompt.text for prompt in load_prompts("words", "test")]
+    examples, notes = load_examples(DemoOptions(num_prompts=4), Config(prompts="words"))
+    assert [texts.index(example.text) for example in examples] == [0, 32, 64, 96] and not notes
+    assert len(load_examples(DemoOptions(num_prompts=1000), Config(prompts="words"))[0]) == 128
+
+
+def test_a_run_whose_prompts_are_gone_has_no_examples_and_a_note_says_so(tmp_path):
+    gone = Config(prompts=str(tmp_path / "gone.txt"))
+    examples, notes = load_examples(DemoOptions(), gone)
+    assert not examples and "gone.txt" in notes[0]
+    refusal(load_examples, DemoOptions(prompts=gone.prompts), gone)
+
+
+def test_seeds_follow_the_first_and_a_count_that_cannot_be_is_refused_in_one_line():
+    assert [request.seed for request in requests_of(REQUEST, 3)] == [7, 8, 9]
+    for count in (0, 17, None, 2.5):
+        assert f"seeds is {count}" in refusal(requests_of, REQUEST, count)
+    assert "seed is 4294967296" in refusal(requests_of, replace(REQUEST, seed=2**32 - 1), 2)
 
 
 def test_what_cannot_be_loaded_is_refused_in_one_line(model):
@@ -265,6 +297,31 @@ def test_the_newest_run_is_the_one_whose_weights_were_written_last_and_of_it_the
     assert locate(str(second / "checkpoints/epoch_00010"))[0] == "second, epoch 10"
 
 
+def test_the_authors_layout_is_found_from_each_of_its_directories_and_named_by_its_run(model, tmp_path):
+    run = tmp_path / "logs/ocr/sd3.5-M"
+    for number in (60, 120, 1020):
+        written_by_peft(model, run / f"checkpoints/checkpoint-{number}/lora")
+    (run / "checkpoints/checkpoint-1080/lora").mkdir(parents=True)                         # without weights yet
+    newest = run / "checkpoints/checkpoint-1020"
+    for place in (run, run / "checkpoints", newest, newest / "lora"):
+        name, path = locate(str(place))
+        assert name == "ocr/sd3.5-M, checkpoint 1020" and str(newest) in path
+    assert locate(str(run / "checkpoints/checkpoint-60"))[0] == "ocr/sd3.5-M, checkpoint 60"
+
+
+def test_an_adapter_in_the_authors_layout_is_drawn_as_its_own_directory_is(model, studio, adapters, tmp_path):
+    shutil.copytree(adapters[0], tmp_path / "logs/run/checkpoints/checkpoint-60/lora")
+    theirs = plain(model)
+    name = theirs.add(str(tmp_path / "logs/run"))
+    assert np.array_equal(theirs.draw(name, REQUEST), studio.draw(adapters[0], REQUEST))
+
+
+def test_the_newest_run_may_be_one_of_the_authors_where_the_model_is_given(model, tmp_path):
+    written_by_peft(model, tmp_path / "sd3.5-M/checkpoints/checkpoint-60/lora")
+    assert newest_run(str(tmp_path)) is None
+    assert newest_run(str(tmp_path), model) == tmp_path / "sd3.5-M"
+
+
 def test_settings_are_those_of_the_first_adapters_run_unless_told_otherwise(model, adapters, tmp_path):
     run = make_run(tmp_path / "run", adapters[1], (3,), model=model, rewards=(("jpeg_compressibility", 2.0),), eval_num_steps=5,
                    guidance_scale=3.0, resolution=(16, 32), max_sequence_length=9)
@@ -283,7 +340,7 @@ def test_other_models_start_with_published_settings_and_without_rewards(model, f
     for directory, steps, guidance_scale in ((model, 40, 4.5), (flux_model, 28, 3.5)):
         config, chosen = choose_settings(DemoOptions(model=directory, output_dir=str(tmp_path)))
         assert chosen == () and (config.model, config.eval_num_steps, config.guidance_scale) == (directory, steps, guidance_scale)
-        assert config.rewards == () and config.resolution == (512, 512)
+        assert config.rewards == () and config.resolution == (512, 512) and config.prompts == "ocr"
 
 
 # -------------------------------------------------------------------------------------------------------------------- text
@@ -292,6 +349,6 @@ def test_words_reach_the_page_escaped():
     evil = '<script>alert(1)</script><img src=x onerror="alert(1)">'
     request = replace(REQUEST, prompt=evil, negative_prompt=evil)
     image = np.zeros((16, 32, 3), np.uint8)
-    page = cards_html([Picture("", image, {evil: 1.0}), Picture(evil, image, {evil: 2.0})], request, [evil])
-    page += demo.caption_html(request) + demo.message_html("problem", evil)
-    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") == 8
+    page = rows_html({"": [Picture("", image, {evil: 1.0})], evil: [Picture(evil, image, {evil: 2.0})]}, [request])
+    page += demo.caption_html([request]) + demo.message_html("problem", evil)
+    assert "<script" not in page and "<img src=x" not in page and page.count("&lt;script&gt;") == 9

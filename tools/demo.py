@@ -1,17 +1,16 @@
-"""The web demo: a base model beside its adapters, the same prompt and seed, the reward beneath each picture.
+"""The web demo: a base model above its adapters, the same prompt and seeds, the reward beneath each picture.
 
     python -m tools.demo [--model PATH_OR_HUB_ID] [--adapters A B ...] [--rewards name weight ...]
+    python -m tools.demo --export DIR             # a gallery of test prompts, which needs no server
 
-An adapter is a run under runs/ (its newest weights), a checkpoint of one, a peft or diffusers directory, or a
-hub id. Without any, it is the newest run's. Steps, guidance, size and rewards are those of its run. The
-picture of a seed is the one that diffusers' pipeline makes with the adapter's weights and
-`generator=torch.Generator().manual_seed(seed)`.
+An adapter is a run (its newest weights), a checkpoint of one, a peft or diffusers directory, or a hub id. A
+run is one of ours or of Flow-GRPO's authors. Without any, it is the newest run's. Steps, guidance, size,
+prompts and rewards are those of its run. The picture of a seed is the one that diffusers' pipeline makes with
+the adapter's weights and `generator=torch.Generator().manual_seed(seed)`.
 """
 
-import base64
 import dataclasses
 import importlib.util
-import io
 import itertools
 import os
 import random
@@ -24,26 +23,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from families import FLUX
 from harness.faults import is_out_of_memory
 from harness.program import run_as_program
 from policy import Policy, check_model
+from prompts import Prompt, load_prompts
 from rewards import RewardError, Rewards, build_rewards
+from tools.showcase import ROWS_CSS, new_pictures, rows_html, write_gallery
 from tools.studio import (
-    MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, Picture, PictureRequest, Studio, locate, newest_run,
-    read_config, run_containing)
+    MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, PictureRequest, Studio, locate, newest_run, read_config,
+    run_containing)
 
 REWARD_DEADLINE = 20.0           # seconds for a served reward, because somebody waits at the page
+MOST_SEEDS = 16                  # side by side
+COLUMNS = "A seed is the same noise for the base and for each adapter beneath it."
 
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The base model beside its adapters, in the browser: same prompt, same seed, the reward beneath."""
+    """The base model above its adapters, in the browser: same prompt, same seeds, the reward beneath."""
 
     model: str = ""
     """A StableDiffusion3Pipeline or FluxPipeline: a directory or hub id. Empty: the first adapter's run's."""
@@ -51,6 +52,14 @@ class DemoOptions:
     """Runs, checkpoints, adapter directories or hub ids. Empty: the model's newest run, if there is one."""
     rewards: tuple[tuple[str, float], ...] = ()
     """Rewards and their weights, as train.py takes them. Empty: those of the first adapter's run."""
+    prompts: str = ""
+    """A set, file or directory of prompts, of which the test split is shown. Empty: the run's."""
+    num_prompts: int = 8
+    """How many of them are examples on the page, or stand in the gallery."""
+    num_seeds: int = 4
+    """Pictures side by side: at the page's start, or in the gallery. The first seed is 1."""
+    export: str = ""
+    """Directory for a gallery that opens without a server; the program then ends and serves no page."""
     resolution: tuple[int, int] | None = None
     """Height and width at the start, in pixels. None: the run's."""
     max_sequence_length: int | None = None
@@ -86,11 +95,14 @@ def choose_settings(options: DemoOptions) -> tuple[Config, tuple[str, ...]]:
         model = options.model or Config.model
         config = next((preset for preset in PRESETS.values() if preset.model == model), None)
         config = config or PRESETS["flux_pickscore" if check_model(model) is FLUX else "sd35m_ocr"]
-        rewards = config.rewards if model == Config.model else ()
-        config = dataclasses.replace(config, model=model, rewards=rewards)
-    names = ("model", "rewards", "resolution", "max_sequence_length")
+        if model != Config.model:                # a built-in set, because a preset's may be a file to fetch
+            config = dataclasses.replace(config, model=model, prompts="ocr", rewards=())
+    names = ("model", "prompts", "rewards", "resolution", "max_sequence_length")
     given = {name: value for name in names if (value := getattr(options, name))}
     config = dataclasses.replace(config, **given)
+    for name, most in (("num_seeds", MOST_SEEDS), ("num_prompts", 10_000)):
+        if not 1 <= (value := getattr(options, name)) <= most:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be from 1 to {most}")
     check_model(config.model)
     for adapter in adapters:
         locate(adapter)
@@ -117,83 +129,45 @@ def one_line(error: Exception) -> str:
 
 # ---- HTML --------------------------------------------------------------------------------------------------
 
-CSS = """
+CSS = ROWS_CSS + """
 h1 { font-size: 1.5rem; font-weight: 700; margin: 8px 0 2px; }
-.cards { display: flex; flex-wrap: wrap; gap: 16px; }
-.cards figure { flex: 1 1 var(--card); max-width: 560px; margin: 0;
-  border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden;
-  background: var(--block-background-fill); }
-.cards figure > div { background: var(--background-fill-secondary); }
-.cards img { display: block; width: 100%; height: auto; margin: 0; }
-.cards img.small { image-rendering: pixelated; }
-.cards figcaption { padding: 8px 12px 10px; overflow-wrap: anywhere; }
-.cards figcaption b { display: block; }
-.cards .score { display: flex; justify-content: space-between; gap: 12px;
-  font-variant-numeric: tabular-nums; }
 #draw, #another, #add { align-self: center; }
+.gradio-container .block .html-container { padding: 0; }
+@media (max-width: 600px) { #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
+  #examples .gallery-item { flex: 0 0 auto; max-width: 70vw; } }
 .drawn { opacity: 0.75; margin: 0 2px; overflow-wrap: anywhere; white-space: pre-wrap; }
 .note, .problem { margin: 0; padding: 10px 14px; border-radius: 8px;
   border: 1px solid var(--border-color-primary); border-left-width: 5px;
   overflow-wrap: anywhere; white-space: pre-wrap; }
+#status > :not(.hide) ~ div .drawn { visibility: hidden; }    /* beneath a progress bar */
 .drawn + .problem { margin-top: 8px; }
 .problem { border-left-color: #d33; }
 .problem::before { content: "Error: "; font-weight: 600; }
 """
 
 
-def png_url(image: np.ndarray) -> str:
-    """A picture as a data: URL, lossless."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def message_html(kind: str, text: str) -> str:
     return f'<p class="{kind}" role="{"alert" if kind == "problem" else "note"}">{escape(text)}</p>'
 
 
-def caption_html(request: PictureRequest) -> str:
-    without = f", without: {request.negative_prompt}" if request.negative_prompt else ""
-    return message_html("drawn", f"{request.prompt} | seed {request.seed}, {request.num_steps} steps, "
-                                 f"guidance {request.guidance_scale:g}{without}")
-
-
-def cards_html(pictures: list[Picture], request: PictureRequest, coming: list[str] = []) -> str:
-    """The pictures, and the places of those to come, side by side if there is room. Words are escaped."""
-    height, width = request.resolution
-    small = ' class="small"' if max(height, width) < 256 else ""           # few pixels, shown as they are
-
-    def score(name: str, value: float) -> str:
-        gain = value - pictures[0].scores.get(name, value)
-        against_base = f" ({gain:+.3f})" if gain else ""
-        return f'<span class="score"><span>{escape(name)}</span><span>{value:.3f}{against_base}</span></span>'
-
-    def card(name: str, content: str, scores: dict[str, float]) -> str:
-        strength = f", strength {request.strength:g}" if name else ""
-        shown = {key: value for key, value in scores.items() if key != "total" or len(scores) > 2}
-        return (f"<figure>{content}<figcaption><b>{escape((name or 'base') + strength)}</b>"
-                f"{''.join(score(*item) for item in shown.items())}</figcaption></figure>")
-
-    def image(picture: Picture) -> str:
-        return (f'<img{small} src="{png_url(picture.image)}" width="{width}" height="{height}" '
-                f'alt="{escape(picture.name or "base")}">')
-
-    place = f'<div style="aspect-ratio: {width} / {height}"></div>'
-    figures = [card(picture.name, image(picture), picture.scores) for picture in pictures]
-    figures += [card(name, place, {}) for name in coming]
-    least_width = 280 if width > 1.5 * height else 130
-    return f'<div class="cards" style="--card: {least_width}px">{"".join(figures)}</div>'
+def caption_html(requests: list[PictureRequest]) -> str:
+    first, last = requests[0], requests[-1]
+    seeds = f"seed {first.seed}" if first == last else f"seeds {first.seed} to {last.seed}"
+    without = f", without: {first.negative_prompt}" if first.negative_prompt else ""
+    return message_html("drawn", f"{first.prompt} | {seeds}, {first.num_steps} steps, "
+                                 f"guidance {first.guidance_scale:g}{without}")
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
 
-def build_page(studio: Studio, config: Config, notes: list[str]):
+def build_page(studio: Studio, config: Config, num_seeds: int, notes: list[str]):
     """The gradio page, and how it is served. Text reaches it escaped, or in parts that show text as text."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
     with gr.Blocks(title="nano-flow-grpo", analytics_enabled=False) as page:
-        parts = lay_out(studio, config, notes)
+        parts = lay_out_pictures(studio, config, notes)
+        lay_out_settings(parts, studio, config, num_seeds)
         connect(page, parts, studio)
     page.queue(max_size=32)
     font = ("ui-sans-serif", "system-ui", "sans-serif")      # the reader's own, because nothing is fetched
@@ -201,21 +175,33 @@ def build_page(studio: Studio, config: Config, notes: list[str]):
     return page, dict(css=CSS, theme=theme, footer_links=[], run_history=False, ssr_mode=False, quiet=True)
 
 
-def lay_out(studio: Studio, config: Config, notes: list[str]) -> SimpleNamespace:
-    """Everything on the page, from top to bottom."""
+def lay_out_pictures(studio: Studio, config: Config, notes: list[str]) -> SimpleNamespace:
+    """The upper part of the page: what is drawn."""
     import gradio as gr
 
     parts = SimpleNamespace()
-    guided = studio.policy.branches(2.0) == 2                # by classifier-free guidance
-    example = 'the word "lamp"' if config.prompts == "words" else 'a sign that says "hello"'
-    gr.HTML("<h1>Base and tuned, side by side</h1>" + escape(f"{config.model} on {studio.policy.device}"))
+    examples = [example.text for example in studio.examples]
+    gr.HTML("<h1>Base and tuned, seed by seed</h1>" + escape(
+        f"{config.model} on {studio.policy.device}. {COLUMNS}"))
+    if notes:
+        gr.HTML("".join(message_html("note", note) for note in notes), elem_id="notes", js_on_load=None)
     with gr.Row():
-        parts.prompt = gr.Textbox(example, label="Prompt", max_length=2000, scale=5, min_width=300,
-                                  elem_id="prompt")
+        parts.prompt = gr.Textbox([*examples, 'a sign that says "hello"'][0], label="Prompt", max_length=2000,
+                                  scale=5, min_width=300, elem_id="prompt")
         parts.go = gr.Button("Draw", variant="primary", scale=1, min_width=120, elem_id="draw")
-    parts.status = gr.HTML("".join(message_html("note", note) for note in notes), elem_id="status",
-                           js_on_load=None, min_height=56)
+    parts.examples = gr.Examples([[text] for text in examples], parts.prompt, elem_id="examples",
+                                 label=f"Examples, test prompts of {config.prompts}: click to draw",
+                                 examples_per_page=100) if examples else None
+    parts.status = gr.HTML("", elem_id="status", js_on_load=None, min_height=50)
     parts.pictures = gr.HTML("", elem_id="pictures", js_on_load=None)
+    return parts
+
+
+def lay_out_settings(parts: SimpleNamespace, studio: Studio, config: Config, num_seeds: int) -> None:
+    """The lower part of the page: how it is drawn, and with which adapters."""
+    import gradio as gr
+
+    guided = studio.policy.branches(2.0) == 2                # by classifier-free guidance
     with gr.Row():
         parts.strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Adapter strength", min_width=220,
                                    info="0 is the base, 1 as trained", elem_id="strength")
@@ -225,34 +211,42 @@ def lay_out(studio: Studio, config: Config, notes: list[str]) -> SimpleNamespace
                                    info="1 is none" if guided else "an input of this model", min_width=220,
                                    elem_id="guidance")
     with gr.Row():
-        parts.seed = gr.Number(1, label="Seed", precision=0, min_width=120, elem_id="seed")
-        parts.other_seed = gr.Button("Another seed", min_width=120, elem_id="another")
+        parts.seed = gr.Number(1, label="First seed", precision=0, min_width=120, elem_id="seed")
+        parts.num_seeds = gr.Number(num_seeds, label="Seeds", precision=0, min_width=120,
+                                    elem_id="num_seeds")
+        parts.other_seeds = gr.Button("Other seeds", min_width=120, elem_id="another")
         height, width = config.resolution
         parts.height = gr.Number(height, label="Height", precision=0, min_width=100, elem_id="height")
         parts.width = gr.Number(width, label="Width", precision=0, min_width=100, elem_id="width")
     parts.negative = gr.Textbox(label="Negative prompt", max_length=2000, visible=guided, elem_id="negative",
                                 info="what guidance leads away from; without guidance it is unused")
-    names = list(studio.adapters)
-    parts.chosen = gr.CheckboxGroup(names, value=names, label="Adapters shown", elem_id="adapters")
+    parts.chosen = gr.CheckboxGroup(label="Adapters shown", elem_id="adapters", **choices(studio))
     with gr.Row():
         parts.path = gr.Textbox(label="Add an adapter", max_length=1000, scale=5, min_width=300,
                                 placeholder="a run, a checkpoint, a directory, or owner/name on the hub",
                                 elem_id="path")
         parts.more = gr.Button("Add", scale=1, min_width=120, elem_id="add")
     parts.added = gr.HTML("", elem_id="added", js_on_load=None)
-    return parts
+
+
+def choices(studio: Studio) -> dict:
+    """Of the adapters, all chosen."""
+    names = list(studio.adapters)
+    return dict(choices=names, value=names, visible=bool(names))
 
 
 def connect(page, parts: SimpleNamespace, studio: Studio) -> None:
     """What happens on the page: pictures are drawn, one request at a time, and adapters are added."""
     import gradio as gr
 
-    def draw(prompt, negative, seed, steps, guidance, height, width, strength, names, progress=gr.Progress()):
-        def request() -> PictureRequest:
+    def draw(prompt, negative, seed, count, steps, guidance, height, width, strength, names,
+             progress=gr.Progress()):
+        def make_requests() -> list[PictureRequest]:
             without = negative if guidance != 1 else ""
-            return PictureRequest(prompt, seed, steps, guidance, (height, width), without, strength)
+            first = PictureRequest(prompt, seed, steps, guidance, (height, width), without, strength)
+            return requests_of(first, count)
 
-        yield from draw_cards(studio, request, names, progress)
+        yield from draw_rows(studio, make_requests, names, progress)
 
     def add(path, chosen):
         try:
@@ -261,45 +255,63 @@ def connect(page, parts: SimpleNamespace, studio: Studio) -> None:
             if not is_for_user(error):
                 raise
             return message_html("problem", one_line(error)), path, gr.update()
-        chosen = gr.update(choices=list(studio.adapters), value=[*chosen, name])
-        return message_html("note", f"added {name}: draw again"), "", chosen
+        shown = gr.update(**choices(studio) | dict(value=[*chosen, name]))
+        return message_html("note", f"added {name}: draw again"), "", shown
 
     p, one_at_a_time = parts, dict(concurrency_limit=1, concurrency_id="model", api_visibility="private")
     quiet = dict(api_visibility="private", show_progress="hidden")
-    inputs = [p.prompt, p.negative, p.seed, p.steps, p.guidance, p.height, p.width, p.strength, p.chosen]
+    inputs = [p.prompt, p.negative, p.seed, p.num_seeds, p.steps, p.guidance, p.height, p.width, p.strength,
+              p.chosen]
     drawing = dict(fn=draw, inputs=inputs, outputs=[p.status, p.pictures], show_progress_on=p.status,
-                   **one_at_a_time)
-    gr.on([p.prompt.submit, p.go.click, p.strength.release], **drawing, trigger_mode="always_last")
-    p.other_seed.click(lambda: random.randrange(2**32), None, p.seed, **quiet).then(**drawing)
+                   trigger_mode="always_last", **one_at_a_time)
+    # An adapter may have been added since the page was built.
+    opened = page.load(lambda: gr.update(**choices(studio)), None, p.chosen, **quiet).then(**drawing)
+    asks = [p.prompt.submit, p.go.click, p.strength.release]
+    clicks = [p.other_seeds.click, *([p.examples.dataset.click] if p.examples else [])]
+    # Whoever asks does not wait for the rest of the pictures that nobody asked for. This stands before the
+    # drawing, because gradio sends the events of a click in this order, and would end nothing afterwards.
+    gr.on([*asks, *clicks], None, cancels=[opened])
+    gr.on(asks, **drawing)
+    p.other_seeds.click(lambda: random.randrange(2**32 - MOST_SEEDS), None, p.seed, **quiet).then(**drawing)
+    if p.examples:
+        p.examples.load_input_event.then(**drawing)
     gr.on([p.path.submit, p.more.click], add, [p.path, p.chosen], [p.added, p.path, p.chosen],
           show_progress_on=p.added, **one_at_a_time)
-    # An adapter may have been added since the page was built.
-    page.load(lambda: gr.update(choices=list(studio.adapters), value=list(studio.adapters)), None, p.chosen,
-              **quiet)
 
 
-def draw_cards(studio: Studio, make_request: Callable[[], PictureRequest], names: list[str],
-               progress: Callable[[float, str], None]) -> Iterator[tuple[str, str]]:
-    """Draw the base and the adapters `names`: after each picture what the page says, and all cards."""
-    done, request = [], None
+def requests_of(first: PictureRequest, count: int) -> list[PictureRequest]:
+    """The request, and those of the seeds after it: `count` in all. Raises ValueError."""
+    if not isinstance(count, int) or not 1 <= count <= MOST_SEEDS:
+        raise ValueError(f"seeds is {count}: it must be a whole number from 1 to {MOST_SEEDS}")
+    return [dataclasses.replace(first, seed=first.seed + i) for i in range(count)]
+
+
+def draw_rows(studio: Studio, make_requests: Callable[[], list[PictureRequest]], names: list[str],
+              progress: Callable[[float, str], None]) -> Iterator[tuple[str, str]]:
+    """Draw the base and the adapters `names`: after each picture what the page says, and all rows."""
+    rows = {name: [] for name in ("", *(name for name in studio.adapters if name in names))}
+    problems, requests = {}, []
     try:
-        request = make_request()
-        names = ["", *(name for name in studio.adapters if name in names)]
-        for i, name in enumerate(names):
-            step, steps = itertools.count(1), request.num_steps
+        requests = make_requests()
+        for request, name in itertools.product(requests, rows):
+            step, done = itertools.count(1), sum(map(len, rows.values()))
 
             def on_step():
-                n = next(step)
-                progress((i * steps + n) / (len(names) * steps), f"{name or 'base'}, step {n} of {steps}")
+                n, steps = next(step), request.num_steps
+                progress((done + n / steps) / (len(rows) * len(requests)),
+                         f"{name or 'base'}, seed {request.seed}, step {n} of {steps}")
 
-            done.append(studio.draw_and_score(name, request, on_step))
-            problems = dict.fromkeys(picture.score_problem for picture in done if picture.score_problem)
-            messages = [message_html("problem", f"no score: {problem}") for problem in problems]
-            yield caption_html(request) + "".join(messages), cards_html(done, request, names[i + 1:])
+            picture = studio.draw_and_score(name, request, on_step)
+            rows[name].append(picture)
+            if picture.score_problem:
+                problems[message_html("problem", f"no score: {picture.score_problem}")] = True
+            yield caption_html(requests) + "".join(problems), rows_html(rows, requests)
     except Exception as error:
         if not is_for_user(error):
             raise
-        yield message_html("problem", one_line(error)), cards_html(done, request) if done else ""
+        drawn = {name: row for name, row in rows.items() if row}
+        yield (message_html("problem", one_line(error)),
+               rows_html(drawn, requests[:len(drawn[""])]) if drawn else "")
 
 
 # ---- program -----------------------------------------------------------------------------------------------
@@ -324,6 +336,21 @@ def make_rewards(options: DemoOptions, config: Config,
                       "Others: --rewards name weight"]
 
 
+def load_examples(options: DemoOptions, config: Config) -> tuple[list[Prompt], list[str]]:
+    """Prompts from all over the test split, and a note for the page if those of the run are not here.
+
+    Prompts that the command line asks for raise what `load_prompts` raises.
+    """
+    try:
+        prompts = load_prompts(config.prompts, "test")
+    except (ValueError, OSError) as error:
+        if options.prompts:
+            raise
+        return [], [f"The run's prompts cannot be had: {error}. Others: --prompts SET"]
+    count = min(options.num_prompts, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)], []
+
+
 def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...]) -> tuple[Studio, list[str]]:
     """Load everything, and say what the page should tell of it. Raises ValueError, ImportError or OSError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -331,17 +358,19 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     rewards, notes = make_rewards(options, config, device)
+    examples, without_examples = load_examples(options, config)
+    notes += without_examples
     policy = Policy(config.model, device, dtype, resolution=config.resolution, lora_rank=0,
                     max_sequence_length=config.max_sequence_length,
                     offload_text_encoders=options.offload_text_encoders)
-    studio = Studio(policy, rewards)
+    studio = Studio(policy, rewards, examples)
     for adapter in adapters:
         studio.add(adapter)
     if not adapters:
         arguments = "" if config.model == Config.model else f" PRESET --model {config.model}"
         notes.append(f"No run under {options.output_dir}/ has an adapter for {config.model} yet, so this is "
                      f"the base alone. To make one: torchrun --nproc_per_node=1 train.py{arguments}, then "
-                     "start the demo again. Or add one below.")
+                     "start the demo again. Or give one with --adapters.")
     return studio, notes
 
 
@@ -355,25 +384,48 @@ def free_port(host: str, port: int) -> int:
                          "is free") from error
 
 
+def export(options: DemoOptions) -> None:
+    """Write the gallery. Raises ValueError, ImportError or OSError."""
+    config, adapters = choose_settings(options)
+    with new_pictures(Path(options.export).expanduser()) as pictures:
+        studio, notes = make_studio(options, config, adapters)
+        if not studio.examples:
+            raise ValueError(notes[-1])
+        for note in notes:
+            print(f"warning: {note}", file=sys.stderr)
+        steps, guidance, (height, width) = config.eval_num_steps, config.guidance_scale, config.resolution
+        firsts = [PictureRequest(example.text, 1, steps, guidance, (height, width))
+                  for example in studio.examples]
+        about = (f"{config.model}, test prompts of {config.prompts}, {steps} steps, guidance {guidance:g}, "
+                 f"height {height}, width {width}. {COLUMNS}")
+        columns = [requests_of(first, options.num_seeds) for first in firsts]
+        print(write_gallery(studio, columns, pictures, about))
+
+
+def serve(options: DemoOptions) -> None:
+    """Serve the page until it is stopped. Raises ValueError, ImportError or OSError."""
+    port = free_port(options.host, options.port)         # find out now, before a model loads
+    config, adapters = choose_settings(options)
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("the demo needs gradio: pip install -r requirements-extra.txt")
+    studio, notes = make_studio(options, config, adapters)
+    page, served = build_page(studio, config, options.num_seeds, notes)
+    if options.share or options.host not in ("127.0.0.1", "localhost"):
+        print("warning: whoever reaches this page can use it, and have it look for adapters on this "
+              "machine's disk")
+    _, address, link = page.launch(server_name=options.host, server_port=port, share=options.share,
+                                   prevent_thread_lock=True, **served)
+    shown = ", ".join(studio.adapters) or "no adapter"
+    print(f"{config.model} on {studio.policy.device}, with {shown}: {link or address}", flush=True)
+    page.block_thread()
+
+
 def main(arguments: list[str]) -> int:
     try:
         options, unknown = parse_options(DemoOptions(), arguments, prog="python -m tools.demo",
                                          about=DemoOptions.__doc__)
         refuse_unknown(unknown, DemoOptions)
-        port = free_port(options.host, options.port)         # find out now, before a model loads
-        config, adapters = choose_settings(options)
-        if importlib.util.find_spec("gradio") is None:
-            raise ImportError("the demo needs gradio: pip install -r requirements-extra.txt")
-        studio, notes = make_studio(options, config, adapters)
-        page, served = build_page(studio, config, notes)
-        if options.share or options.host not in ("127.0.0.1", "localhost"):
-            print("warning: whoever reaches this page can use it, and have it look for adapters on this "
-                  "machine's disk")
-        _, address, link = page.launch(server_name=options.host, server_port=port, share=options.share,
-                                       prevent_thread_lock=True, **served)
-        shown = ", ".join(studio.adapters) or "no adapter"
-        print(f"{config.model} on {studio.policy.device}, with {shown}: {link or address}", flush=True)
-        page.block_thread()
+        (export if options.export else serve)(options)
     except Exception as error:
         if not is_for_user(error):
             raise

@@ -14,26 +14,37 @@ import torch
 from adapters import PEFT_FILES, find_adapter
 from config import Config
 from policy import Policy
+from prompts import Prompt
 from rewards import RewardError, Rewards, check_reward_prompts
 from sampler import rollout, timestep_schedule
 
-MOST_CACHED = 32                 # pictures that are not drawn again when they are asked for again
+MOST_CACHED = 128                # pictures that are not drawn again when they are asked for again
 MOST_STEPS, MOST_GUIDANCE, MOST_STRENGTH, MOST_PIXELS = 100, 15.0, 2.0, 2048
 
 
 # ---- runs on disk ------------------------------------------------------------------------------------------
 
+CHECKPOINT = re.compile(r"(?:epoch_|checkpoint-)(\d+)")       # ours, and those of Flow-GRPO's authors
+
+
 def newest_weights(run: Path) -> Path | None:
-    """The last checkpoint of a run that holds an adapter."""
-    return max((checkpoint for checkpoint in run.glob("checkpoints/epoch_*[0-9]")
-                if (checkpoint / "adapter" / PEFT_FILES[1]).exists()), default=None)
+    """The last checkpoint of a run that holds an adapter: `epoch_N/adapter`, or the authors'
+    `checkpoint-N/lora`. They lie in the run's `checkpoints`, or in `run` itself.
+    """
+    found = [path.parents[1] for below in ("checkpoints/", "") for layout in ("*/adapter/", "*/lora/")
+             for path in run.glob(below + layout + PEFT_FILES[1])]
+    numbers = {place: int(number[1]) for place in found if (number := CHECKPOINT.fullmatch(place.name))}
+    return max(numbers, key=numbers.get, default=None)
 
 
 def newest_run(output_dir: str, model: str = "") -> Path | None:
-    """The run whose newest adapter was written last, of those that trained `model` if one is given."""
+    """The run whose newest adapter was written last, of those that trained `model` if one is given.
+
+    A run of Flow-GRPO's authors does not say what it trained, and counts if a model is given.
+    """
     def trained_model(run: Path) -> str | None:
         try:
-            return read_config(run).model
+            return read_config(run).model if (run / "config.json").exists() else model or None
         except (ValueError, OSError):            # no run, or one that is torn: not the one to show
             return None
 
@@ -67,8 +78,8 @@ def locate(adapter: str) -> tuple[str, str]:
     if not adapter:
         raise ValueError("no adapter given: give a run, a checkpoint, an adapter's directory or a hub id")
     place = Path(adapter)
-    if (place / "checkpoints").is_dir():
-        weights = newest_weights(place)
+    weights = newest_weights(place)
+    if weights or (place / "checkpoints").is_dir():
         weights = weights or max(place.glob("checkpoints/epoch_*[0-9]/transformer"), default=None)
         if weights is None:
             raise ValueError(f"the run {adapter!r} has no checkpoint yet: it makes one after --save-every "
@@ -80,8 +91,20 @@ def locate(adapter: str) -> tuple[str, str]:
                          "pipe.save_pretrained(...)`, and give that as --model")
     path = str(place) if place.exists() else adapter     # a hub id, or a mistake
     find_adapter(path)
-    run, epoch = run_containing(path), re.search(r".*epoch_(\d+)", str(place.absolute()))
-    return (f"{run.name}, epoch {int(epoch[1])}" if run and epoch else adapter), path
+    return checkpoint_name(place.absolute()) or adapter, path
+
+
+def checkpoint_name(place: Path) -> str:
+    """The run and the number of the checkpoint that `place` is or lies in, or "" if it is in none."""
+    run = run_containing(str(place))
+    for checkpoint in (place, place.parent):
+        if number := CHECKPOINT.fullmatch(checkpoint.name):
+            if run:
+                return f"{run.name}, epoch {int(number[1])}"
+            # The authors name a run by its task and its model: logs/ocr/sd3.5-M/checkpoints/checkpoint-60.
+            theirs = [part for part in checkpoint.parent.parts if part != "checkpoints"][-2:]
+            return f"{'/'.join(theirs)}, checkpoint {int(number[1])}"
+    return ""
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -123,9 +146,9 @@ class Picture:
 class Studio:
     """One model, its adapters by name, the rewards, and the last pictures that they made."""
 
-    def __init__(self, policy: Policy, rewards: Rewards | None):
-        """Without rewards, nothing is scored."""
-        self.policy, self.rewards = policy, rewards
+    def __init__(self, policy: Policy, rewards: Rewards | None, examples: list[Prompt] = []):
+        """Without rewards, nothing is scored. examples: prompts with what rewards need to know of them."""
+        self.policy, self.rewards, self.examples = policy, rewards, examples
         self.adapters: dict[str, str] = {}       # name -> where it was loaded from
         self.cache: dict[tuple[str, PictureRequest], Picture] = {}
         self.lock = threading.Lock()             # a cancelled request's thread goes on for a while
@@ -174,9 +197,10 @@ class Studio:
         """Score a picture by each reward and in "total". If that fails: no scores, and the reason."""
         if not self.rewards:
             return {}, ""
+        metadata = next((example.metadata for example in self.examples if example.text == prompt), {})
         try:
-            check_reward_prompts(self.rewards.weights, [prompt], [{}])
-            scores = self.rewards(image[None], [prompt], [{}])
+            check_reward_prompts(self.rewards.weights, [prompt], [metadata])
+            scores = self.rewards(image[None], [prompt], [metadata])
             return {name: float(value[0]) for name, value in scores.items()}, ""
         except (ValueError, RewardError) as error:
             return {}, str(error)
