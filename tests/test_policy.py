@@ -162,6 +162,24 @@ def test_the_reference_is_the_untrained_network_however_the_trained_one_has_chan
     assert torch.equal(policy.velocity(text)(x, sigma), of_policy)                   # the adapter is on again
 
 
+@pytest.mark.parametrize("settings", [{}, {"full_finetune": True}])
+def test_drift_is_the_mean_squared_difference_from_the_reference_at_sigma_1(model, settings):
+    policy, sigma = make_policy(model, **settings), torch.ones(2)
+    text, noise = policy.encode(PROMPTS), start_noise(policy, 2)
+    assert policy.drift(text, noise, 4.5).abs().max() < 1e-10                        # before training
+    change(policy)
+    with torch.no_grad():
+        moved = policy.velocity(text, 4.5)(noise, sigma) - policy.reference_velocity(text, 4.5)(noise, sigma)
+    drift = policy.drift(text, noise, 4.5)
+    assert drift.shape == (2,) and torch.allclose(drift, (moved**2).mean((1, 2, 3)))
+    assert drift.min() > 1e-4
+
+
+def test_drift_is_nan_where_full_finetuning_keeps_no_reference(model):
+    policy = make_policy(model, full_finetune=True, with_reference=False)
+    assert policy.drift(policy.encode(PROMPTS), start_noise(policy, 2)).isnan().all()
+
+
 def test_a_new_adapter_changes_nothing_and_is_all_that_trains(policy, pipe):
     text, x, sigma = policy.encode(PROMPTS), start_noise(policy, 2), torch.tensor([0.9, 0.3])
     with torch.no_grad():
