@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import distributed
-from adapters import find_adapter
+from adapters import read_adapter
 from config import Config, parse_config, validate
 from distributed import LostRank, is_main
 from harness import signals
@@ -110,7 +110,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
                              dict(config.reward_urls))
     check_model(config.model)
     if config.lora_path:
-        find_adapter(config.lora_path)
+        read_adapter(config.lora_path)
     if config.wandb and not importlib.util.find_spec("wandb"):
         raise ImportError("--wandb needs the package wandb: pip install wandb")
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
