@@ -43,13 +43,13 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
     weights = dict.fromkeys(config.eval_rewards, 0.0) | dict(config.rewards)
     rows = [(name, f"{weight:g}", f"eval/{name}") for name, weight in weights.items()]
     rows += [("total", "", "eval/total"), ("spread of mean colours, of 255", "", "spread/eval")]
-    table = [("held-out prompts", "weight", *(f"epoch {m['epoch']}" for m in shown)), ["---"] * (2 + len(shown))]
+    table = [("held-out prompts", "weight", *(f"epoch {m['epoch']}" for m in shown)), "-" * (2 + len(shown))]
     table += [(title, weight, *("-" if m.get(name) is None else f"{m[name]:.4f}" for m in shown))
               for title, weight, name in rows]
     lines = [
         "---", data.to_yaml(), "---", f"# {config.model}, trained by Flow-GRPO", "",
         *([f"To fill in above before this is published: {' and '.join(missing)}.", ""] if missing else []),
-        f"Epoch {epoch} of training (arXiv 2505.05470) on the prompts `{config.prompts}`, by this command:", "",
+        f"Epoch {epoch} of training (arXiv 2505.05470) on prompts `{config.prompts}`, by the command", "",
         "```bash", re.sub(r"//[^/@\s]*@", "//", command), "```", "",      # without the passwords of URLs
         "Epoch 0 is before training." if shown else "No scores: this run was not evaluated.", "",
         *(f"| {' | '.join(row)} |" for row in table), "",
