@@ -112,8 +112,10 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     check_model(config.model)
     if config.lora_path:
         read_adapter(config.lora_path)
-    if config.wandb and not importlib.util.find_spec("wandb"):
-        raise ImportError("--wandb needs the package wandb: pip install wandb")
+    spec = importlib.util.find_spec("wandb") if config.wandb else None
+    if config.wandb and not (spec and spec.origin):       # a mere directory wandb/ has no origin
+        stray = f" (the directory {list(spec.submodule_search_locations)[0]} is not it)" if spec else ""
+        raise ImportError(f"--wandb needs the package wandb: pip install wandb{stray}")
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
 
 
