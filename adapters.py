@@ -1,10 +1,11 @@
 """LoRA adapters in files: find them, read their settings and tensors, and fit them into a network.
 
-Two formats are read: peft's pair of files and diffusers' single file. `Policy.save` writes both.
+Two formats are read: peft's pair of files and a single file, whose names `adapter_formats.py` brings to
+diffusers'. `Policy.save` writes the pair and diffusers' file. Only safetensors are opened, because other
+files of weights can run code.
 """
 
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
+from adapter_formats import to_diffusers
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -65,30 +68,44 @@ def find_file(option: str, place: str, name: str) -> Path | None:
 
 # ---- adapters ----------------------------------------------------------------------------------------------
 
-def find_adapter(lora_path: str) -> tuple[Path, LoraConfig]:
-    """Find the file with an adapter's tensors, and read its settings as training will keep them.
+def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Read an adapter's settings as training will keep them, and its tensors under peft's names.
 
-    Loads no tensors but each layer's alpha. Raises ValueError in one line.
+    Raises ValueError in one line.
     """
     *settings_file, weights = adapter_files(lora_path)
     try:
         with safe_open(weights, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            alphas = {key: float(file.get_tensor(key)) for key, shape in shapes.items()
-                      if key.endswith(".alpha") and math.prod(shape) == 1}
             metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-        if not shapes:
-            raise ValueError("its file holds no tensors")
-        if of_text := [key for key in shapes if key.startswith("text_encoder")]:
-            raise ValueError(f"{of_text[0]} is of a text encoder, and only the transformer is trained here: "
-                             "save the transformer's tensors alone")
-        if settings_file:
-            return weights, kept_settings(json.loads(settings_file[0].read_text()))
-        settings = {key.removeprefix("transformer."): value for key, value in json.loads(metadata).items()}
-        return weights, kept_settings(settings or settings_of_tensors(shapes, alphas))
+        tensors = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is no whole safetensors file ({error}): fetch it again") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    try:
+        if not tensors:
+            raise ValueError("its file holds no tensors")
+        for key, value in tensors.items():
+            if key.startswith(("text_encoder", "lora_te")):
+                raise ValueError(f"{key} is of a text encoder, and only the transformer is trained here: "
+                                 "save the transformer's tensors alone")
+            if key.endswith(".alpha") and value.numel() != 1:
+                raise ValueError(f"{key} has shape {tuple(value.shape)}, and an alpha is one number")
+            if not value.isfinite().all():
+                raise ValueError(f"{key} has shape {tuple(value.shape)} and numbers that are not finite, so "
+                                 "its training broke; give an earlier checkpoint")
+        if settings_file:
+            settings = json.loads(settings_file[0].read_text())
+        else:
+            tensors = to_diffusers(tensors)
+            settings = json.loads(metadata)
+            settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+            settings = settings or settings_of_tensors(tensors)
+            tensors = {f"base_model.model.{key.removeprefix('transformer.')}": value
+                       for key, value in tensors.items() if not key.endswith(".alpha")}
+        # Older versions of peft ended this name otherwise.
+        return kept_settings(settings), {
+            key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): value
+            for key, value in tensors.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--lora-path {lora_path!r} is no adapter that can be trained on "
                          f"({type(error).__name__}: {error})") from error
 
@@ -114,35 +131,36 @@ def adapter_files(lora_path: str) -> list[Path]:
                 return files
     deeper = [path for name in (PEFT_FILES[1], DIFFUSERS_FILE) for below in ("*/", "*/*/", "*/*/*/")
               for path in place.glob(below + name)]
-    hint = f"give {deeper[0].parent}" if deeper else "other formats are not loaded"
+    single = sorted(place.glob("*.safetensors"))
+    hint = (f"give {deeper[0].parent}" if deeper else f"give a file in it, such as {single[0]}" if single
+            else "an adapter in one file under another name is given by that file, ending in .safetensors")
     raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} "
                      f"nor {DIFFUSERS_FILE}; {hint}")
 
 
-def settings_of_tensors(shapes: dict[str, tuple[int, ...]], alphas: dict[str, float]) -> dict:
+def settings_of_tensors(tensors: dict[str, Tensor]) -> dict:
     """Derive the settings of a diffusers file that does not state them, as diffusers does.
 
     A layer's rank is the height of its lora_A. Its alpha is the tensor `.alpha`, or its rank if no layer has
-    one. Raises ValueError, with the cause, if the tensors are not LoRA of a transformer in today's format.
+    one. Raises ValueError, with the cause, if the tensors are not LoRA of a transformer.
     """
     parts = (".lora_A.", ".lora_B.", ".lora_magnitude_vector", ".alpha")
-    for key in shapes:
+    for key in tensors:
         if key.startswith("base_model.model."):
             raise ValueError(f"{key} is of a peft adapter: name the file {PEFT_FILES[1]}, and put its "
                              f"{PEFT_FILES[0]} beside it")
         if not any(part in key for part in parts):
             whole = ".lora" not in key and key.endswith((".weight", ".bias"))
-            cause = "a weight of the model itself (modules_to_save)" if whole else "in an older format"
+            cause = "a weight of the model itself (modules_to_save)" if whole else "of an unknown format"
             raise ValueError(f"{key} is {cause}: load it in diffusers and save its LoRA layers again")
 
-    def layer_of(key: str) -> str:
-        return re.sub(r"\.(lora_[AB]\.|lora_magnitude_vector|alpha$).*", "", key.removeprefix("transformer."))
-
-    ranks = {layer_of(key): shape[0] for key, shape in shapes.items() if ".lora_A." in key}
+    tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
+    ranks = {key.partition(".lora_A.")[0]: len(value) for key, value in tensors.items() if ".lora_A." in key}
     if not ranks:
         raise ValueError("it holds no lora_A, so no layer has a rank")
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    alphas = {layer_of(key): alpha for key, alpha in alphas.items()} or ranks
+    alphas = {key.removesuffix(".alpha"): value.item() for key, value in tensors.items()
+              if key.endswith(".alpha")} or ranks
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     # Patterns and targets are regular expressions, in which "^proj_out" is not the proj_out of a block.
     return dict(
@@ -150,8 +168,8 @@ def settings_of_tensors(shapes: dict[str, tuple[int, ...]], alphas: dict[str, fl
         lora_alpha=alpha,
         alpha_pattern={f"^{re.escape(layer)}": n for layer, n in alphas.items() if n != alpha},
         target_modules="|".join(map(re.escape, ranks)),
-        use_dora=any(".lora_magnitude_vector" in key for key in shapes),
-        lora_bias=any(".lora_B.bias" in key for key in shapes))
+        use_dora=any(".lora_magnitude_vector" in key for key in tensors),
+        lora_bias=any(".lora_B.bias" in key for key in tensors))
 
 
 def kept_settings(settings: dict) -> LoraConfig:
@@ -180,22 +198,6 @@ def kept_settings(settings: dict) -> LoraConfig:
                          "without it, or merge it into its model (merge_and_unload), then the --model")
     return LoraConfig(**{name: settings[name] for name in EXACT_SETTINGS if name in settings},
                       base_model_name_or_path=settings.get("base_model_name_or_path"))
-
-
-def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read an adapter's settings, and its tensors under peft's names. Raises ValueError in one line."""
-    weights, config = find_adapter(lora_path)
-    tensors = {}
-    for key, value in load_file(weights).items():
-        if not value.isfinite().all():
-            raise ValueError(f"--lora-path {lora_path!r}: {key} has shape {tuple(value.shape)} and numbers "
-                             "that are not finite, so its training broke; give an earlier checkpoint")
-        if not key.endswith(".alpha"):
-            if weights.name != PEFT_FILES[1]:
-                key = f"base_model.model.{key.removeprefix('transformer.')}"
-            # Older versions of peft ended this name otherwise.
-            tensors[key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")] = value
-    return config, tensors
 
 
 def load_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str = "default") -> PeftModel:

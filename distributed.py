@@ -61,7 +61,8 @@ def setup(timeout: float = 3600.0) -> torch.device:
     """Join the process group that torchrun announced, or make one of one process. Returns this rank's device.
 
     timeout: seconds that a rank waits for the others in a collective.
-    Raises ValueError as `own_device` does, and LostRank if the launcher does not answer.
+    Raises ValueError as `own_device` does and if no network interface is up, and LostRank if the launcher
+    does not answer.
     """
     global launcher_store
     device = own_device()
@@ -81,8 +82,16 @@ def setup(timeout: float = 3600.0) -> torch.device:
     store = launcher_store
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=size, timeout=timedelta(seconds=timeout))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        if "Unable to find" not in str(error):
+            raise
+        name = os.environ.get("GLOO_SOCKET_IFNAME")
+        raise ValueError("gloo finds no network interface for processes to talk through: bring one up, such "
+                         "as the loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is "
+                         f"{name!r}") from error
     return device
 
 

@@ -19,6 +19,11 @@ may run in another environment or on another machine, where this file asks it ov
     python rewards.py serve geneval --port 18085
     build_rewards({"geneval": 1.0}, urls={"geneval": "http://host:18085"})
 """
+import sys
+
+if __name__ == "__main__" and sys.version_info < (3, 10):    # before imports that an older one refuses
+    sys.exit("error: rewards.py serve needs Python 3.10 or later, and this is %d.%d" % sys.version_info[:2])
+
 import argparse
 import base64
 import contextlib
@@ -35,7 +40,6 @@ import numbers
 import os
 import random
 import re
-import sys
 import threading
 import time
 import warnings
@@ -367,7 +371,8 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, **options: A
         return reward
     for model, path in models.items():  # "name" gives the keyword "model", "name.part" the keyword "part"
         if f"{model}.".startswith(f"{name}."):
-            options[keyword := model[len(name) + 1:] or "model"] = path
+            keyword = model[len(name) + 1:] or "model"
+            options[keyword] = path
             if keyword not in parameters:
                 raise ValueError(f"reward {name!r} has no model {model!r}, but {', '.join(parameters)}")
     options |= {"url": urls[name]} if name in urls else {}

@@ -7,6 +7,7 @@ resumes, saves, and undoes an epoch that did not end; `@on_all_ranks` turns an e
 error on all. docs/departures.md lists what departs from the paper or from its authors' code.
 """
 
+from harness.program import run_as_program      # first, because it ends a Python that is too old in one line
 import functools
 import sys
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, dra
                    noise_levels, rank_slice, training_batches)
 from grpo import clipped_loss, gaussian_kl, guard_log_ratio, ratio_statistics, weighted_advantages
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
-from harness.program import run_as_program
 from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
 from harness.run import Run, launch
 from harness.scoring import Scorer

@@ -272,7 +272,8 @@ def geneval(*, device: str = "cpu", batch: int = 16,
             clip: str = "openai/clip-vit-large-patch14") -> Reward:
     """Build GenEval's score by Mask2Former (`model`) and CLIP. It checks its prompts as `check_prompt` does.
 
-    Metrics: strict_accuracy, accuracy, and accuracy/<tag>, which is NaN for the pictures of another tag.
+    Metrics: strict_accuracy, accuracy, and each of a tag, such as accuracy/colors, which is NaN for the
+    pictures of another tag.
     """
     detect, colors = geneval_detector(model, device), geneval_color_reader(clip, device, batch)
     import torch
@@ -300,8 +301,9 @@ def geneval(*, device: str = "cpu", batch: int = 16,
                 rows += judge(images[part], metadata[part])
         scores, strict, accuracy = np.array(rows, np.float32).T
         tags = np.array([each["tag"] for each in metadata])
-        by_tag = {f"accuracy/{tag}": np.where(tags == tag, accuracy, np.nan) for tag in GENEVAL_TAGS}
-        return scores, {"strict_accuracy": strict, "accuracy": accuracy} | by_tag
+        overall = {"strict_accuracy": strict, "accuracy": accuracy}
+        return scores, overall | {f"{name}/{tag}": np.where(tags == tag, values, np.nan)
+                                  for name, values in overall.items() for tag in GENEVAL_TAGS}
 
     return reward
 

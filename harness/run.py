@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 import distributed
-from adapters import find_adapter
+from adapters import read_adapter
 from config import Config, parse_config, validate
 from distributed import LostRank, is_main
 from harness import signals
 from harness.batches import choose_batches, describe
+from harness.card import find_license, write_card
 from harness.checkpoint import (Record, checkpoint_path, cut_metrics, load_state, newest_whole, open_run,
                                 write_metrics, write_settings)
 from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, raise_if_stopping,
@@ -46,8 +47,8 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
     """
     plan, command, held = "", "", contextlib.ExitStack()       # holds the lock on the run's directory
     try:
-        run, command = start(arguments, evaluate, held)
-        plan = run.plan
+        run = start(arguments, evaluate, held)
+        plan, command = run.plan, run.command
         with signals.stopping_on_signals(command):
             with run.saved_whatever_happens():
                 run.evaluate_only() if run.config.eval_only else train(run)
@@ -110,9 +111,11 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
                              dict(config.reward_urls))
     check_model(config.model)
     if config.lora_path:
-        find_adapter(config.lora_path)
-    if config.wandb and not importlib.util.find_spec("wandb"):
-        raise ImportError("--wandb needs the package wandb: pip install wandb")
+        read_adapter(config.lora_path)
+    spec = importlib.util.find_spec("wandb") if config.wandb else None
+    if config.wandb and not (spec and spec.origin):       # a mere directory wandb/ has no origin
+        stray = f" (the directory {list(spec.submodule_search_locations)[0]} is not it)" if spec else ""
+        raise ImportError(f"--wandb needs the package wandb: pip install wandb{stray}")
     return preset, config, train_prompts, test_prompts[:config.eval_prompts or None]
 
 
@@ -148,8 +151,8 @@ def make_policy(config: Config, device: torch.device) -> Policy:
     return policy
 
 
-def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> tuple["Run", str]:
-    """The run that is asked for, and the command that goes on. `held` gets the lock."""  # all ranks
+def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> "Run":
+    """The run that is asked for. `held` gets the lock."""  # all ranks
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
@@ -179,9 +182,8 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
         config = choose_batches(policy, train_prompts, config)
     if is_main():
         write_settings(directory, config, preset)
-    run = Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,
-              test_prompts=test_prompts, evaluate_policy=evaluate)
-    return run, command
+    return Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,
+               test_prompts=test_prompts, evaluate_policy=evaluate, command=command)
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -198,6 +200,7 @@ class Run:
     prompts: list[Prompt]              # to train on
     test_prompts: list[Prompt]
     evaluate_policy: Callable          # train.evaluate
+    command: str                       # that goes on with this run
     learner: Learner = field(init=False)
     scorer: Scorer = field(init=False)             # of the rewards that are trained on
     eval_scorer: Scorer = field(init=False)        # of all rewards
@@ -222,6 +225,7 @@ class Run:
         # The first epoch that is not in the history
         missing = self.done + bool(history and history[-1]["epoch"] == self.done)
         self.display = None
+        self.license = find_license(config.model) if is_main() and not config.eval_only else {}
         if is_main():
             self.display = Display(self.directory, None if config.eval_only else missing, config.wandb)
         say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
@@ -351,7 +355,15 @@ class Run:
         """Write a checkpoint of the weights as they are after the epoch of `metrics`, unless there is one."""
         if is_main() and (epoch := metrics["epoch"]) != self.record.saved:
             state = {**self.learner.state(epoch), "metrics": metrics}
-            self.record.save(epoch, self.learner.save_weights, state)
+            self.record.save(epoch, functools.partial(self.save_weights, epoch), state)
+
+    def save_weights(self, epoch: int, directory: Path) -> None:
+        """Write the averaged weights, and the model card beside them."""
+        self.learner.save_weights(directory)
+        for folder in filter(Path.is_dir, directory.iterdir()):
+            write_card(folder, checkpoint_path(self.directory, epoch) / folder.name, self.config,
+                       type(self.policy.pipe).__name__, command=self.command, license=self.license,
+                       history=self.record.history, epoch=epoch)
 
     def finish(self) -> None:
         """Say the score before and after, and where things are. TrainingError if the end is not saved."""

@@ -4,12 +4,14 @@ import functools
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
-from helpers import launch_ranks
+from helpers import ROOT, errors_in, launch_ranks
 
 import distributed
 import rewards
@@ -162,6 +164,21 @@ def test_without_a_driver_or_with_no_gpu_wanted_the_device_is_the_cpu(monkeypatc
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert distributed.own_device() == torch.device("cpu")
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_without_a_network_interface_a_run_ends_in_one_line_with_the_way_out(tmp_path, isolated):
+    """In a network of its own a process has a loopback that is down."""
+    launcher = ["unshare", "--map-root-user", "--net"] if isolated else []
+    if isolated and subprocess.run([*launcher, "true"], capture_output=True).returncode:
+        pytest.skip("no network of its own may be made here")
+    environment = {**os.environ, **({} if isolated else {"GLOO_SOCKET_IFNAME": "none_such"})}
+    words = ["--rewards", "jpeg_incompressibility", "1", "--output-dir", tmp_path]
+    done = subprocess.run([*launcher, sys.executable, ROOT / "train.py", *words], env=environment, capture_output=True,
+                          text=True, timeout=120)
+    (line,) = errors_in(done.stderr)
+    assert done.returncode == 2 and line.startswith("error: gloo finds no network interface") and "Traceback" not in done.stderr
+    assert "ip link set lo up" in line and line.endswith("is None" if isolated else "is 'none_such'")
 
 
 @pytest.fixture

@@ -288,6 +288,23 @@ def test_wandb_without_its_package_ends_before_a_model_loads(monkeypatch):
         prepare(["--wandb"])
 
 
+@pytest.mark.skipif("WANDB" in os.environ, reason="here the package wandb is installed")
+def test_a_directory_wandb_is_not_taken_for_the_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)                                     # as an earlier run leaves it
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=f"pip install wandb .the directory {tmp_path / 'wandb'} is not it"):
+        prepare(["--wandb"])
+
+
+def test_a_package_wandb_is_used_though_a_directory_of_that_name_comes_first(tmp_path, monkeypatch):
+    (tmp_path / "stray" / "wandb").mkdir(parents=True)
+    (tmp_path / "packages" / "wandb").mkdir(parents=True)
+    (tmp_path / "packages" / "wandb" / "__init__.py").touch()
+    for place in ("packages", "stray"):
+        monkeypatch.syspath_prepend(tmp_path / place)
+    assert prepare(["--wandb"])[1].wandb
+
+
 def records_of(path: Path) -> Iterator[bytes]:
     """Of a file that W&B keeps offline: LevelDB's log format after seven bytes, blocks of 32 KiB."""
     data, at, record = path.read_bytes(), 7, b""

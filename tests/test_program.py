@@ -108,3 +108,42 @@ def test_ctrl_c_while_loading_ends_it_without_a_traceback(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and err == ""
+
+
+# ----------------------------------------------------------------------------- a Python or a system that is not enough
+
+OLDER = sorted(Path("/root/.pyenv/versions").glob("3.*/bin/python"))
+TRAINER = "error: nano-flow-grpo needs Python 3.11 or later on Linux or macOS"
+PRETEND = "import runpy, sys; sys.{} = {}; sys.argv = ['{}']; sys.path.insert(0, '{}'); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def one_line_of(command: list) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode and not done.stdout and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def older_than(minor: int) -> list[Path]:
+    return [python for python in OLDER if int(python.parent.parent.name.split(".")[1]) < minor]
+
+
+@pytest.mark.parametrize("words", [["train.py"], ["-m", "tools.bench"], ["-m", "harness.gallery"]], ids=" ".join)
+@pytest.mark.parametrize("python", older_than(11) or [None], ids=lambda python: python and python.parent.parent.name)
+def test_an_older_python_says_in_one_line_what_the_trainer_needs(python, words):
+    if python is None:
+        pytest.skip("no Python older than 3.11 is installed")
+    line = one_line_of([python, *words])
+    assert line.startswith(TRAINER) and str(python) in line
+
+
+@pytest.mark.parametrize("name, value", [("version_info", (3, 10, 13)), ("platform", "'win32'")])
+def test_what_the_trainer_needs_is_said_before_anything_else_is_imported(name, value):
+    line = one_line_of([sys.executable, "-S", "-c", PRETEND.format(name, value, ROOT / "train.py", ROOT)])    # -S: no packages
+    assert line.startswith(TRAINER) and ("3.10" if name == "version_info" else "on win32") in line
+
+
+def test_an_older_python_says_in_one_line_what_the_server_needs():
+    pythons = [python for python in older_than(10) if python not in older_than(8)]
+    lines = [one_line_of([python, "rewards.py", "serve", "jpeg_compressibility"]) for python in pythons]
+    lines += [one_line_of([sys.executable, "-S", "-c", PRETEND.format("version_info", (3, 9, 1), ROOT / "rewards.py", ROOT)])]
+    assert all(line.startswith("error: rewards.py serve needs Python 3.10 or later, and this is 3.") for line in lines)

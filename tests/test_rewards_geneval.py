@@ -4,6 +4,7 @@ The checkpoints are of transformers' own classes, saved and loaded in the hub's 
 and what is made of it must be what transformers itself and the paper make of it.
 """
 
+import itertools
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 import prompts
 from engines import geneval
 from engines.geneval import Detection, check_prompt, geneval_relations, geneval_score
+from harness.report import mean_scores
 from rewards import build_reward, build_rewards, check_reward_prompts
 
 
@@ -486,15 +488,24 @@ def test_scores_are_the_rules_on_what_the_networks_find(models, pictures, metada
     assert len(set(score)) > 4 and len(set(strict)) == len(set(accuracy)) == 2  # they differ
 
 
-def test_each_tag_has_its_accuracy_and_is_nan_elsewhere(models, pictures, metadata):
+def test_each_tag_has_its_accuracies_and_is_nan_elsewhere(models, pictures, metadata):
     scores = in_this_process(models)(pictures, ["a photo"] * len(pictures), metadata)
-    for tag in geneval.GENEVAL_TAGS:
+    names = {"strict_accuracy", "accuracy"}
+    for kind, tag in itertools.product(sorted(names), geneval.GENEVAL_TAGS):
         own = np.array([each["tag"] == tag for each in metadata])
-        by_tag = scores[f"geneval/accuracy/{tag}"]
-        np.testing.assert_array_equal(by_tag[own], scores["geneval/accuracy"][own])
+        by_tag = scores[f"geneval/{kind}/{tag}"]
+        np.testing.assert_array_equal(by_tag[own], scores[f"geneval/{kind}"][own])
         assert own.any() and np.isnan(by_tag[~own]).all()
-    names = {"strict_accuracy", "accuracy", *(f"accuracy/{tag}" for tag in geneval.GENEVAL_TAGS)}
+        names.add(f"{kind}/{tag}")
     assert set(scores) == {"geneval", "total"} | {f"geneval/{name}" for name in names}
+
+
+def test_an_evaluation_logs_the_strict_accuracy_of_each_tag(models, pictures, metadata):
+    scores = in_this_process(models)(pictures, ["a photo"] * len(pictures), metadata)
+    logged = mean_scores("eval", {name: torch.from_numpy(values) for name, values in scores.items()})
+    for tag in geneval.GENEVAL_TAGS:
+        strict = [value for value, each in zip(scores["geneval/strict_accuracy"], metadata) if each["tag"] == tag]
+        assert logged[f"eval/geneval/strict_accuracy/{tag}"] == pytest.approx(np.mean(strict))
 
 
 def test_a_score_does_not_depend_on_its_batch(models, pictures, metadata):

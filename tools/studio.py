@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adapters import PEFT_FILES, find_adapter
+from adapters import PEFT_FILES, read_adapter
 from config import Config
 from policy import Policy
 from prompts import Prompt
@@ -90,7 +90,7 @@ def locate(adapter: str) -> tuple[str, str]:
                          "base: save it as a pipeline of its own, `pipe.transformer = ...; "
                          "pipe.save_pretrained(...)`, and give that as --model")
     path = str(place) if place.exists() else adapter     # a hub id, or a mistake
-    find_adapter(path)
+    read_adapter(path)
     return checkpoint_name(place.absolute()) or adapter, path
 
 

@@ -1,0 +1,59 @@
+"""The model card beside a checkpoint's weights: README.md as the Hugging Face Hub shows it."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from adapters import find_file, is_hub_id
+from config import Config
+
+LOAD = {"adapter": 'pipe.load_lora_weights("{}")',
+        "transformer": 'pipe.transformer = pipe.transformer.from_pretrained("{}").to("cuda")'}
+
+
+def find_license(model: str) -> dict[str, str]:
+    """Return license, license_name and license_link as far as the base model's own card states them."""
+    try:
+        text = find_file("--model", model, "README.md").read_text(encoding="utf-8")
+        data = ModelCard(text, ignore_metadata_errors=True).data
+    except Exception:            # no card, or one that cannot be read: it is not ours, and no run ends by it
+        return {}
+    found = {name: getattr(data, name) for name in ("license", "license_name", "license_link")}
+    if (link := found["license_link"]) and "://" not in link and is_hub_id(model):
+        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
+    return {name: value for name, value in found.items() if value}
+
+
+def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, command: str,
+               license: dict[str, str], history: list[dict], epoch: int) -> None:
+    """Write README.md into `folder`, an adapter's or a transformer's, which will be moved to `place`.
+
+    history: metrics of epochs. The card tells the first evaluation and the last one up to `epoch`.
+    A local directory is no base_model, because the hub would refuse the card.
+    """
+    base = {"base_model": config.model} if is_hub_id(config.model) else {}
+    missing = [f"`{name}`" for name in ("base_model", "license") if name not in {**base, **license}]
+    tags = ["lora"] * (folder.name == "adapter") + ["flow-grpo", "text-to-image"]
+    data = ModelCardData(**base, **license, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
+    evaluated = [m for m in history if "eval/total" in m and m["epoch"] <= epoch]
+    shown = evaluated[:1] + evaluated[1:][-1:]
+    weights = dict.fromkeys(config.eval_rewards, 0.0) | dict(config.rewards)
+    rows = [(name, f"{weight:g}", f"eval/{name}") for name, weight in weights.items()]
+    rows += [("total", "", "eval/total"), ("spread of mean colours, of 255", "", "spread/eval")]
+    table = [("held-out prompts", "weight", *(f"epoch {m['epoch']}" for m in shown)), "-" * (2 + len(shown))]
+    table += [(title, weight, *("-" if m.get(name) is None else f"{m[name]:.4f}" for m in shown))
+              for title, weight, name in rows]
+    lines = [
+        "---", data.to_yaml(), "---", f"# {config.model}, trained by Flow-GRPO", "",
+        *([f"To fill in above before this is published: {' and '.join(missing)}.", ""] if missing else []),
+        f"Epoch {epoch} of training (arXiv 2505.05470) on prompts `{config.prompts}`, by the command", "",
+        "```bash", re.sub(r"//[^/@\s]*@", "//", command), "```", "",      # without the passwords of URLs
+        "Epoch 0 is before training." if shown else "No scores: this run was not evaluated.", "",
+        *(f"| {' | '.join(row)} |" for row in table), "",
+        "```python", f"from diffusers import {pipeline}",
+        f'pipe = {pipeline}.from_pretrained("{config.model}").to("cuda")', LOAD[folder.name].format(place),
+        'image = pipe("a prompt", height={}, width={}, guidance_scale={:g}, num_inference_steps={}, '
+        "max_sequence_length={}).images[0]\n```\n".format(
+            *config.resolution, config.guidance_scale, config.eval_num_steps, config.max_sequence_length)]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
