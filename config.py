@@ -356,6 +356,9 @@ def validate(config: Config) -> None:
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once")
     require(len({*names, *config.eval_rewards}) == len(names) + len(config.eval_rewards), "eval_rewards",
             "a reward is named twice, or trained on as well; --rewards are logged at evaluation anyway")
+    for name, _ in config.reward_urls:
+        require(name in (*names, *config.eval_rewards), "reward_urls",
+                f"give {name!r} a weight in --rewards, or name it in --eval-rewards")
     for field in ("reward_urls", "reward_models"):
         given = [name for name, _ in getattr(config, field)]
         require(len(set(given)) == len(given), field, "a name stands there twice")

@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rewards import Reward, import_from, load_model
+from rewards import Reward, one_line_errors
 
 CLIP = "openai/clip-vit-large-patch14"
 
 
 def load_pretrained(reward: str, kind: str, source: str, **arguments: Any) -> Any:
     """Load a network or a processor of `reward` from `source` by the class `kind` of transformers."""
-    loader = import_from("transformers", kind, "transformers torch")
-    return load_model(reward, source, loader.from_pretrained, **arguments)
+    with one_line_errors(f"reward {reward!r} needs: pip install transformers torch"):
+        import transformers
+        loader = getattr(transformers, kind)
+    with one_line_errors(f"cannot load the model of {reward!r} from {source!r}"):
+        return loader.from_pretrained(source, **arguments)
 
 
 def network_reward(score: Callable, batch: int) -> Reward:
@@ -76,10 +79,12 @@ def read_tensors(path: str) -> dict[str, Any]:
         repository, _, file = path.partition(":")
         if not file:
             raise FileNotFoundError("there is no such file, and on the hub it would be repository:file")
-        path = import_from("huggingface_hub", "hf_hub_download", "huggingface_hub")(repository, file)
+        from huggingface_hub import hf_hub_download
+        path = hf_hub_download(repository, file)
     if path.endswith(".safetensors"):
-        return import_from("safetensors.torch", "load_file", "safetensors")(path)
-    return import_from("torch", "load", "torch")(path, map_location="cpu", weights_only=True)
+        from safetensors.torch import load_file
+        return load_file(path)
+    return importlib.import_module("torch").load(path, map_location="cpu", weights_only=True)
 
 
 def aesthetic(*, device: str = "cpu", batch: int = 16, clip: str = CLIP,
@@ -88,7 +93,8 @@ def aesthetic(*, device: str = "cpu", batch: int = 16, clip: str = CLIP,
 
     The default `model` is LAION's sac+logos+ava1-l14-linearMSE.pth.
     """
-    weights = load_model("aesthetic", model, read_tensors)
+    with one_line_errors(f"cannot load the model of 'aesthetic' from {model!r}"):
+        weights = read_tensors(model)
     names = [(f"layers.{i}.weight", f"layers.{i}.bias") for i in (0, 2, 4, 6, 7)]  # with dropout in between
     missing = [name for pair in names for name in pair if name not in set(weights)]
     if missing:
@@ -115,11 +121,13 @@ def imagereward(*, device: str = "cpu", batch: int = 16, model: str = "ImageRewa
     """
     own = ("image-reward and what it needs (docs/rewards.md) into an environment of its own, since it does "
            "not run beside transformers 5, and serve it from there: python rewards.py serve imagereward")
-    load = import_from("ImageReward", "load", own)
+    with one_line_errors(f"reward 'imagereward' needs: pip install {own}"):
+        from ImageReward import load
     files = {"name": model}
     if os.path.isdir(model):
         files = {"name": f"{model}/ImageReward.pt", "med_config": f"{model}/med_config.json"}
-    network = load_model("imagereward", model, lambda source: load(**files, device=device))
+    with one_line_errors(f"cannot load the model of 'imagereward' from {model!r}"):
+        network = load(**files, device=device)
     torch = importlib.import_module("torch")
 
     def score(pictures: list, prompts: list[str]) -> Any:
@@ -141,7 +149,8 @@ def deqa(*, device: str = "cpu", batch: int = 16, model: str = "zhiyuanyou/DeQA-
     if not trust_remote_code:
         way_out = "read it, then set trust_remote_code (--trust-remote-code)"
         raise ValueError(f"reward 'deqa' runs code that {model!r} holds: {way_out}")
-    dtype = import_from("torch", "float16" if device.startswith("cuda") else "float32", "torch")
+    torch = importlib.import_module("torch")
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     arguments = {"trust_remote_code": True, "attn_implementation": "eager", "torch_dtype": dtype}
     network = load_pretrained("deqa", "AutoModelForCausalLM", model, **arguments).to(device).eval()
     return network_reward(lambda pictures, prompts: network.score(pictures).float() / 5, batch)

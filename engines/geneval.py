@@ -5,6 +5,7 @@ objects and CLIP names their colours.
 """
 import difflib
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from rewards import Columns, Reward, import_from, load_model, shorten
+from rewards import Columns, Reward, one_line, one_line_errors
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 GENEVAL_CLASSES = tuple(name.strip() for name in """
@@ -57,7 +58,7 @@ def has(clause: dict, key: str) -> bool:
 def check_prompt(prompt: str, metadata: dict) -> None:
     """Raise ValueError, in one line with the prompt and the value, unless GenEval can judge `metadata`."""
     def needs(what: str, value: Any, way_out: str = "") -> ValueError:
-        shown, found = shorten(repr(prompt), 200), shorten(repr(value), 200)
+        shown, found = one_line(repr(prompt), 200), one_line(repr(value), 200)
         return ValueError(f"prompt {shown}: GenEval's metadata needs {what}, not {found}{way_out}")
 
     tag, include, exclude = metadata.get("tag"), metadata.get("include"), metadata.get("exclude")
@@ -184,8 +185,12 @@ def geneval_score(detections: Sequence[Detection], metadata: dict) -> tuple[floa
 
 def load_pretrained(kind: str, source: str) -> Any:
     """Load a network or a processor from `source` by the class `kind` of transformers."""
-    loader = import_from("transformers", kind, "torch transformers scipy")
-    return load_model("geneval", source, loader.from_pretrained)
+    with one_line_errors("reward 'geneval' needs: pip install torch transformers scipy"):
+        import scipy.optimize  # noqa: F401, without which there is no Mask2Former
+        import transformers
+        loader = getattr(transformers, kind)
+    with one_line_errors(f"cannot load the model of 'geneval' from {source!r}"):
+        return loader.from_pretrained(source)
 
 
 def geneval_detector(model: str, device: str) -> Callable[[np.ndarray], list[list[Detection]]]:
@@ -193,11 +198,9 @@ def geneval_detector(model: str, device: str) -> Callable[[np.ndarray], list[lis
 
     Its attribute `names` holds the class names that it knows.
     """
-    packages = "torch transformers scipy"
-    import_from("scipy.optimize", "linear_sum_assignment", packages)  # without it there is no Mask2Former
-    functional = import_from("torch.nn", "functional", packages)
     processor = load_pretrained("Mask2FormerImageProcessor", model)
     network = load_pretrained("Mask2FormerForUniversalSegmentation", model).to(device).eval()
+    functional = importlib.import_module("torch.nn.functional")
     labels = network.config.id2label
     names = [GENEVAL_NAMES.get(labels[index], labels[index]) for index in range(len(labels))]
 
@@ -236,9 +239,9 @@ def geneval_detector(model: str, device: str) -> Callable[[np.ndarray], list[lis
 
 def geneval_color_reader(model: str, device: str, batch: int) -> Callable[[list], list[str]]:
     """Return CLIP as list of (image (H, W, 3) uint8, Detection) -> the colour of each, zero-shot."""
-    normalize = import_from("torch.nn.functional", "normalize", "torch transformers")
     processor = load_pretrained("CLIPProcessor", model)
     network = load_pretrained("CLIPModel", model).to(device).eval()
+    normalize = importlib.import_module("torch.nn.functional").normalize
 
     @functools.cache
     def color_features(name: str) -> Any:

@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from rewards import (Columns, Reward, RewardError, http_client, import_from, load_model, one_line,
-                     picture_file, post)
+from rewards import Columns, Reward, RewardError, http_client, one_line, one_line_errors, picture_file, post
 
 # Asks a judge about images (B, H, W, 3) with their prompts at a temperature, and returns B answers
 Ask = Callable[[np.ndarray, list[str], float], list[str]]
@@ -109,7 +108,7 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
     if not url.startswith(("openai+http://", "openai+https://")):
         needs = f"reward {name!r} needs a server, as openai+http://host:port/v1, not {url!r}"
         raise ValueError(f"{needs}; one is: {how_to_start}")
-    http_client(loopback=False)  # now, so that a missing package is found before training
+    http_client()  # now, so that a missing package is found before training
     url = url.removeprefix("openai+").rstrip("/") + "/chat/completions"
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -139,12 +138,13 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
 
 def qwenvl_in_process(model: str, device: str, batch: int) -> Ask:
     """Return an `Ask` of Qwen2.5-VL by transformers in this process, `batch` pictures at once."""
-    import_from("torchvision", "ops", "torchvision")  # which transformers needs for this model's processor
-    Network = import_from("transformers", "Qwen2_5_VLForConditionalGeneration", "transformers torch")
-    Processor = import_from("transformers", "AutoProcessor", "transformers torch")
+    with one_line_errors("reward 'qwenvl' needs: pip install transformers torch torchvision"):
+        import torchvision  # noqa: F401, which transformers needs for this model's processor
+        from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    network = load_model("qwenvl", model, Network.from_pretrained, dtype=dtype).to(device).eval()
-    processor = load_model("qwenvl", model, Processor.from_pretrained)
+    with one_line_errors(f"cannot load the model of 'qwenvl' from {model!r}"):
+        network = Qwen2_5_VLForConditionalGeneration.from_pretrained(model, dtype=dtype).to(device).eval()
+        processor = AutoProcessor.from_pretrained(model)
     content = [{"type": "image"}, {"type": "text", "text": QUALITY_QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     lock = threading.Lock()  # one thread at a time, because tokenizers keep state between calls

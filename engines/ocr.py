@@ -6,13 +6,13 @@ import importlib.util
 import os
 import queue
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from rewards import Reward, import_from, shorten, split_batch
+from rewards import Reward, one_line, one_line_errors
 
 Reader = Callable[[np.ndarray], list[str]]  # (B, H, W, 3) uint8 -> the text in each picture
 
@@ -31,7 +31,7 @@ def quoted_text(prompt: str) -> str:
     """
     quoted = re.search(r'"([^"]*)', prompt)
     if quoted is None or not quoted[1].strip():
-        shown = shorten(repr(prompt), 200)
+        shown = one_line(repr(prompt), 200)
         raise ValueError(f'prompt {shown} has no text between double quotes, as in: a sign that says "hello"')
     return quoted[1]
 
@@ -78,8 +78,7 @@ def text_reward(make_reader: Callable[[], Reader], count: int, share: int) -> Re
     for _ in range(count):
         free.put(make_reader())
 
-    def score(part: list[Sequence]) -> np.ndarray:
-        images, prompts, _ = part
+    def score(images: np.ndarray, prompts: list[str]) -> np.ndarray:
         reader = free.get()
         try:
             texts = reader(images)
@@ -91,7 +90,9 @@ def text_reward(make_reader: Callable[[], Reader], count: int, share: int) -> Re
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
         for prompt in prompts:
             quoted_text(prompt)
-        return np.concatenate(list(threads.map(score, split_batch((images, prompts, metadata), share))))
+        parts = [slice(start, start + share) for start in range(0, len(images), share)]
+        scores = threads.map(score, [images[part] for part in parts], [prompts[part] for part in parts])
+        return np.concatenate(list(scores))
 
     return reward
 
@@ -105,8 +106,9 @@ def to_bgr(images: np.ndarray) -> np.ndarray:
 
 def rapidocr_engine(**params: Any) -> Any:
     """Build rapidocr on one core, with settings of its own in `params`."""
-    import_from("onnxruntime", "InferenceSession", "onnxruntime")  # which rapidocr does not require by itself
-    RapidOCR = import_from("rapidocr", "RapidOCR", "rapidocr")
+    with one_line_errors("cannot read text: pip install rapidocr onnxruntime"):
+        import onnxruntime  # noqa: F401, which rapidocr does not require by itself
+        from rapidocr import RapidOCR
     return RapidOCR(params={
         "Global.log_level": "error",  # because a picture without text is a score of 0, not a warning
         "Global.use_cls": False,  # text that stands on its head is not read, as in the reference
@@ -160,7 +162,8 @@ def paddle_model(kind: str, model: str) -> dict[str, str]:
     if not os.path.isdir(model):
         return {f"text_{kind}_model_name": model} if model else {}
     # PaddleOCR wants the name of what is in a directory, and inference.yml holds it.
-    safe_load = import_from("yaml", "safe_load", "pyyaml")
+    with one_line_errors("cannot read inference.yml: pip install pyyaml"):
+        from yaml import safe_load
     with open(os.path.join(model, "inference.yml"), encoding="utf-8") as file:
         name = safe_load(file)["Global"]["model_name"]
     return {f"text_{kind}_model_dir": model, f"text_{kind}_model_name": name}
@@ -173,7 +176,8 @@ def paddleocr_reader(detection: str = "", recognition: str = "") -> Reader:
     those for English in place of "". 3.x runs on paddlepaddle, or on onnxruntime if that is missing or a
     model is an .onnx.
     """
-    PaddleOCR = import_from("paddleocr", "PaddleOCR", "paddleocr paddlepaddle")
+    with one_line_errors("cannot read text: pip install paddleocr paddlepaddle"):
+        from paddleocr import PaddleOCR
     if not hasattr(PaddleOCR, "predict"):
         models = {"det_model_dir": detection or None, "rec_model_dir": recognition or None}
         reader = PaddleOCR(lang="en", use_gpu=False, use_angle_cls=False, cpu_threads=1, show_log=False,
@@ -183,7 +187,8 @@ def paddleocr_reader(detection: str = "", recognition: str = "") -> Reader:
     engine = {"cpu_threads": 1}
     onnx = any(model and os.path.isfile(f"{model}/inference.onnx") for model in (detection, recognition))
     if onnx or importlib.util.find_spec("paddle") is None:
-        import_from("onnxruntime", "InferenceSession", "onnxruntime")
+        with one_line_errors("cannot run .onnx models: pip install onnxruntime"):
+            import onnxruntime  # noqa: F401
         engine = {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": 1}}
     reader = PaddleOCR(
         **(models or {"lang": "en"}), **engine, device="cpu",

@@ -7,26 +7,30 @@ import io
 import pickle
 import pickletools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from rewards import Columns, parse_answer, picture_file, post
+from rewards import Columns, parse_answer, picture_file
 
 
-def ask_pickle_server(name: str, url: str, deadline: float, images: np.ndarray, prompts: list[str],
+def ask_pickle_server(name: str, url: str, send: Callable, images: np.ndarray, prompts: list[str],
                       metadata: list[dict]) -> tuple[np.ndarray, Columns]:
-    """Ask the server of `name`, "geneval" or "deqa", for scores and metrics. `images`: (B, H, W, 3) uint8."""
+    """Ask the server of `name`, "geneval" or "deqa", for scores and metrics. `images`: (B, H, W, 3) uint8.
+
+    send: `rewards.post`, or what works like it.
+    """
     request = {"images": [picture_file(image, "JPEG") for image in images]}  # quality 75, as its own client's
     if name == "geneval":
         # The server's rules read the prompt in the metadata. only_strict would leave the accuracy out.
         request["meta_datas"] = [{"prompt": prompt, **entry} for prompt, entry in zip(prompts, metadata)]
         request["only_strict"] = False
     how_to_start = f'gunicorn "app_{name}:create_app()" in its checkout'
-    answer = post(url, content=pickle.dumps(request, 4), deadline=deadline, how_to_start=how_to_start)
+    response = send(url, content=pickle.dumps(request, 4), how_to_start=how_to_start)
 
-    def read(content: bytes) -> tuple[list, dict[str, list]]:
-        answer = read_plain_pickle(content)
+    def read() -> tuple[list, dict[str, list]]:
+        answer = read_plain_pickle(response.content)
         if name == "deqa":
             return answer["outputs"], {}
         metrics = {"strict_accuracy": answer["strict_rewards"], "accuracy": answer["rewards"]}
@@ -35,7 +39,7 @@ def ask_pickle_server(name: str, url: str, deadline: float, images: np.ndarray, 
                 metrics[f"{kind}/{tag}"] = [None if value == -10 else value for value in values]
         return answer["scores"], metrics
 
-    return parse_answer(url, len(images), read, answer.content)
+    return parse_answer(url, len(images), read)
 
 
 class Dtype:

@@ -26,8 +26,8 @@ from typing import Annotated, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from rewards import (REGISTRY, Columns, Reward, build_rewards, check_reward_weights, find_prompt_check,
-                     import_from, one_line, picture_file, score_and_check)
+from rewards import (REGISTRY, Columns, Reward, build_rewards, check_reward_weights, import_reward, one_line,
+                     one_line_errors, picture_file, score_and_check)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # of pictures; pillow reads them by itself
 LONGEST = 8192  # pixels of a picture's longer side
@@ -302,8 +302,7 @@ def make_app(name: str, reward: Reward, batch: int = 16, max_request_mb: int = 2
 
     token: what a client must show, if not empty. check: the reward's `check_prompt`.
     """
-    FastAPI = import_from("fastapi", "FastAPI", "fastapi uvicorn")
-    from fastapi import Request, Security
+    from fastapi import FastAPI, Request, Security
     from fastapi.responses import JSONResponse
     from fastapi.security import HTTPBearer
     from starlette.exceptions import HTTPException as AnyHTTPException
@@ -361,15 +360,20 @@ def serve(name: str, host: str, port: int, max_request_mb: int, max_waiting: int
     Raises ValueError, ImportError or OSError if that cannot be.
     """
     check_reward_weights({name: 1.0}, options["urls"])
-    Config, Server = (import_from("uvicorn", part, "fastapi uvicorn") for part in ("Config", "Server"))
+    with one_line_errors("cannot serve: pip install fastapi uvicorn"):
+        import fastapi  # noqa: F401, which make_app needs
+        from uvicorn import Config, Server
     # Listen before the reward loads, so that a port that is taken is an error now and early clients wait.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=1024)
     token = os.environ.get("REWARD_TOKEN", "")
     batch = options["batch"] * options["threads"]  # so that all workers are busy for most of it
     reward = build_rewards({name: 1.0}, **options).components[name]
+    # A reward that another server computes may not be importable here.
+    known = name in REGISTRY or not options["urls"]
+    check = getattr(import_reward(name), "check_prompt", None) if known else None
     app = make_app(name, reward, batch=batch, max_request_mb=max_request_mb, max_waiting=max_waiting,
-                   token=token, check=find_prompt_check(name, options["urls"]))
+                   token=token, check=check)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
     flag = f"train.py --reward-urls {name} {address}"

@@ -29,12 +29,11 @@ from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, r
 from harness.gallery import Display
 from harness.program import leave
 from harness.report import epoch_line, say, spread_shares, warn
-from harness.scoring import Scorer
+from harness.scoring import Scorer, check_reward_prompts, probe
 from learner import Learner
 from policy import Policy, check_model
 from prompts import Prompt, load_prompts
-from rewards import (NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_prompts,
-                     check_reward_weights)
+from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_weights
 
 
 # --------------------------------------------------------------------------------------------------- start-up
@@ -121,12 +120,16 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
 
 def make_rewards(config: Config, device: torch.device) -> Rewards:
     """Build the rewards of training and of evaluation, which have the weight 0."""
-    return build_rewards(
+    rewards = build_rewards(
         dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
         start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
         threads=config.reward_threads, device=str(device), batch=config.reward_batch,
         models=dict(config.reward_models), urls=dict(config.reward_urls), deadline=config.reward_deadline,
         max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
+    # A reward's file may have changed these, which training needs.
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    return rewards
 
 
 def make_policy(config: Config, device: torch.device) -> Policy:
@@ -173,7 +176,7 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     if not goes_first:
         distributed.wait_for_all()
     rewards = make_rewards(config, device)
-    rewards.probe(train_prompts[0].text, train_prompts[0].metadata, *config.resolution)
+    probe(rewards, train_prompts[0], config.resolution)
     if goes_first:
         distributed.wait_for_all()
     policy = make_policy(config, device)
@@ -208,8 +211,8 @@ class Run:
     def __post_init__(self):
         config, self.learner = self.config, Learner(self.policy, self.config)
         self.eval_scorer = Scorer(self.rewards, self.policy, config)
-        self.scorer = Scorer(self.rewards.subset(weights=dict(config.rewards)), self.policy, config,
-                             self.eval_scorer.thread)
+        trained = Rewards(dict(config.rewards), self.rewards.components, self.rewards.start_thread)
+        self.scorer = Scorer(trained, self.policy, config, self.eval_scorer.thread)
         self.plan = describe(config, distributed.world_size(), self.policy.branches(config.guidance_scale))
 
     def resume(self) -> None:

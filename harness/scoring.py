@@ -1,7 +1,10 @@
-"""Rewards run in a thread beside the sampling. One object owns the thread, its tasks and their results."""
+"""Rewards in a run: what is checked before it, and the thread in which they score beside the sampling."""
 
+import contextlib
+import copy
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -14,7 +17,38 @@ from harness import signals
 from harness.faults import Interrupted, NonFinite, save_debug_tensors
 from policy import Policy, to_host
 from prompts import Prompt
-from rewards import NonFiniteScore, Rewards
+from rewards import REGISTRY, NonFiniteScore, Rewards, import_reward, one_line, own_random_streams
+
+# torch.from_numpy warns of the rewards' read-only pictures. Ignore it, because each reward has a copy.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
+def check_reward_prompts(names: Iterable[str], prompts: list[str], metadata: list[dict],
+                         urls: dict = {}) -> None:
+    """Raise ValueError, one line with reward and prompt, for the first prompt that a reward cannot score.
+
+    What cannot be imported here is not checked, nor a file of your own that has a URL, because it may be for
+    another environment.
+    """
+    for name in names:
+        check = None
+        if name in REGISTRY or ":" in name and name not in urls:
+            with contextlib.suppress(ValueError):
+                check = getattr(import_reward(name), "check_prompt", None)
+        try:
+            with own_random_streams:
+                for prompt, entry in zip(prompts, metadata, strict=True) if check else ():
+                    check(prompt, copy.deepcopy(entry))
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from error
+        except (Exception, SystemExit) as error:
+            where = f"for prompt {one_line(repr(prompt), 80)}"
+            raise ValueError(f"reward {name!r}: {one_line(error, 200)}, {where}") from error
+
+
+def probe(rewards: Rewards, prompt: Prompt, resolution: tuple[int, int]) -> None:
+    """Score a grey picture, so that a reward that cannot work raises RewardError now and not after hours."""
+    rewards(np.full((1, *resolution, 3), 128, np.uint8), [prompt.text], [prompt.metadata])
 
 
 def thumbnails(images: Tensor) -> Tensor:

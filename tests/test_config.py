@@ -118,7 +118,7 @@ def test_presets_are_valid_and_described(preset):
     ({"guard": True, "rule": "cps", "noise_level": 0.8}, "guard is True: its ratio needs"),
     ({"eval_rewards": ("rapidocr_line",)}, "eval-rewards is ('rapidocr_line',): a reward is named twice, or trained on"),
     ({"eval_rewards": ("ocr", "ocr")}, "eval-rewards is ('ocr', 'ocr')"),
-    ({"reward_urls": (("geneval", "http://host:1"), ("geneval", "http://host:2"))}, "reward-urls is"),
+    ({"reward_urls": (("geneval", "http://host:1"),)}, "reward-urls is (('geneval', 'http://host:1'),): give 'geneval' a weight"),
     ({"reward_deadline": 4000.0}, "reward-deadline is 4000.0"),
     ({"reward_models": (("pickscore", "a"), ("pickscore", "b"))}, "reward-models is"),
     ({"lora_path": "adapter", "full_finetune": True}, "lora-path is 'adapter'"),

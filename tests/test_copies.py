@@ -45,7 +45,7 @@ weighted = rewards.build_rewards({"jpeg_compressibility": 1.0, "mine:brightness"
 scores = weighted(images, prompts, metadata)
 assert (scores["mine:brightness"] == images.mean((1, 2, 3)).astype("float32")).all()
 assert np.allclose(scores["total"], scores["jpeg_compressibility"] + 0.5 * scores["mine:brightness"])
-rewards.check_reward_prompts({"jpeg_compressibility": 1.0, "geneval": 1.0}, prompts, metadata, {"geneval": "http://x"})
+rewards.check_reward_weights({"jpeg_compressibility": 1.0, "geneval": 1.0}, {"geneval": "http://x"})
 print(sorted({"engines", "torch", "transformers", "httpx2", "fastapi"} & set(sys.modules)))
 """
 

@@ -265,9 +265,9 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(model):
     load = functools.partial(make_studio, adapters=())
     assert "multiples of 8" in refusal(load, DemoOptions(), replace(config, resolution=(20, 64)))
     unknown = replace(config, rewards=(("rapidocr_lin", 1.0),))
-    assert "did you mean 'rapidocr_line'?" in refusal(load, DemoOptions(rewards=unknown.rewards), unknown)
+    assert "unknown reward 'rapidocr_lin'" in refusal(load, DemoOptions(rewards=unknown.rewards), unknown)
     studio, notes = load(DemoOptions(), unknown)                                              # of a run, not to be had here
-    assert studio.rewards is None and "did you mean 'rapidocr_line'?" in notes[0] and "has an adapter" in notes[1]
+    assert studio.rewards is None and "unknown reward 'rapidocr_lin'" in notes[0] and "has an adapter" in notes[1]
 
 
 # ------------------------------------------------------------------------------------------------------------ runs on disk

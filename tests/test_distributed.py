@@ -219,7 +219,7 @@ def test_each_thread_of_the_rewards_starts_with_what_start_thread_does():
 
     built = rewards.Rewards({"a": 1.0, "b": 1.0}, {"a": score, "b": score},
                             functools.partial(lambda device: (started.append(device), setattr(here, "device", device)), "cuda:1"))
-    for scored in (built, built.subset({"a": 1.0})):
+    for scored in (built, rewards.Rewards({"a": 1.0}, built.components, built.start_thread)):
         scored(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}])
     assert set(started) == {"cuda:1"} and ran == ["cuda:1"] * 3
 

@@ -24,7 +24,8 @@ from learner import learning_rate
 from prompts import load_prompts
 from engines.geneval import (GENEVAL_CLASSES, GENEVAL_COLORS, GENEVAL_RELATIONS, GENEVAL_TAGS, Detection, geneval_score)
 from engines.ocr import quoted_text, text_score
-from rewards import REGISTRY, check_reward_prompts, check_reward_weights
+from harness.scoring import check_reward_prompts
+from rewards import REGISTRY, check_reward_weights
 from sampler import rollout, timestep_schedule
 
 def refusal(errors, call, *args, **kwargs) -> str:

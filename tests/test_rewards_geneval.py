@@ -16,7 +16,8 @@ import prompts
 from engines import geneval
 from engines.geneval import Detection, check_prompt, geneval_relations, geneval_score
 from harness.report import mean_scores
-from rewards import build_reward, build_rewards, check_reward_prompts
+from harness.scoring import check_reward_prompts
+from rewards import build_reward, build_rewards
 
 
 def at(name, x=0, y=0, confidence=0.95, color=None):
@@ -550,5 +551,5 @@ def test_metadata_that_came_past_the_start_up_check_is_an_error_and_not_a_score(
 
 def test_a_missing_package_is_named(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    with pytest.raises(ImportError, match="pip install torch transformers scipy"):
+    with pytest.raises(ValueError, match="pip install torch transformers scipy"):
         in_this_process(models)

@@ -395,7 +395,7 @@ def test_imagereward_is_the_package_s_own_score_of_each_picture_with_its_own_pro
 
 def test_imagereward_without_its_package_is_one_line_that_says_to_serve_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ImageReward", None)
-    with pytest.raises(ImportError) as error:
+    with pytest.raises(ValueError) as error:
         build_rewards({"imagereward": 1})
     one_line(error, "ImageReward", "pip install", "environment of its own", "python rewards.py serve imagereward")
 

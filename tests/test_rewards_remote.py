@@ -33,6 +33,8 @@ import rewards
 import train
 from engines import clip, ocr, serve as server
 from engines.pickled import read_plain_pickle
+from harness.scoring import probe
+from prompts import Prompt
 from rewards import RewardError, Rewards, build_rewards
 
 ROOT = Path(rewards.__file__).parent
@@ -177,24 +179,17 @@ def test_scores_do_not_depend_on_the_number_of_workers_to_the_bit(name):
     assert scores[0] == scores[1] == scores[2] and len(set(scores[0])) > 1
 
 
-def test_the_metrics_of_parts_are_joined_with_nan_where_a_part_has_none():
-    part = [(np.arange(2), {}), (np.arange(2), {"a": np.full(2, 7.0)}), (np.arange(1), {"b": np.full(1, 7.0)})]
-    scores, metrics = rewards.concatenate(part)
-    assert scores.tolist() == [0, 1, 0, 1, 0]
-    np.testing.assert_array_equal(metrics["a"], [np.nan, np.nan, 7, 7, np.nan])
-    np.testing.assert_array_equal(metrics["b"], [np.nan] * 4 + [7])
+def test_a_request_holds_a_batch_and_metrics_are_nan_where_its_answer_has_none():
+    def answer(number, body):
+        prompts = json.loads(body)["prompts"]
+        metric = {"0": {}, "2": {"a": [7, 7]}, "4": {"b": [8]}}[prompts[0]]
+        return 200, json.dumps({"scores": [float(prompt) for prompt in prompts], "metrics": metric}).encode()
 
-
-def test_a_request_holds_fewer_pictures_where_they_are_large(monkeypatch):
-    sizes = []
-    monkeypatch.setattr(rewards, "REQUEST_BYTES", 3 * 8 * 8 * 3)
-    monkeypatch.setattr(rewards, "IN_FLIGHT", 1)
-    monkeypatch.setattr(rewards, "ask_server", lambda name, url, deadline, images, *_: (
-        sizes.append(len(images)) or np.zeros(len(images)), {}))
-    reward = rewards.remote_reward("any", "http://host:1", 4, 1.0)
-    for height in (4, 8, 12, 100):
-        reward(noise(8, height, 8), [""] * 8, [{}] * 8)
-    assert sizes == [4, 4] + [3, 3, 2] + [2] * 4 + [1] * 8
+    with Peer(answer) as peer:
+        scores = remote("any", f"http://{peer.address}", batch=2)(noise(5), list("01234"), [{}] * 5)
+    assert len(peer.requests) == 3 and scores["any"].tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(scores["any/a"], [np.nan, np.nan, 7, 7, np.nan])
+    np.testing.assert_array_equal(scores["any/b"], [np.nan] * 4 + [8])
 
 
 # ---------------------------------------------------------------- the server's answers
@@ -218,11 +213,10 @@ def test_metrics_of_a_served_reward_arrive_with_their_gaps(identity):
     np.testing.assert_array_equal(there["own:identity/metadata"], [5, np.nan, -0.5])
 
 
-def test_a_server_of_another_reward_is_told_of_once(jpeg, capfd):
-    reward = remote("aesthetic", jpeg)
-    for _ in range(2):
-        reward(noise(2), ["", ""], [{}] * 2)
-    assert capfd.readouterr().err.count("serves the reward 'jpeg_incompressibility', which goes here by the name 'aesthetic'") == 1
+def test_a_server_of_another_reward_is_refused_with_its_address_and_both_names(jpeg):
+    with pytest.raises(RewardError) as error:
+        remote("aesthetic", jpeg)(noise(2), ["", ""], [{}] * 2)
+    assert one_line(error, f"{jpeg} serves the reward 'jpeg_incompressibility', not 'aesthetic'")
 
 
 def test_pictures_of_several_sizes_in_one_request_keep_their_places(jpeg):
@@ -700,7 +694,6 @@ def test_a_url_of_a_host_with_or_without_port_path_and_user_is_taken(url):
 
 
 @pytest.mark.parametrize("urls, contents", [
-    ({"geneval": "http://host:1"}, ["'geneval'", "http://host:1", "weight", "jpeg_compressibility"]),
     ({"jpeg_compressibility": "ftp://host:1"}, ["'jpeg_compressibility'", "ftp://host:1", "pickle+http://"]),
     ({"jpeg_compressibility": "host:1"}, ["host:1", "http://"]),
     ({"jpeg_compressibility": "http://"}, ["'http://'"]),
@@ -747,11 +740,11 @@ def test_a_probe_scores_one_grey_picture_with_every_reward_and_stops_where_one_c
         seen.append((images, prompts, metadata))
         return [0]
 
-    Rewards({"fine": 1}, {"fine": fine}).probe("a prompt", {"tag": 1}, 16, 24)
+    probe(Rewards({"fine": 1}, {"fine": fine}), Prompt("a prompt", {"tag": 1}), (16, 24))
     (((image,), prompts, metadata),) = seen
     assert image.shape == (16, 24, 3) and (image == 128).all() and (prompts, metadata) == (["a prompt"], [{"tag": 1}])
     with pytest.raises(RewardError) as error:
-        Rewards({"fine": 1, "odd": 1}, {"fine": fine, "odd": lambda *batch: 1 / 0}).probe("a prompt", {}, 16, 24)
+        probe(Rewards({"fine": 1, "odd": 1}, {"fine": fine, "odd": lambda *batch: 1 / 0}), Prompt("a prompt", {}), (16, 24))
     assert one_line(error, "'odd'", "'a prompt'", "ZeroDivisionError")
 
 
@@ -764,7 +757,7 @@ def test_what_cannot_be_served_is_one_line(capsys):
         port = str(taken.getsockname()[1])
         for arguments, contents in [
             (["jpeg_compressibility", "--port", port], ["in use"]),
-            (["jpeg_compress"], ["did you mean 'jpeg_compressibility'"]),
+            (["jpeg_compress"], ["'jpeg_compress'", "known: jpeg_incompressibility"]),
             (["no_such_file:score"], ["no_such_file"]),
             (["jpeg_compressibility", "--models", "one"], ["--models one"]),
             (["jpeg_compressibility", "--max-waiting", "0"], ["--max-waiting"]),

@@ -44,7 +44,7 @@ from harness.run import end_with, make_policy, make_rewards, prepare
 from harness.scoring import Scorer
 from learner import Learner
 from policy import Policy
-from rewards import RewardError
+from rewards import RewardError, Rewards
 from tools.floor import NETWORK, PIECES, Floor, matrix_product_rate, synchronize
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather",
@@ -156,7 +156,8 @@ class Setting:
     def __init__(self, arguments: list[str], device: torch.device):
         _, config, self.prompts, _ = prepare(arguments)
         self.name, self.device, self.epoch = " ".join(arguments) or "tiny_ocr", device, 0
-        self.rewards = make_rewards(config, device).subset(dict(config.rewards))
+        built = make_rewards(config, device)
+        self.rewards = Rewards(dict(config.rewards), built.components, built.start_thread)
         self.policy = make_policy(config, device)
         way_out = "not one image fits: --gradient-checkpointing, or a lower --resolution"
         with within_memory(way_out, describe(config, 1)):

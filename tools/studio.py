@@ -13,9 +13,10 @@ import torch
 
 from adapters import PEFT_FILES, read_adapter
 from config import Config
+from harness.scoring import check_reward_prompts
 from policy import Policy
 from prompts import Prompt
-from rewards import RewardError, Rewards, check_reward_prompts
+from rewards import RewardError, Rewards
 from sampler import rollout, timestep_schedule
 
 MOST_CACHED = 128                # pictures that are not drawn again when they are asked for again
