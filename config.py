@@ -136,7 +136,7 @@ class Config:
     reward_models: tuple[tuple[str, str], ...] = ()
     """Where rewards load from, if not from the hub: --reward-models pickscore /models/PickScore_v1"""
     reward_urls: tuple[tuple[str, str], ...] = ()
-    """Rewards that are served elsewhere: --reward-urls geneval http://host:18085"""
+    """Rewards that are served elsewhere: --reward-urls geneval http://host:18085; repeat for more servers."""
     reward_deadline: float = 600.0
     """Seconds for which a server that does not answer is asked again before the run stops."""
     max_unanswered: float = 0.1
@@ -174,6 +174,12 @@ class Config:
     def trained_steps(self) -> int:
         """How many steps of each sample are trained: the window, or without one the first steps."""
         return self.window_size or math.floor(self.timestep_fraction * self.num_steps + 1e-9)
+
+    @property
+    def urls(self) -> dict[str, list[str] | str]:
+        """Where each served reward is asked: a URL, or a list of them."""
+        urls = {name: [u for n, u in self.reward_urls if n == name] for name, _ in self.reward_urls}
+        return {name: several if len(several) > 1 else several[0] for name, several in urls.items()}
 
     @property
     def half_precision(self) -> bool:
@@ -359,9 +365,10 @@ def validate(config: Config) -> None:
     for name, _ in config.reward_urls:
         require(name in (*names, *config.eval_rewards), "reward_urls",
                 f"give {name!r} a weight in --rewards, or name it in --eval-rewards")
-    for field in ("reward_urls", "reward_models"):
-        given = [name for name, _ in getattr(config, field)]
-        require(len(set(given)) == len(given), field, "a name stands there twice")
+    require(len(set(config.reward_urls)) == len(config.reward_urls), "reward_urls",
+            "a server stands there twice")
+    require(len(dict(config.reward_models)) == len(config.reward_models), "reward_models",
+            "a name stands there twice")
     require(not (config.lora_path and config.full_finetune), "lora_path", "--full-finetune excludes it")
     if config.window_size:
         first, last = config.window_range

@@ -44,7 +44,7 @@ from PIL import Image
 
 Reward = Callable[[np.ndarray, list[str], list[dict]], Any]
 Columns = dict[str, np.ndarray]
-Places = dict[str, str]
+Places = dict[str, Any]  # reward -> a path, a URL or a list of URLs
 
 
 class RewardError(RuntimeError):
@@ -193,10 +193,7 @@ REGISTRY = {  # name -> module:function; the module is imported when its reward 
 
 def build_rewards(weights: dict[str, float], start_thread: Callable | None = None, *, urls: Places = {},
                   models: Places = {}, **options: Any) -> Rewards:
-    """Build the rewards of `weights`, name -> weight, and return the `Rewards` of them.
-
-    urls, models, options: as `build_reward` takes them. Raises ValueError as `check_reward_weights` does.
-    """
+    """Build the `Rewards` of `weights`, name -> weight. The rest is as `build_reward` takes and raises it."""
     check_reward_weights(weights, urls)
     for model in models:
         if not any(f"{model}.".startswith(f"{name}.") for name in (*weights, *REGISTRY)):
@@ -208,9 +205,9 @@ def build_rewards(weights: dict[str, float], start_thread: Callable | None = Non
 def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: int = 1, batch: int = 16,
                  device: str = "cpu", deadline: float = 600.0, max_unanswered: float = 0.1,
                  trust_remote_code: bool = False) -> Reward:
-    """Build one reward, here or as a client of its server.
+    """Build one reward, here or as a client of its server. Raises ValueError, ImportError or OSError.
 
-    urls               reward -> where it is asked: http://, pickle+http://, openai+http://
+    urls               reward -> http://..., pickle+http://... or openai+http://..., or a list of servers
     models             reward -> hub id or path of its model; a second one is "pickscore.processor"
     threads            CPU cores of each text reward
     batch              pictures that a network sees at once
@@ -218,14 +215,12 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: 
     deadline           seconds for which a server that does not answer is asked again
     max_unanswered     share of a judge's answers that may lack a score
     trust_remote_code  whether a model may run the code that its hub repository holds
-
-    What fails is a ValueError, an ImportError for a missing package, or an OSError.
     """
     if not (threads >= 1 and batch >= 1 and deadline > 0 and 0 <= max_unanswered <= 1):
         given = f"threads {threads}, batch {batch}, deadline {deadline}, max_unanswered {max_unanswered}"
         raise ValueError(f"{given}: they must be at least 1, at least 1, more than 0, and from 0 to 1")
     if is_remote(name, urls):
-        return remote_reward(name, urls[name], batch, deadline)
+        return remote_reward(name, np.atleast_1d(urls[name]).tolist(), batch, deadline)
     options = dict(threads=threads, batch=batch, device=device, deadline=deadline, url=urls.get(name, ""),
                    max_unanswered=max_unanswered, trust_remote_code=trust_remote_code)
     reward = import_reward(name)
@@ -306,7 +301,7 @@ def check_reward_weights(weights: dict[str, float], urls: Places = {}) -> None:
             import_reward(name)
         elif name not in REGISTRY and not is_remote(name, urls):
             raise ValueError(f"unknown reward {name!r}; {known}")
-    for name, url in urls.items():
+    for name, url in [(key, url) for key in urls for url in np.atleast_1d(urls[key]).tolist() or [""]]:
         match, problem = re.fullmatch(URL, url), f"reward {name!r} cannot be asked at {url!r}"
         if not match or not 0 < int(match["port"] or 80) < 1 << 16:
             schemes = "http://, https://, pickle+http:// or openai+http://"
@@ -345,18 +340,24 @@ IN_FLIGHT = 4  # requests of one served reward at once, because pictures travel 
 
 def is_remote(name: str, urls: Places) -> bool:
     """Tell whether another process computes the reward. Those of openai+ are computed here, by asking."""
-    return name in urls and not urls[name].startswith("openai+")
+    return name in urls and not str(urls[name]).startswith("openai+")
 
 
-def remote_reward(name: str, url: str, batch: int, deadline: float) -> Reward:
-    """Return the reward `name` as the server at `url` computes it, at most `batch` pictures a request."""
-    ask = import_reward("engines.pickled:ask_pickle_server") if url.startswith("pickle+") else ask_server
-    ask = functools.partial(ask, name, url.rpartition("+")[2], functools.partial(post, deadline=deadline))
-    threads = ThreadPoolExecutor(IN_FLIGHT)
+def remote_reward(name: str, urls: list[str], batch: int, deadline: float) -> Reward:
+    """Return the reward `name` as one or several servers compute it, at most `batch` pictures a request."""
+    asks, send, threads = {}, functools.partial(post, deadline=deadline), ThreadPoolExecutor(IN_FLIGHT)
+    for url in urls:
+        ask = import_reward("engines.pickled:ask_pickle_server") if url.startswith("pickle+") else ask_server
+        asks[url] = functools.partial(ask, name, url.rpartition("+")[2])
+
+    ask_all = lambda parts: threads.map(lambda part: asks[urls[0]](send, *part), parts)
+    if len(urls) > 1:
+        ask_all = import_reward("engines.servers:Servers")(name, asks, deadline).ask_all
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, Columns]:
-        parts = [slice(start, start + batch) for start in range(0, len(images), batch)]
-        answers = threads.map(lambda part: ask(images[part], prompts[part], metadata[part]), parts)
+        size = min(batch, math.ceil(len(images) / len(urls)))  # so that each server has some
+        parts = [slice(start, start + size) for start in range(0, len(images), size)]
+        answers = ask_all([(images[part], prompts[part], metadata[part]) for part in parts])
         scores, metrics = np.zeros(len(images), np.float32), {}
         for part, (scores[part], columns) in zip(parts, answers):
             for metric, column in columns.items():  # NaN in a part that lacks it
@@ -438,8 +439,7 @@ def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request
 @functools.cache
 def http_client() -> Any:
     """Return the process's HTTP client, which threads share. Proxies are not for servers on this machine."""
-    with one_line_errors("to ask a served reward: pip install httpx2"):
-        import httpx2
+    import httpx2
     here = dict.fromkeys(("all://localhost", "all://127.0.0.0/8", "all://[::1]"))
     return httpx2.Client(limits=httpx2.Limits(max_connections=None), mounts=here)
 

@@ -103,11 +103,11 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     validate(config)
     distributed.own_device()     # before a file with rewards is imported, because it may put a model there
     weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
-    check_reward_weights(weights, dict(config.reward_urls))
+    check_reward_weights(weights, config.urls)
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
-                             dict(config.reward_urls))
+                             config.urls)
     check_model(config.model)
     if config.lora_path:
         read_adapter(config.lora_path)
@@ -124,7 +124,7 @@ def make_rewards(config: Config, device: torch.device) -> Rewards:
         dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
         start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
         threads=config.reward_threads, device=str(device), batch=config.reward_batch,
-        models=dict(config.reward_models), urls=dict(config.reward_urls), deadline=config.reward_deadline,
+        models=dict(config.reward_models), urls=config.urls, deadline=config.reward_deadline,
         max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
     # A reward's file may have changed these, which training needs.
     torch.set_grad_enabled(True)
@@ -264,11 +264,13 @@ class Run:
         `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
+        self.scorer.waited = 0.0
         try:
             yield metrics
+            waited = distributed.gather_vectors(torch.tensor([self.scorer.waited])).mean().item()
             seconds, images = time.perf_counter() - started, config.groups_per_epoch * config.group_size
             metrics |= {"learning_rate": self.learner.learning_rate, "seconds": seconds,
-                        "images_per_second": images / seconds}
+                        "images_per_second": images / seconds, "reward_wait": waited}
         except (NonFinite, NonFiniteScore) as error:
             self.learner.skip(error, config.updates_per_epoch)
             metrics |= {"skipped_updates": config.updates_per_epoch,

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -71,6 +72,7 @@ class Scorer:
         self.thread = thread or ThreadPoolExecutor(1, initializer=torch.cuda.set_device if on_gpu else None,
                                                    initargs=(policy.device,) if on_gpu else ())
         self.pending: list[Future] = []
+        self.waited = 0.0        # seconds in which this rank did nothing else
 
     def submit(self, images: Tensor, latents: Tensor, prompts: list[Prompt], where: str,
                debug_tensors: dict[str, Tensor], **columns: Tensor) -> None:
@@ -133,10 +135,12 @@ class Scorer:
 
     def _wait(self) -> None:
         """Wait for all scores. A failed reward is raised at once, and a signal waits for no slow reward."""
+        started = time.perf_counter()
         while wait(self.pending, timeout=0.2).not_done:
             self._raise_failed()
             if signals.stop_asked():
                 raise Interrupted
+        self.waited += time.perf_counter() - started
         self._raise_failed()
 
     def _raise_failed(self) -> None:

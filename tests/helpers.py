@@ -23,7 +23,7 @@ from config import Config
 from policy import Policy
 
 ROOT = Path(train.__file__).parent
-TIMES = {"seconds", "images_per_second"}               # the metrics that are not a function of the seed
+TIMES = {"seconds", "images_per_second", "reward_wait"}                # the metrics that are not a function of the seed
 
 # Two groups of four, three of four steps trained, two updates; in float64, so that nothing hides behind rounding.
 SMALL = dict(

@@ -325,7 +325,7 @@ def make_rewards(options: DemoOptions, config: Config,
     if not config.rewards:
         return None, []
     weights = dict(config.rewards)
-    urls = {name: url for name, url in config.reward_urls if name in weights}
+    urls = {name: place for name, place in config.urls.items() if name in weights}
     try:
         return build_rewards(weights, device=str(device), models=dict(config.reward_models), urls=urls,
                              deadline=REWARD_DEADLINE), []

@@ -1,0 +1,185 @@
+"""Several servers behind one reward: --reward-urls geneval http://a:18085 geneval http://b:18085
+
+A request goes to the server that has the fewest. A server that gives no answer is left out, its requests go
+to the others, and a thread looks at it until it answers again. A server that is much slower than the others
+gets nothing new until it answers, and the others compute what it holds up. One line on stderr tells of
+each of these. Scores keep the order of the pictures, whoever computed them.
+"""
+import collections
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rewards import IN_FLIGHT, Columns, RewardError, http_client, one_line, post
+
+SLOW = 10.0  # seconds, beyond four times the others' longest answer, after which a server counts as slow
+LOOK_AGAIN = 1.0, 30.0  # seconds until a server that is left out is looked at: at first, and at most
+
+Part = tuple[np.ndarray, list[str], list[dict]]  # images, prompts and metadata of a request
+Answer = tuple[np.ndarray, Columns]
+
+
+class Unanswered(Exception):
+    """A server gave no answer, or none for now. `args`: its words, its status or 0, how to start it."""
+
+
+@dataclass(eq=False)
+class Server:
+    """A server, and what is known of it."""
+
+    url: str
+    ask: Callable           # (send, images, prompts, metadata) -> Answer
+    requests: int = 0       # that it has now
+    seconds: float = 0.0    # that its last answer took
+    away: bool = False      # left out until it answers a look
+    slow: bool = False      # left out until it answers a request
+
+
+class Servers:
+    """Asks several servers of one reward for the parts of a batch. Any thread may call it."""
+
+    def __init__(self, name: str, asks: dict[str, Callable], deadline: float) -> None:
+        """asks: URL -> what asks its server. deadline: seconds for which no server may answer."""
+        if any(url.startswith("openai+") for url in asks):
+            raise ValueError(f"reward {name!r} takes one openai+ URL; to have several, put a balancer there")
+        self.name, self.deadline = name, deadline
+        self.servers = [Server(url, ask) for url, ask in asks.items()]
+        self.threads = ThreadPoolExecutor(IN_FLIGHT * len(asks))
+        self.lock, self.checked, self.answered = threading.Lock(), False, 0.0
+        self.last_words = ("", 0, "")
+
+    def ask_all(self, parts: list[Part]) -> list[Answer]:
+        """Return the answer to each part, in order. Raises RewardError as `rewards.post` does."""
+        self.answered = time.monotonic()
+        if not self.checked:
+            self.check(tuple(column[:1] for column in parts[0]))
+        waiting, failures = collections.deque(range(len(parts))), collections.Counter()
+        answers, running = {}, {}  # part's number -> answer; future -> number, server, when it started
+        twice = set()  # numbers of parts that a slow server holds up, so that others compute them too
+        while len(answers) < len(parts):
+            while waiting and (server := self.take_free()):
+                job = self.threads.submit(self.request, server, parts[waiting[0]])
+                running[job] = waiting.popleft(), server, time.monotonic()
+            if not running:
+                self.wait_for_any()
+            for job in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                number, server, _ = running.pop(job)
+                try:
+                    answers.setdefault(number, job.result())
+                except Unanswered as error:
+                    failures[number] += error.args[1] == 500
+                    if failures[number] == 3:
+                        raise RewardError(f"{server.url} and others failed 3 times; the last answer was "
+                                          f"{error.args[0]}") from error
+                    if number not in answers:
+                        waiting.append(number)
+            for number, server, started in running.values():
+                if number not in twice and self.is_slow(server, started):
+                    twice.add(number)
+                    waiting.append(number)
+            waiting = collections.deque(number for number in waiting if number not in answers)
+        return [answers[number] for number in range(len(parts))]
+
+    def check(self, part: Part) -> None:
+        """Ask each server for one picture, so that one of another reward is found now and not after hours."""
+        for server in self.servers:
+            server.requests += 1
+        jobs = [self.threads.submit(self.request, server, part) for server in self.servers]
+        for job in jobs:
+            if not isinstance(error := job.exception(), Unanswered | None):
+                raise error
+        self.checked = True
+
+    def take_free(self) -> Server | None:
+        """Take the server with the fewest requests, and among equals the one that answered fastest."""
+        with self.lock:
+            free = [s for s in self.servers if not s.away and not s.slow and s.requests < IN_FLIGHT]
+            server = min(free, key=lambda server: (server.requests, server.seconds), default=None)
+            if server:
+                server.requests += 1
+        return server
+
+    def wait_for_any(self) -> None:
+        """Wait a moment for a server that is left out. Raises RewardError after the deadline."""
+        if time.monotonic() - self.answered > self.deadline:
+            words, _, how_to_start = self.last_words
+            none = f"none of the {len(self.servers)} servers of reward {self.name!r} answered"
+            raise RewardError(f"{none} in {self.deadline:g} s; the last answer was {words}; "
+                              f"start one with: {how_to_start}")
+        time.sleep(0.1)
+
+    def is_slow(self, server: Server, started: float) -> bool:
+        """Tell whether the server has become slow, measured by the others, and say so."""
+        others = [other.seconds for other in self.servers if other is not server and other.seconds]
+        seconds = time.monotonic() - started
+        if not server.slow and others and seconds > SLOW + 4 * max(others):
+            server.slow = True
+            self.say(server, f"is slow, {seconds:.0f} s where others took {max(others):.1f} s; they go on")
+        return server.slow
+
+    def request(self, server: Server, part: Part) -> Answer:
+        """Ask one server once. Raises Unanswered, or RewardError where it refuses."""
+        started = time.monotonic()
+        try:
+            answer = server.ask(self.send, *part)
+        except Unanswered as error:
+            self.last_words = error.args
+            if error.args[1] != 500:  # which is a failure of the reward, not of the server
+                self.leave_out(server, error.args)
+            raise
+        finally:
+            with self.lock:
+                server.requests, server.slow = server.requests - 1, False
+        self.answered, server.seconds = time.monotonic(), time.monotonic() - started
+        return answer
+
+    def send(self, url: str, *, how_to_start: str, **request: Any) -> Any:
+        """POST once, and return the response of status 2xx. Works as `rewards.post` otherwise."""
+        import httpx2
+        try:
+            response = http_client().post(url, timeout=self.deadline / 2, **request)
+        except httpx2.TransportError as error:
+            raise Unanswered(one_line(error, 300), 0, how_to_start) from error
+        status = response.status_code
+        if status >= 500 or status in (408, 429):
+            raise Unanswered(one_line(f"{status} {response.text}", 300), status, how_to_start)
+        return response if response.is_success else post(url, **request)  # which refuses in its own words
+
+    def leave_out(self, server: Server, words: tuple[str, int, str]) -> None:
+        """Leave a server out until it answers a look. One that is only busy is not told of."""
+        with self.lock:
+            if server.away:
+                return
+            server.away = True
+        if busy := words[1] in (408, 429, 503):
+            words = ("", *words[1:])
+        else:
+            self.say(server, f"is gone ({words[0]}); the others go on, and it is asked again")
+        self.look_later(server, LOOK_AGAIN[0], busy)
+
+    def look_later(self, server: Server, seconds: float, quiet: bool) -> None:
+        timer = threading.Timer(seconds, self.look, [server, seconds, quiet])
+        timer.daemon = True
+        timer.start()
+
+    def look(self, server: Server, seconds: float, quiet: bool) -> None:
+        """See whether a server answers at all, whatever it says."""
+        try:
+            address = server.url.rpartition("+")[2].rstrip("/").removesuffix("/score")
+            there = http_client().get(f"{address}/health", timeout=10).status_code < 500
+        except Exception:  # of any type, because this thread is nobody's
+            there = False
+        if not there:
+            return self.look_later(server, min(2 * seconds, LOOK_AGAIN[1]), quiet)
+        server.away = False
+        if not quiet:
+            self.say(server, "is back")
+
+    def say(self, server: Server, what: str) -> None:
+        print(f"warning: the server {server.url} of reward {self.name!r} {what}", file=sys.stderr, flush=True)

@@ -1,0 +1,171 @@
+"""Claims about several servers behind one reward: real servers, of which some die, hang or are missing."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import numpy as np
+import pytest
+from helpers import ROOT, wait_until
+from test_rewards_remote import OWN, Peer, one_line
+
+from config import ConfigError, parse_config, validate
+from engines import servers
+from rewards import RewardError, build_rewards, check_reward_weights
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """`start(name="own:identity", port=0)`: the real command; (process, URL), once it listens."""
+    directory, processes = tmp_path_factory.mktemp("own"), []
+    (directory / "own.py").write_text(OWN)
+
+    def start(name="own:identity", port=0):
+        command = [sys.executable, ROOT / "rewards.py", "serve", name, "--port", str(port), "--batch", "4"]
+        process = subprocess.Popen(command, cwd=directory, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        processes.append(process)
+        return process, re.search(r"http://\S+:\d+", process.stdout.readline())[0]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def reward_of(urls, name="own:identity", **options):
+    return build_rewards({name: 1.0}, urls={name: urls}, batch=4, **options)
+
+
+def score(reward, count):
+    """Score pictures that encode their numbers, and assert that no score is lost or swapped."""
+    numbers = np.arange(count)
+    images = np.zeros((count, 4, 4, 3), np.uint8)
+    images[:, 0, 0] = np.stack([np.full(count, 3), numbers // 256, numbers % 256], 1)
+    columns = reward(images, [str(2 * i) for i in numbers], [{"number": int(3 * i)} for i in numbers])
+    assert columns["own:identity"].tolist() == (3 * 65536 + numbers).tolist()
+    assert columns["own:identity/prompt"].tolist() == (2 * numbers).tolist()
+    assert columns["own:identity/metadata"].tolist() == (3 * numbers).tolist()
+
+
+def scored(url):
+    return httpx2.get(f"{url}/health").json()["scored"]
+
+
+def nobody():
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def test_no_score_is_lost_or_swapped_when_one_of_three_is_killed_in_the_middle(start, capfd):
+    running = [start() for _ in range(3)]
+    reward = reward_of([url for _, url in running])
+    process, url = running[1]
+
+    def kill():
+        wait_until(lambda: scored(url) > 100, 60)
+        os.kill(process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    score(reward, 3000)
+    killer.join()
+    assert process.wait(10) == -signal.SIGKILL
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and url in line and "is gone" in line
+
+    start(port=int(url.rpartition(":")[2]))                 # it is asked again once it is back
+    wait_until(lambda: "is back" in capfd.readouterr().err, 60)
+    score(reward, 60)
+    assert scored(url) > 0
+
+
+def test_a_server_that_hangs_is_named_and_the_others_compute_its_part(start, capfd, monkeypatch):
+    monkeypatch.setattr(servers, "SLOW", 1.0)
+    (process, url), (_, other) = start(), start()
+    reward = reward_of([url, other])
+    score(reward, 8)
+    process.send_signal(signal.SIGSTOP)
+    started = time.monotonic()
+    score(reward, 40)
+    assert 1 < time.monotonic() - started < 60              # far below half of the deadline
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and url in line and "is slow" in line
+    process.send_signal(signal.SIGCONT)
+
+
+def test_a_server_that_is_dead_from_the_start_is_a_warning_line(start, capfd):
+    dead, (_, url) = nobody(), start()
+    score(reward_of([dead, url]), 20)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and dead in line and "refused" in line
+
+
+def test_servers_that_are_all_dead_end_in_one_line():
+    with pytest.raises(RewardError) as error:
+        score(reward_of([nobody(), nobody()], deadline=1), 4)
+    assert one_line(error, "none of the 2 servers of reward 'own:identity'", "in 1 s", "refused", "rewards.py serve")
+
+
+def test_a_server_of_another_reward_is_refused_at_the_first_call(start):
+    (_, url), (_, other) = start(), start("own:slow")
+    with pytest.raises(RewardError) as error:
+        score(reward_of([url, other]), 1)
+    assert one_line(error, f"{other} serves the reward 'own:slow', not 'own:identity'")
+
+
+def test_the_faster_server_gets_more_requests():
+    def answer(seconds):
+        def respond(number, body):
+            time.sleep(seconds)
+            return 200, json.dumps({"scores": [float(p) for p in json.loads(body)["prompts"]], "metrics": {}}).encode()
+        return respond
+
+    with Peer(answer(0.02)) as fast, Peer(answer(0.4)) as slow:
+        reward = build_rewards({"any": 1.0}, urls={"any": [f"http://{fast.address}", f"http://{slow.address}"]}, batch=1)
+        images, prompts = np.zeros((60, 4, 4, 3), np.uint8), [str(i) for i in range(60)]
+        assert reward(images, prompts, [{}] * 60)["any"].tolist() == list(range(60))
+    assert len(fast.requests) + len(slow.requests) == 62 and len(fast.requests) > 3 * len(slow.requests)
+
+
+def test_pictures_that_the_reward_fails_on_are_asked_for_three_times_in_all():
+    with Peer(lambda number, body: (500, b"KeyError: 'tag'")) as one, Peer(lambda number, body: (500, b"the same")) as other:
+        reward = build_rewards({"any": 1.0}, urls={"any": [f"http://{one.address}", f"http://{other.address}"]})
+        with pytest.raises(RewardError, match="failed 3 times; the last answer was 500") as error:
+            reward(np.zeros((1, 4, 4, 3), np.uint8), [""], [{}])
+    assert one_line(error) and len(one.requests) + len(other.requests) == 2 + 3
+
+
+@pytest.mark.parametrize("urls, says", [(["http://a:1", "b:1"], "'b:1'"), ([], "''"), (["http://a:1", 5], "'5'")])
+def test_a_list_with_what_is_no_url_is_one_line(urls, says):
+    with pytest.raises(ValueError) as error:
+        check_reward_weights({"geneval": 1.0}, {"geneval": urls})
+    assert one_line(error, "'geneval'", says)
+
+
+def test_openai_servers_in_a_list_are_refused_in_one_line():
+    with pytest.raises(ValueError) as error:
+        build_rewards({"qwenvl": 1.0}, urls={"qwenvl": ["openai+http://a:1/v1", "openai+http://b:1/v1"]})
+    assert one_line(error, "'qwenvl'", "one openai+ URL")
+
+
+def refused(line):
+    with pytest.raises(ConfigError) as error:
+        validate(parse_config(line.split())[1])
+    return error
+
+
+def test_the_command_line_takes_a_name_several_times_and_refuses_half_a_pair_and_a_repeated_server():
+    line = "--rewards geneval 1 --reward-urls geneval http://a:1 geneval http://b:1 "
+    config = parse_config(line.split())[1]
+    validate(config)
+    assert config.urls == {"geneval": ["http://a:1", "http://b:1"]}
+    assert one_line(refused(line + "geneval"), "reward-urls", "geneval")
+    assert one_line(refused(line + "geneval http://a:1"), "--reward-urls is", "a server stands there twice")
