@@ -355,7 +355,8 @@ def remote_reward(name: str, urls: list[str], batch: int, deadline: float) -> Re
         ask_all = import_reward("engines.servers:Servers")(name, asks, deadline).ask_all
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, Columns]:
-        size = min(batch, math.ceil(len(images) / len(urls)))  # so that each server has some
+        share = len(images) / len(urls)  # of a server; all requests are about equally large
+        size = math.ceil(share / math.ceil(share / batch))
         parts = [slice(start, start + size) for start in range(0, len(images), size)]
         answers = ask_all([(images[part], prompts[part], metadata[part]) for part in parts])
         scores, metrics = np.zeros(len(images), np.float32), {}
@@ -400,8 +401,7 @@ def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request
 
     A server that cannot be reached, or answers 5xx, 408 or 429, is asked again, less and less often and not
     before its Retry-After, for `deadline` seconds. One that answers 500, a failure of its own, is asked three
-    times in all. Raises RewardError after that and for any other status, in one line with the last answer and
-    `how_to_start`.
+    times in all. Raises RewardError after that and for any other status, in one line with the last answer.
     """
     client, end, wait, failures, said = http_client(), time.monotonic() + deadline, 0.25, 0, False
     import httpx2

@@ -1,11 +1,15 @@
 """How fast `rapidocr` (detection and recognition) is as a server's reward, against the same reward in this process.
 
     python -m proofs.remote_throughput [images] [threads]
+    python -m proofs.remote_throughput servers          a slow reward on 1, 2 and 4 servers instead
 
 One run: local and remote take turns, several rounds of the same images, each a scene of 512 x 512 with two lines of
 text. Both have the same number of CPU cores for their engines; the remote one encodes, sends and decodes besides, which
-the CPU time shows on a machine that has other work too.
+the CPU time shows on a machine that has other work too. The slow reward sleeps 0.2 seconds a picture, so its servers
+share no core.
 """
+
+import contextlib
 
 import os
 import statistics
@@ -39,14 +43,47 @@ def cpu_seconds(*processes):
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
+def slow(images, prompts, metadata):
+    time.sleep(0.2 * len(images))
+    return images[:, 0, 0, 0]
+
+
+@contextlib.contextmanager
+def served(name, count, *flags):
+    """`count` servers of a reward: their URLs, and their processes."""
+    command = [sys.executable, ROOT / "rewards.py", "serve", name, "--port", "0", *flags]
+    servers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(count)]
+    try:
+        yield [server.stdout.readline().split()[3].rstrip(":") for server in servers], servers
+    finally:
+        for server in servers:
+            server.terminate()
+            server.wait()
+
+
+def several(count=48, rounds=3):
+    """Throughput of `slow` on several servers, in batches of 16 pictures, against what one could do at best."""
+    name = "proofs/remote_throughput.py:slow"
+    numbers = np.arange(count, dtype=np.uint8)
+    batch = np.broadcast_to(numbers[:, None, None, None], (count, 64, 64, 3)).copy(), [""] * count, [{}] * count
+    for servers in (1, 2, 4):
+        with served(name, servers) as (urls, _):
+            reward = build_rewards({name: 1.0}, urls={name: urls}, batch=16)
+            reward(*(part[:1] for part in batch))                                               # warm-up
+            rates = []
+            for _ in range(rounds):
+                started = time.perf_counter()
+                assert reward(*batch)["total"].tolist() == numbers.tolist()
+                rates.append(count / (time.perf_counter() - started))
+        print(f"{servers} servers: {', '.join(f'{rate:.2f}' for rate in rates)} images a second "
+              f"({5 * servers} without any cost)", flush=True)
+
+
 def main(count=48, threads=1, rounds=3):
     images, prompts = zip(*map(scene, range(count)))
     batch = np.stack(images), list(prompts), [{}] * count
-    server = subprocess.Popen(
-        [sys.executable, ROOT / "rewards.py", "serve", "rapidocr", "--port", "0", "--threads", str(threads)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        url = server.stdout.readline().split()[3].rstrip(":")
+    with served("rapidocr", 1, "--threads", str(threads)) as ((url,), (server,)):
         rewards = {"local": build_rewards({"rapidocr": 1.0}, threads=threads),
                    "remote": build_rewards({"rapidocr": 1.0}, urls={"rapidocr": url})}
         scores = {name: reward(*(part[:8] for part in batch)) for name, reward in rewards.items()}      # warm-up
@@ -57,9 +94,6 @@ def main(count=48, threads=1, rounds=3):
                 scores[name] = reward(*batch)["total"]
                 rates[name].append(count / (time.perf_counter() - started))
                 cpu[name] += (cpu_seconds(os.getpid(), server.pid) - before) / (rounds * count)
-    finally:
-        server.terminate()
-        server.wait()
     assert scores["local"].tolist() == scores["remote"].tolist()
     for name, values in rates.items():
         print(f"{name}: {', '.join(f'{rate:.2f}' for rate in values)} images a second, {1000 * cpu[name]:.0f} ms of CPU time "
@@ -69,4 +103,4 @@ def main(count=48, threads=1, rounds=3):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    several() if sys.argv[1:] == ["servers"] else main(*map(int, sys.argv[1:]))

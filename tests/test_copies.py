@@ -112,6 +112,13 @@ import pickle
 from engines import pickled
 print(pickled.read_plain_pickle(pickle.dumps({"scores": [np.float64(0.5)]})))
 """,
+    "engines/servers.py": """
+nobody = ["http://127.0.0.1:9", "http://127.0.0.1:9/other"]
+try:
+    rewards.build_rewards({"any": 1.0}, urls={"any": nobody}, deadline=0.5)(images, prompts, metadata)
+except rewards.RewardError as error:
+    print("none of the 2 servers" in str(error))
+""",
     "engines/serve.py": """
 from engines import serve
 app = serve.make_app("jpeg_incompressibility", rewards.build_reward("jpeg_incompressibility"))
@@ -121,7 +128,7 @@ print([route.path for route in app.routes if route.path in ("/score", "/health")
 
 PRINTS = {"engines/ocr.py": "(5,)", "engines/clip.py": "True", "engines/judges.py": "True",
           "engines/geneval.py": "(1.0, 1.0, 1.0)\nTrue", "engines/pickled.py": "{'scores': [0.5]}",
-          "engines/serve.py": "['/score', '/health']"}
+          "engines/servers.py": "True", "engines/serve.py": "['/score', '/health']"}
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
-"""What a run says of its pictures' diversity."""
+"""What a run says of its pictures' diversity, and of its waiting for rewards."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import CHEAP, metrics_of
 
 from harness.report import spread_shares, spreads
 from harness.run import Run
@@ -55,3 +57,17 @@ def test_collapse_is_told_once(capsys):
         Run.warn_of_collapse(run, metrics)
         run.record.history.append(metrics)
     assert capsys.readouterr().err.count("differ by 30%") == 1 and "differ by 20%" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds, least, most", [(0.0, 0.0, 0.3), (0.7, 0.7, 1.4 + 0.3)])
+def test_reward_wait_is_what_a_reward_adds_beyond_the_sampling(train_here, tmp_path, monkeypatch, seconds, least, most):
+    """Two batches of an epoch: the first may be scored beside the sampling of the second, the last one cannot."""
+    module = f"sleeps_{int(10 * seconds)}"
+    (tmp_path / f"{module}.py").write_text(
+        f"import time\ndef score(images, prompts, metadata):\n    time.sleep({seconds})\n"
+        "    return images.mean((1, 2, 3))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    directory = train_here(module, rewards=(f"{module}:score", 1), **CHEAP, epochs=2, rollout_batch=2)
+    for metrics in metrics_of(directory)[1:]:
+        assert least <= metrics["reward_wait"] < most and metrics["reward_wait"] < metrics["seconds"]
