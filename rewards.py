@@ -19,6 +19,11 @@ may run in another environment or on another machine, where this file asks it ov
     python rewards.py serve geneval --port 18085
     build_rewards({"geneval": 1.0}, urls={"geneval": "http://host:18085"})
 """
+import sys
+
+if __name__ == "__main__" and sys.version_info < (3, 10):    # before imports that an older one refuses
+    sys.exit("error: rewards.py serve needs Python 3.10 or later, and this is %d.%d" % sys.version_info[:2])
+
 import base64
 import contextlib
 import copy
@@ -30,7 +35,6 @@ import math
 import os
 import random
 import re
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,10 +73,7 @@ class Rewards:
 
     def __init__(self, weights: dict[str, float], components: dict[str, Reward],
                  start_thread: Callable | None = None) -> None:
-        """`components` holds a reward for each name of `weights`; their threads call `start_thread` first.
-
-        A trainer sets the CUDA device there, because it is per thread and a reward may say "cuda" alone.
-        """
+        """`components` holds a reward for each name of `weights`; their threads call `start_thread` first."""
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components, self.start_thread = {name: components[name] for name in weights}, start_thread
         self.threads = ThreadPoolExecutor(len(weights), initializer=start_thread)
@@ -229,7 +230,8 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: 
         return reward
     for model, path in models.items():  # "name" gives the keyword "model", "name.part" the keyword "part"
         if f"{model}.".startswith(f"{name}."):
-            options[part := model[len(name) + 1:] or "model"] = path
+            part = model[len(name) + 1:] or "model"
+            options[part] = path
             if part not in keywords:
                 raise ValueError(f"reward {name!r} has no model {model!r}, but {', '.join(keywords)}")
     with one_line_errors(f"reward {name!r} cannot be built", ValueError, ImportError, OSError):
@@ -237,15 +239,12 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: 
 
 
 def import_reward(name: str) -> Callable:
-    """Import an entry of REGISTRY, `my_file:function` of this directory, or `path/to/file.py:function`.
-
-    Raises ValueError in one line, also for a file that exits.
-    """
+    """Import an entry of REGISTRY, `my_file:function` of this directory, or `path/to/file.py:function`."""
     module, _, attribute = REGISTRY.get(name, name).rpartition(":")
+    problem = f"reward {name!r}: cannot import {module!r} from {os.getcwd()}"
     # A file that parses the command line of this program would make argparse print a usage and exit.
     parses = ValueError("it parses a command line when it is imported")
-    with (one_line_errors(f"reward {name!r}: cannot import {module!r} from {os.getcwd()}"),
-          patch("argparse.ArgumentParser.error", side_effect=parses)):
+    with one_line_errors(problem), patch("argparse.ArgumentParser.error", side_effect=parses):
         reward = getattr(import_module(module, os.getcwd()), attribute)
         inspect.signature(reward)  # raises if it is no function
     return reward
@@ -271,10 +270,7 @@ def import_module(module: str, directory: str) -> Any:
 
 @contextlib.contextmanager
 def one_line_errors(problem: str, *passing: type) -> Iterator[None]:
-    """Within, code of others runs. What it raises, also SystemExit, becomes a ValueError in one line.
-
-    Errors of the types `passing`, and Ctrl-C, go through as they are.
-    """
+    """Within, what code of others raises is a one-line ValueError, but for Ctrl-C and the types `passing`."""
     try:
         with own_random_streams:
             yield
