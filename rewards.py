@@ -410,7 +410,8 @@ def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request
                 return response
             status, answer = response.status_code, one_line(f"{response.status_code} {response.text}", 400)
             seconds = response.headers.get("retry-after", "")
-        except httpx2.TransportError as error:
+        except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError,
+                httpx2.ProxyError) as error:
             status, answer, seconds = 0, one_line(error, 400), ""
         if 0 < status < 500 and status not in (408, 429):
             moved = urljoin(url, response.headers.get("location", ""))

@@ -144,7 +144,8 @@ class Servers:
         import httpx2
         try:
             response = http_client().post(url, timeout=self.deadline / 2, **request)
-        except httpx2.TransportError as error:
+        except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError,
+                httpx2.ProxyError) as error:
             raise Unanswered(one_line(error, 300), 0, how_to_start) from error
         status = response.status_code
         if status >= 500 or status in (408, 429):

@@ -120,7 +120,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
 
 def make_rewards(config: Config, device: torch.device) -> Rewards:
     """Build the rewards of training and of evaluation, which have the weight 0."""
-    # Each of the rewards' threads sets the CUDA device, because it is per thread and one may say "cuda" alone.
+    # The rewards' threads set the CUDA device, because it is per thread and a reward may say "cuda" alone.
     rewards = build_rewards(
         dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
         start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
