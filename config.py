@@ -360,6 +360,7 @@ def validate(config: Config) -> None:
     require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it lies in (0, 1]")
     names = [name for name, _ in config.rewards]
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once")
+    require(all(math.isfinite(weight) for _, weight in config.rewards), "rewards", "weights must be finite")
     require(len({*names, *config.eval_rewards}) == len(names) + len(config.eval_rewards), "eval_rewards",
             "a reward is named twice, or trained on as well; --rewards are logged at evaluation anyway")
     for name, _ in config.reward_urls:
