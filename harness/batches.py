@@ -106,7 +106,6 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     to start at 1.
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
-    in_update = -(-plan.samples_per_rank // config.updates_per_epoch)                   # images
     memory = available_memory(policy)
 
     def trial(size: int, training: bool) -> float:
@@ -117,16 +116,7 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         return distributed.gather_vectors(torch.tensor([seconds])).max().item()
 
     def choose(training: bool) -> int:
-        # In full precision steps share batches. At least two rollouts, so that one is scored beside the
-        # other.
-        most = in_update
-        if not half:
-            most = in_update * plan.trained_steps if training else -(-plan.samples_per_rank // 2)
-        # Sizes that divide the work evenly, each at least a quarter larger than the one before.
-        sizes = [most]
-        for parts in range(2, most + 1):
-            if (size := -(-most // parts)) <= 0.8 * sizes[0]:
-                sizes.insert(0, size)
+        sizes = sizes_to_try(plan, config, training)
         if policy.device.type == "cuda":
             return largest_that_fits(sizes, lambda size: trial(size, training))
         return fastest(sizes, lambda size: slowest_rank(trial(size, training)))
@@ -138,6 +128,19 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
     rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
     return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
+
+
+def sizes_to_try(plan: BatchPlan, config: Config, training: bool) -> list[int]:
+    """Batch sizes that divide the work of the busiest rank evenly, each at least a quarter above the last."""
+    most = -(-plan.samples_per_rank // config.updates_per_epoch)         # images of an update
+    # In full precision steps share batches. At least two rollouts, so that one is scored beside the other.
+    if not config.half_precision:
+        most = most * plan.trained_steps if training else -(-plan.samples_per_rank // 2)
+    sizes = [most]
+    for parts in range(2, most + 1):
+        if (size := -(-most // parts)) <= 0.8 * sizes[0]:
+            sizes.insert(0, size)
+    return sizes
 
 
 def available_memory(policy: Policy) -> float:

@@ -2,6 +2,7 @@
 
     python -m tools.bench [PRESET] [--field value ...] [-- [PRESET] [--field value ...] ...]
                           [--rounds 5] [--ranks N] [--json FILE]
+    python -m tools.bench PRESET|all --estimate [--card H100] [--gpus N]     counts, and runs nothing
 
 The epochs are the trainer's own: they sample, score and train for real, and are timed by phase. Timing by
 phase waits for a GPU at each phase's end, so there every second epoch is timed as a whole instead. The floor
@@ -45,6 +46,7 @@ from harness.scoring import Scorer
 from learner import Learner
 from policy import Policy
 from rewards import RewardError, Rewards
+from tools import estimate
 from tools.floor import NETWORK, PIECES, Floor, matrix_product_rate, synchronize
 
 PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather",
@@ -314,13 +316,16 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="The settings are the trainer's: python train.py [PRESET] --help.",
         usage="python -m tools.bench [PRESET] [--field value ...] [-- ...] [--rounds 5] [--ranks N] "
-              "[--json FILE]",
+              "[--json FILE] [--estimate [--card NAME]]",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--rounds", type=positive, default=5, help="timed epochs of each setting")
-    parser.add_argument("--ranks", type=positive, help="processes; without it one per GPU, or per CPU core")
+    parser.add_argument("--ranks", "--gpus", type=positive,
+                        help="processes; without it one per GPU, or per CPU core, and 1 for an estimate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where all that was measured is kept")
-    refuse_repeated(arguments, ["rounds", "ranks", "json"])
+    parser.add_argument("--estimate", action="store_true", help="what the recipe costs, without running it")
+    parser.add_argument("--card", default="H100", metavar="NAME", help="the card of an estimate")
+    refuse_repeated(arguments, ["rounds", "ranks", "gpus", "json", "card"])
     settings, own = [[]], argparse.Namespace()
     for is_border, words in itertools.groupby(arguments, lambda word: word == "--"):
         if is_border:
@@ -367,6 +372,8 @@ def main() -> None:
     plan = ""
     try:
         own, words_of_settings = parse(sys.argv[1:])
+        if own.estimate:
+            return estimate.main(words_of_settings, own.card, own.ranks or 1)
         if "RANK" not in os.environ:
             launch(words_of_settings, own.ranks)
         signals.end_with_launcher()

@@ -1,0 +1,136 @@
+"""What a recipe is said to cost agrees with what was measured, on a CPU here and on an H200 before."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from diffusers import SD3Transformer2DModel
+from helpers import ROOT
+from make_tiny_sd3 import make_pipeline
+
+from config import PRESETS, Config
+from families import FAMILIES
+from tools import counts, estimate
+from tools.estimate import GIB, Estimate
+
+SD35M = PRESETS["sd35m_ocr"]
+# One epoch of 8 images in one batch, as it was measured.
+MEASURED = dataclasses.replace(SD35M, groups_per_epoch=1, group_size=8, train_batch=8)
+TRAIN = """
+import gc, json, pathlib, sys, torch
+from policy import Policy
+words = json.loads(sys.argv[1])
+images = words.pop("images")
+policy = Policy(device=torch.device("cpu"), **words)
+def step(images):
+    v = policy.velocity(policy.encode(["a"] * images))
+    latents = torch.zeros(images, *policy.latent_shape)
+    v(latents, latents.new_full((images,), 0.5)).sum().backward()
+    for p in policy.parameters:
+        p.grad = None
+    gc.collect()
+def status(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
+step(1)
+before = status("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")        # the peak begins anew
+step(images)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def middle_model(tmp_path_factory) -> str:
+    """A random Stable Diffusion 3 of 27 M weights in its transformer."""
+    pipe = make_pipeline()
+    pipe.transformer = SD3Transformer2DModel(**{**pipe.transformer.config, "num_layers": 6, "num_attention_heads": 8,
+                                                "attention_head_dim": 48, "caption_projection_dim": 384})
+    directory = tmp_path_factory.mktemp("middle")
+    pipe.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.parametrize("checkpointing, images", [(False, 192), (True, 768)])
+@pytest.mark.parametrize("name, resolution", [("tiny", (64, 64)), ("middle", (64, 64))])
+def test_the_memory_of_a_training_batch_is_the_processs_within_15_percent(middle_model, name, resolution, checkpointing, images):
+    model = middle_model if name == "middle" else "assets/tiny-sd3"
+    words = dict(model=model, resolution=resolution, max_sequence_length=12, gradient_checkpointing=checkpointing)
+    counted = counts.count(Config(**words, lora_rank=8))
+    words |= dict(lora_rank=8, lora_targets=Config.lora_targets, images=images * (3 if name == "tiny" else 1))
+    # Have every large block returned to the system when it is freed.
+    done = subprocess.run([sys.executable, "-c", TRAIN, json.dumps(words)], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=300)
+    measured = int(done.stdout)
+    predicted = counted.call("training").on(words["images"])[3] - counted.network - counted.autoencoder
+    assert measured > 0.4 * GIB and predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_a_row_of_sd35m_takes_the_flops_that_were_counted_on_a_gpu():
+    call = counts.count(SD35M).call("rollout")
+    assert call.one[0] / 2 == pytest.approx(2.23e12, rel=0.02)          # two rows, because of guidance
+    assert call.two[0] == pytest.approx(2 * call.one[0], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config, gib_an_image, gib, images", [
+    (SD35M, 4.5, 41.7, 8), (dataclasses.replace(SD35M, gradient_checkpointing=True), 0.4, 18.0, 32),
+    (PRESETS["flux_pickscore"], 0.57, 32.3, 16)])
+def test_memory_is_what_an_h200_took(config, gib_an_image, gib, images):
+    call = counts.count(config).call("training")
+    assert (call.two - call.one)[3] / GIB == pytest.approx(gib_an_image, rel=0.1)
+    assert call.on(images)[3] / GIB == pytest.approx(gib, rel=0.04)
+
+
+@pytest.mark.slow
+def test_times_are_what_an_h200_took():
+    e = Estimate(MEASURED, "H200")
+    assert e.counts.call("training").one[2] == pytest.approx(9454, rel=0.02)                # kernels
+    assert e.plan.samples / e.epoch == pytest.approx(1.08, rel=0.03)                        # images a second
+    assert e.plan.samples * e.image_flops / e.epoch / 665e12 == pytest.approx(0.289, rel=0.03)
+    for phase, seconds in {"rollout": 0.181, "training": 0.434, "reference": 0.171}.items():
+        assert 8 * e.seconds(phase) == pytest.approx(seconds, rel=0.06)
+    one = Estimate(dataclasses.replace(MEASURED, train_batch=1, rollout_batch=1), "H200")
+    assert one.seconds("rollout") == pytest.approx(0.073, rel=0.15)
+    # The same rule says too much of FLUX, and its time still lies in the range.
+    flux = Estimate(dataclasses.replace(PRESETS["flux_pickscore"], train_batch=16), "H200").seconds("training")
+    slow, fast = estimate.RANGE
+    assert flux / fast < 0.155 < flux / slow
+
+
+@pytest.mark.slow
+def test_every_preset_has_a_row_and_every_random_model_its_counts():
+    assert estimate.table("H200", 8).count("GiB") == 1                 # in the head, and in no row that does not fit
+    for family in FAMILIES.values():
+        for name in family.published:
+            counted = counts.count(dataclasses.replace(SD35M, model=f"random:{name}"))
+            assert counted.call("rollout").one[0] > 1e12
+
+
+def test_gpus_share_the_work_and_its_trajectories():
+    one, four = (Estimate(PRESETS["tiny_ocr"], "A100", gpus) for gpus in (1, 4))
+    assert one.epoch == pytest.approx(4 * four.epoch) and one.trajectories == 4 * four.trajectories
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--card", "H1000"], "--card 'H1000' is unknown: H100, H200, A100, RTX4090 are known"),
+    (["--rollout-batch", "4000000"], "and --rollout-batch 4000000 needs"),
+    (["--resolution", "24", "60"], "--resolution is (24, 60)"), (["--windowsize", "2"], "did you mean '--window-size'")])
+def test_what_cannot_be_is_one_line(words, said):
+    done = subprocess.run([sys.executable, "-m", "tools.bench", "--estimate", *words], capture_output=True, text=True,
+                          cwd=ROOT, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert said in done.stderr and not done.stdout
+
+
+def test_a_card_too_small_for_one_image_names_its_memory_and_the_way_out(monkeypatch):
+    monkeypatch.setitem(estimate.CARDS, "small", dataclasses.replace(estimate.CARDS["A100"], memory=0.51))
+    config = dataclasses.replace(PRESETS["tiny_ocr"], train_batch=0, rollout_batch=0, resolution=(64, 64))
+    with pytest.raises(ValueError, match=r"--card small has 0.51 GiB, and one image of assets/tiny-sd3 at \(64, 64\) needs "
+                                         r"0.\d GiB: --gradient-checkpointing, --offload-text-encoders, a lower"):
+        Estimate(config, "small")
