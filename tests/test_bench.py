@@ -62,6 +62,9 @@ def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(s
     (["--json", "nowhere/bench.json"], "'nowhere' is no directory"),
     (["--", "--model", "nowhere"], "nowhere/model_index.json"),
     (["--guidance-scale", "0.5"], "--guidance-scale is 0.5"),
+    (["--estimate", "--card", "H1000"], "--card 'H1000' is unknown: H100, H200, A100, RTX4090 are known"),
+    (["--estimate", "--rollout-batch", "4000000"], "and --rollout-batch 4000000 needs"),
+    (["--estimate", "--resolution", "24", "60"], "--resolution is (24, 60)"),
     (["--", "--windowsize", "2"], "did you mean '--window-size'")])
 def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words, said):
     def leave(code: int):

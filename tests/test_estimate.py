@@ -56,19 +56,19 @@ def middle_model(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of a process is read from Linux's /proc")
-@pytest.mark.parametrize("checkpointing, images", [(False, 192), (True, 768)])
-@pytest.mark.parametrize("name, resolution", [("tiny", (64, 64)), ("middle", (64, 64))])
-def test_the_memory_of_a_training_batch_is_the_processs_within_15_percent(middle_model, name, resolution, checkpointing, images):
-    model = middle_model if name == "middle" else "assets/tiny-sd3"
-    words = dict(model=model, resolution=resolution, max_sequence_length=12, gradient_checkpointing=checkpointing)
-    counted = counts.count(Config(**words, lora_rank=8))
-    words |= dict(lora_rank=8, lora_targets=Config.lora_targets, images=images * (3 if name == "tiny" else 1))
+@pytest.mark.parametrize("name, checkpointing, images", [
+    ("tiny", False, 256), ("tiny", True, 512), ("middle", False, 64), ("middle", True, 192)])
+def test_the_memory_of_a_training_batch_is_the_processs_within_15_percent(middle_model, name, checkpointing, images):
+    words = dict(model=middle_model if name == "middle" else "assets/tiny-sd3", resolution=(64, 64), max_sequence_length=12,
+                 gradient_checkpointing=checkpointing, lora_rank=8)
+    counted = counts.count(Config(**words))
+    words |= dict(lora_targets=Config.lora_targets, images=images)
     # Have every large block returned to the system when it is freed.
     done = subprocess.run([sys.executable, "-c", TRAIN, json.dumps(words)], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}, timeout=300)
     measured = int(done.stdout)
     predicted = counted.call("training").on(words["images"])[3] - counted.network - counted.autoencoder
-    assert measured > 0.4 * GIB and predicted == pytest.approx(measured, rel=0.15)
+    assert measured > 0.25 * GIB and predicted == pytest.approx(measured, rel=0.15)
 
 
 def test_a_row_of_sd35m_takes_the_flops_that_were_counted_on_a_gpu():
@@ -105,27 +105,17 @@ def test_times_are_what_an_h200_took():
 
 @pytest.mark.slow
 def test_every_preset_has_a_row_and_every_random_model_its_counts():
-    assert estimate.table("H200", 8).count("GiB") == 1                 # in the head, and in no row that does not fit
+    rows = estimate.table("H200", 8).splitlines()[2:]
+    assert len(rows) == len(PRESETS) and not any(row.endswith("| | | | | |") for row in rows)
     for family in FAMILIES.values():
         for name in family.published:
-            counted = counts.count(dataclasses.replace(SD35M, model=f"random:{name}"))
-            assert counted.call("rollout").one[0] > 1e12
+            config = dataclasses.replace(SD35M, model=f"random:{name}", lora_targets="all-linear")
+            assert counts.count(config).call("rollout").one[0] > 1e12
 
 
 def test_gpus_share_the_work_and_its_trajectories():
     one, four = (Estimate(PRESETS["tiny_ocr"], "A100", gpus) for gpus in (1, 4))
     assert one.epoch == pytest.approx(4 * four.epoch) and one.trajectories == 4 * four.trajectories
-
-
-@pytest.mark.parametrize("words, said", [
-    (["--card", "H1000"], "--card 'H1000' is unknown: H100, H200, A100, RTX4090 are known"),
-    (["--rollout-batch", "4000000"], "and --rollout-batch 4000000 needs"),
-    (["--resolution", "24", "60"], "--resolution is (24, 60)"), (["--windowsize", "2"], "did you mean '--window-size'")])
-def test_what_cannot_be_is_one_line(words, said):
-    done = subprocess.run([sys.executable, "-m", "tools.bench", "--estimate", *words], capture_output=True, text=True,
-                          cwd=ROOT, timeout=300)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert said in done.stderr and not done.stdout
 
 
 def test_a_card_too_small_for_one_image_names_its_memory_and_the_way_out(monkeypatch):
