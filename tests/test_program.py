@@ -112,7 +112,7 @@ def test_ctrl_c_while_loading_ends_it_without_a_traceback(tmp_path):
 
 # ----------------------------------------------------------------------------- a Python or a system that is not enough
 
-OLDER = sorted(Path("/root/.pyenv/versions").glob("3.*/bin/python"))
+OLDER = sorted(Path.home().glob(".pyenv/versions/3.*/bin/python"))
 TRAINER = "error: nano-flow-grpo needs Python 3.11 or later on Linux or macOS"
 PRETEND = "import runpy, sys; sys.{} = {}; sys.argv = ['{}']; sys.path.insert(0, '{}'); runpy.run_path(sys.argv[0], run_name='__main__')"
 

@@ -223,8 +223,8 @@ def test_samples_without_advantage_are_not_replayed_but_stay_in_the_mean(train_h
     monkeypatch.setattr(sys, "path", [*sys.path])
     rows = []
 
-    def counting(velocity, *arguments):
-        inner = velocity(*arguments)
+    def counting(velocity, *arguments, **reference):
+        inner = velocity(*arguments, **reference)
         return lambda x, sigma: (torch.is_grad_enabled() and rows.append(len(x)), inner(x, sigma))[1]
 
     directory = train_here(
@@ -396,8 +396,8 @@ def spoil(policy, quantity: str) -> None:
     """Make something not finite: a row's log-prob, the gradient, or an image's latents; of CHEAP, with four images."""
     seen = []                                    # the latents of image 2, before each step
 
-    def spoiling(velocity, *arguments):
-        inner = velocity(*arguments)
+    def spoiling(velocity, *arguments, **reference):
+        inner = velocity(*arguments, **reference)
 
         def spoilt(latents, sigma):
             v = inner(latents, sigma)
