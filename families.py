@@ -202,6 +202,82 @@ class QwenImage(Family):
         return self.pipe.vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
 
 
+class FLUX2(Family):
+    """FLUX.2 klein. A latent pixel is a token: 2 x 2 pixels of the autoencoder, normalised by its batch norm.
+
+    Text embeddings are padded and have no mask, because the network was trained so. `--max-sequence-length`
+    is therefore part of the result.
+    """
+
+    pipeline, transformer = "Flux2KleinPipeline", "Flux2Transformer2DModel"
+    autoencoder = "AutoencoderKLFlux2"
+    preset = "flux2_klein_pickscore"
+    # From diffusers' scripts/convert_flux2_to_diffusers.py. Distilled and base models have the same sizes.
+    published = {
+        "flux2_klein_4b": dict(num_layers=5, num_single_layers=20, num_attention_heads=24,
+                               joint_attention_dim=7680, guidance_embeds=False),
+        "flux2_klein_9b": dict(num_layers=8, num_single_layers=24, num_attention_heads=32,
+                               joint_attention_dim=12288, guidance_embeds=False)}
+    scheduler = dict(shift=3.0, use_dynamic_shifting=True)
+
+    @staticmethod
+    def distilled(model: str, index: dict) -> bool:
+        return bool(index.get("is_distilled"))
+
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        return self.pipe.transformer.config.in_channels, 2 * self.pipe.vae_scale_factor, 1, None
+
+    def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+        config, schedule = self.pipe.scheduler.config, super().schedule(num_steps, tokens)
+        if config.use_dynamic_shifting:
+            schedule["shift"] = shift(config, compute_empirical_mu(tokens, num_steps))
+        return schedule
+
+    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        chat = self.pipe.tokenizer.apply_chat_template(tokenize=True, return_dict=True, **self.chat(prompt))
+        warn_if_cut(self, prompt, len(chat["input_ids"][0]), length)
+        embeds, _ = self.pipe.encode_prompt(prompt, device=device, max_sequence_length=length)
+        return (embeds,)
+
+    def chat(self, prompt: str) -> dict:
+        """Return what the pipeline's tokenizer makes of a prompt, as arguments of `apply_chat_template`."""
+        return dict(conversation=[[{"role": "user", "content": prompt}]], add_generation_prompt=True,
+                    enable_thinking=False)
+
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        return (normal(1, length, self.pipe.transformer.config.joint_attention_dim),)
+
+    def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
+                 guidance_scale: float) -> Tensor:
+        # An image token's position is (0, row, column, 0). The k-th text token's position is (0, 0, 0, k).
+        image_ids = F.pad(grid(*latents.shape[-2:], latents.device), (1, 1))
+        text_ids = F.pad(grid(1, text[0].shape[1], latents.device), (2, 0))
+        v = network(latents.flatten(2).transpose(1, 2), text[0], sigma, img_ids=image_ids, txt_ids=text_ids,
+                    guidance=torch.full_like(sigma, guidance_scale) if self.embedded_guidance else None,
+                    return_dict=False)[0]                                            # (B, H W, C)
+        return v.transpose(1, 2).unflatten(2, latents.shape[-2:])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()                # (C,)
+        latents = latents * std[:, None, None] + vae.bn.running_mean[:, None, None]
+        return vae.decode(F.pixel_shuffle(latents, 2)).sample
+
+
+class FLUX2Dev(FLUX2):
+    """FLUX.2-dev. Its network takes the guidance scale as an input, its language model an instruction."""
+
+    pipeline = "Flux2Pipeline"
+    preset = "flux2_dev_pickscore"
+    published = {"flux2_dev": {}}      # black-forest-labs/FLUX.2-dev has the defaults of diffusers' classes
+    embedded_guidance = True
+
+    def chat(self, prompt: str) -> dict:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+        return dict(conversation=format_input([prompt], self.pipe.system_message))
+
+
 # ---- what several families share ---------------------------------------------------------------------------
 
 def pack(latents: Tensor) -> Tensor:
@@ -242,4 +318,4 @@ def warn_if_cut(family: Family, prompt: str, tokens: int, length: int) -> None:
                    f"{length}: its end is left out, and the ends of others as long", file=sys.stderr)
 
 
-FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage)}
+FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage, FLUX2, FLUX2Dev)}

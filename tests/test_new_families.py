@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers import assert_same_run, completed, metrics_of
 from test_families import CPU, SIGMA, change, start_noise
-from tiny_models import save_qwen_image
+from tiny_models import save_flux2_dev, save_flux2_klein, save_qwen_image
 
-from config import ATTENTION, PRESETS, QWEN_FEED_FORWARD
+from config import ATTENTION, FLUX2_FEED_FORWARD, PRESETS, QWEN_FEED_FORWARD
 from families import FAMILIES, QwenImage
 from pipelines import compile_blocks, diffusers_class
 from policy import Policy, check_model
@@ -46,7 +46,11 @@ MODELS = {
     "qwen_image": Model(
         save_qwen_image, ATTENTION + QWEN_FEED_FORWARD,
         guidance=lambda pipe, scale: dict(true_cfg_scale=scale, **(dict(negative_prompt=[""] * 2) if scale > 1 else {})),
-        given=lambda pipe, x: pipe._pack_latents(x, *x.shape), taken=unpacked)}
+        given=lambda pipe, x: pipe._pack_latents(x, *x.shape), taken=unpacked),
+    **{kind: Model(
+        save, ATTENTION + FLUX2_FEED_FORWARD, guidance=lambda pipe, scale: dict(guidance_scale=scale),
+        taken=lambda pipe, x, ours: x.transpose(1, 2).unflatten(2, ours.shape[-2:]))
+        for kind, save in (("flux2_klein", save_flux2_klein), ("flux2_dev", save_flux2_dev))}}
 
 
 @pytest.fixture(scope="session", params=MODELS)
@@ -202,7 +206,9 @@ def test_a_run_on_two_ranks_that_is_resumed_is_the_run_that_was_not(name, direct
 
 # ---- published sizes -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("random_name, count", [("qwen_image", 20_430_401_088)])
+@pytest.mark.parametrize("random_name, count", [
+    ("qwen_image", 20_430_401_088), ("flux2_klein_4b", 3_875_544_576), ("flux2_klein_9b", 9_078_581_248),
+    ("flux2_dev", 32_223_281_152)])
 def test_random_models_have_the_published_number_of_weights(random_name, count):
     family = check_model(f"random:{random_name}")
     with torch.device("meta"):
@@ -236,6 +242,16 @@ def test_an_unknown_pipeline_names_those_that_are_supported(tmp_path):
     with pytest.raises(ValueError) as error:
         check_model(str(tmp_path))
     in_one_line(error, "SanaPipeline", *FAMILIES)
+
+
+def test_guidance_of_a_distilled_model_is_refused_before_it_loads(tmp_path):
+    directory = save_flux2_klein(tmp_path, is_distilled=True)
+    for weights in tmp_path.glob("*/*.safetensors"):
+        weights.unlink()
+    assert check_model(directory).pipeline == "Flux2KleinPipeline"
+    with pytest.raises(ValueError) as error:
+        check_model(directory, 4.0)
+    in_one_line(error, "--guidance-scale is 4", "distilled", "set it to 1")
 
 
 def test_a_resolution_that_does_not_fit_says_what_does(directory):

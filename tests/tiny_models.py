@@ -4,10 +4,13 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKLQwenImage, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, QwenImagePipeline,
-    QwenImageTransformer2DModel)
+    AutoencoderKLFlux2, AutoencoderKLQwenImage, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline,
+    Flux2Pipeline, Flux2Transformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel)
+from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    Mistral3Config, Mistral3ForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer,
+    Qwen3Config, Qwen3ForCausalLM)
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 # What Qwen's template does to one message: thinking is left empty where it is not enabled.
@@ -20,7 +23,7 @@ def qwen_tokenizer(word: str = "") -> Qwen2Tokenizer:
     """Bytes without merges. word: one more token."""
     tokens = [*sorted(ByteLevel.alphabet()), *SPECIAL]
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:3]})
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     tokenizer.add_tokens([word] if word else [])
     tokenizer.chat_template = CHAT
     return tokenizer
@@ -57,3 +60,44 @@ def save_qwen_image(directory: Path) -> str:
     return save_pipeline(QwenImagePipeline(
         scheduler=scheduler, vae=vae, text_encoder=Qwen2_5_VLForConditionalGeneration(encoder).eval(),
         tokenizer=tokenizer, transformer=transformer), directory, ("txt_in",))
+
+
+def flux2_parts(guidance_embeds: bool) -> dict:
+    """The autoencoder, whose batch norm has seen something, the network and the scheduler."""
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=32)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.3, 3)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=guidance_embeds)
+    return dict(vae=vae, transformer=transformer,
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True))
+
+
+SMALL_ENCODER = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                     max_position_embeddings=2048, bos_token_id=0, eos_token_id=0)
+
+
+def save_flux2_klein(directory: Path, is_distilled: bool = False) -> str:
+    """Its language model has 28 layers, because the pipeline takes the hidden states of layers 9, 18 and 27."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(Qwen3Config(**SMALL_ENCODER, num_hidden_layers=28, vocab_size=len(tokenizer))).eval()
+    return save_pipeline(Flux2KleinPipeline(text_encoder=encoder, tokenizer=tokenizer, is_distilled=is_distilled,
+                                            **flux2_parts(guidance_embeds=False)), directory, ("context_embedder",))
+
+
+def save_flux2_dev(directory: Path) -> str:
+    """A tokenizer stands for the hub's PixtralProcessor, which needs torchvision and hands text to a tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer(SYSTEM_MESSAGE)
+    tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}"
+                               "{% endfor %}")
+    text = dict(SMALL_ENCODER, model_type="mistral", num_hidden_layers=30, vocab_size=len(tokenizer))
+    vision = dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=32, patch_size=16)
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=1))
+    return save_pipeline(Flux2Pipeline(text_encoder=encoder.eval(), tokenizer=tokenizer, **flux2_parts(True)), directory,
+                         ("context_embedder", "guidance_embedder"))
