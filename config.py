@@ -33,6 +33,8 @@ MODULATION = ("norm1.linear", "norm1_context.linear")
 # The projections of FLUX.2's single blocks are one layer with their feed-forward layer.
 FLUX2_FEED_FORWARD = ("attn.to_qkv_mlp_proj", "ff.linear_in", "ff.linear_out", "ff_context.linear_in",
                       "ff_context.linear_out")
+Z_IMAGE_LAYERS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+                  "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 QWEN_FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
@@ -218,11 +220,14 @@ QWEN_IMAGE = dict(
     group_size=16, guidance_scale=4.0, beta=0.0, ema_decay=0.0, ema_every=1, dtype="bfloat16", lora_rank=64,
     lora_alpha=128, lora_targets=ATTENTION + QWEN_FEED_FORWARD, gradient_checkpointing=True,
     eval_num_steps=50)
-# Another trainer's example for FLUX.2-klein-base, and its users' resolution; docs/recipes.md names them.
-FLUX2_KLEIN = dict(
-    model="black-forest-labs/FLUX.2-klein-base-4B", max_sequence_length=512, num_steps=8, guidance_scale=4.0,
-    window_size=1, window_range=(1, 4), groups_per_epoch=48, group_size=16, advantage_std="group", beta=0.0,
-    ema_decay=0.9, dtype="bfloat16", lora_rank=64, lora_alpha=128, gradient_checkpointing=True,
+# Another trainer's examples for Z-Image and FLUX.2-klein-base; docs/recipes.md names them. The guidance scale
+# is one more than that of Z-Image's pipeline.
+Z_IMAGE = dict(
+    model="Tongyi-MAI/Z-Image", max_sequence_length=512, guidance_scale=5.0, window_size=1,
+    window_range=(1, 4), groups_per_epoch=48, group_size=16, advantage_std="group", beta=0.0, ema_decay=0.9,
+    dtype="bfloat16", lora_rank=64, lora_alpha=128, lora_targets=Z_IMAGE_LAYERS, gradient_checkpointing=True)
+FLUX2_KLEIN = Z_IMAGE | dict(
+    model="black-forest-labs/FLUX.2-klein-base-4B", num_steps=8, guidance_scale=4.0,
     lora_targets=ATTENTION + FLUX2_FEED_FORWARD, eval_num_steps=28)
 # Nobody has published settings for FLUX.2-dev: these are FLUX.1's.
 FLUX2_DEV = FLUX | dict(model="black-forest-labs/FLUX.2-dev", max_sequence_length=512, guidance_scale=4.0,
@@ -250,6 +255,7 @@ PRESETS = {
     "qwen_image_pickscore": replace(PUBLISHED, **PICKSCORE, **QWEN_IMAGE),
     "flux2_klein_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX2_KLEIN),
     "flux2_dev_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX2_DEV),
+    "z_image_pickscore": replace(PUBLISHED, **PICKSCORE, **Z_IMAGE),
 }
 
 

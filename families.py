@@ -6,6 +6,7 @@ A new family is one more subclass of `Family`, listed in FAMILIES. sigma runs fr
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -205,8 +206,7 @@ class QwenImage(Family):
 class FLUX2(Family):
     """FLUX.2 klein. A latent pixel is a token: 2 x 2 pixels of the autoencoder, normalised by its batch norm.
 
-    Text embeddings are padded and have no mask, because the network was trained so. `--max-sequence-length`
-    is therefore part of the result.
+    Text is padded and has no mask. `--max-sequence-length` is therefore part of the result.
     """
 
     pipeline, transformer = "Flux2KleinPipeline", "Flux2Transformer2DModel"
@@ -229,21 +229,18 @@ class FLUX2(Family):
 
     def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-        config, schedule = self.pipe.scheduler.config, super().schedule(num_steps, tokens)
-        if config.use_dynamic_shifting:
-            schedule["shift"] = shift(config, compute_empirical_mu(tokens, num_steps))
-        return schedule
+        config, mu = self.pipe.scheduler.config, compute_empirical_mu(tokens, num_steps)
+        own = {"shift": shift(config, mu)} if config.use_dynamic_shifting else {}
+        return super().schedule(num_steps, tokens) | own
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
-        chat = self.pipe.tokenizer.apply_chat_template(tokenize=True, return_dict=True, **self.chat(prompt))
-        warn_if_cut(self, prompt, len(chat["input_ids"][0]), length)
+        warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **self.chat(prompt)), length)
         embeds, _ = self.pipe.encode_prompt(prompt, device=device, max_sequence_length=length)
         return (embeds,)
 
     def chat(self, prompt: str) -> dict:
-        """Return what the pipeline's tokenizer makes of a prompt, as arguments of `apply_chat_template`."""
-        return dict(conversation=[[{"role": "user", "content": prompt}]], add_generation_prompt=True,
-                    enable_thinking=False)
+        """Return the chat that the pipeline makes of a prompt, as arguments of `apply_chat_template`."""
+        return dict(messages(prompt), enable_thinking=False)
 
     def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
         return (normal(1, length, self.pipe.transformer.config.joint_attention_dim),)
@@ -278,6 +275,46 @@ class FLUX2Dev(FLUX2):
         return dict(conversation=format_input([prompt], self.pipe.system_message))
 
 
+class ZImage(Family):
+    """Z-Image (arXiv 2511.22699). The network predicts -v, and its time is 1 - sigma.
+
+    The guidance scale is one more than that of diffusers' pipeline, whose 0 is no guidance. The network takes
+    prompts of their own lengths, because an image's position begins where its prompt ends.
+    """
+
+    pipeline, transformer = "ZImagePipeline", "ZImageTransformer2DModel"
+    preset = "z_image_pickscore"
+    published = {"z_image": dict(axes_lens=(1536, 512, 512))}      # transformer/config.json of the hub's
+    vae = FLUX.vae
+    scheduler = dict(shift=6.0)
+
+    @staticmethod
+    def distilled(model: str, index: dict) -> bool:
+        # Turbo's files say so by their name alone.
+        return any("turbo" in Path(name).name.lower() for name in (model, index.get("_name_or_path") or ""))
+
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        config = self.pipe.transformer.config
+        return config.in_channels, self.pipe.vae_scale_factor, 2, min(config.axes_lens[1:])
+
+    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        chat = dict(messages(prompt), enable_thinking=True)
+        warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **chat), length)
+        (embeds,), _ = self.pipe.encode_prompt(                                      # (its own length, D)
+            prompt, device=device, max_sequence_length=length, do_classifier_free_guidance=False)
+        return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], torch.tensor([len(embeds)])
+
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        return normal(1, length, self.pipe.transformer.config.cap_feat_dim), torch.tensor([length])
+
+    def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
+                 guidance_scale: float) -> Tensor:
+        prompts = [embeds[:length] for embeds, length in zip(text[0], text[1].tolist())]
+        images = list(latents[:, :, None])                                           # B of (C, 1, H, W)
+        v = network(images, 1 - sigma, prompts, return_dict=False)[0]                # likewise
+        return -torch.stack(v)[:, :, 0]
+
+
 # ---- what several families share ---------------------------------------------------------------------------
 
 def pack(latents: Tensor) -> Tensor:
@@ -294,6 +331,16 @@ def unpack(tokens: Tensor, latents: Tensor) -> Tensor:
 def grid(rows: int, columns: int, device: torch.device) -> Tensor:
     """Return the (row, column) of each token of an image: (rows * columns, 2)."""
     return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+
+
+def messages(prompt: str) -> dict:
+    """Return a chat of one prompt to which a language model is to answer."""
+    return dict(conversation=[[{"role": "user", "content": prompt}]], add_generation_prompt=True)
+
+
+def chat_tokens(tokenizer, **chat) -> int:
+    """Count the tokens of one chat, given as arguments of `apply_chat_template`."""
+    return len(tokenizer.apply_chat_template(tokenize=True, return_dict=True, **chat)["input_ids"][0])
 
 
 def line(config, tokens: int) -> float:
@@ -318,4 +365,4 @@ def warn_if_cut(family: Family, prompt: str, tokens: int, length: int) -> None:
                    f"{length}: its end is left out, and the ends of others as long", file=sys.stderr)
 
 
-FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage, FLUX2, FLUX2Dev)}
+FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage, FLUX2, FLUX2Dev, ZImage)}

@@ -273,7 +273,7 @@ def test_every_option_of_the_scheduler_is_followed_or_refused(each_model, name, 
 
 
 @pytest.mark.parametrize("options, name", [
-    ("", "has no scheduler"), ("[1]", "has no scheduler"), ('{"shift": "3"}', "shift is '3'"), ('{"shift": 0}', "shift is 0"),
+    ('{"shift_terminal": 1.5}', "shift_terminal is 1.5"), ("", "has no scheduler"), ("[1]", "has no scheduler"), ('{"shift": "3"}', "shift is '3'"), ('{"shift": 0}', "shift is 0"),
     ('{"use_dynamic_shifting": true, "max_shift": null}', "max_shift is None"),
     ('{"use_dynamic_shifting": true, "base_image_seq_len": 4096}', "max_image_seq_len is 4096"),
     ('{"use_dynamic_shifting": true, "time_shift_type": "cubic"}', "time_shift_type is 'cubic'"), (None, "has no scheduler")])

@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from helpers import assert_same_run, completed, metrics_of
 from test_families import CPU, SIGMA, change, start_noise
-from tiny_models import save_flux2_dev, save_flux2_klein, save_qwen_image
+from tiny_models import save_flux2_dev, save_flux2_klein, save_qwen_image, save_z_image
 
-from config import ATTENTION, FLUX2_FEED_FORWARD, PRESETS, QWEN_FEED_FORWARD
+from config import ATTENTION, FLUX2_FEED_FORWARD, PRESETS, QWEN_FEED_FORWARD, Z_IMAGE_LAYERS
 from families import FAMILIES, QwenImage
 from pipelines import compile_blocks, diffusers_class
 from policy import Policy, check_model
@@ -27,13 +27,14 @@ STEPS, GUIDANCE = 4, 3.0
 
 @dataclasses.dataclass
 class Model:
-    """How a family's small model is made, and how its own pipeline is asked for what the policy draws."""
+    """How a family's small model is made, and how its own pipeline is asked for what the policy draws.
+
+    guidance: scale -> the pipeline's arguments. taken: (pipeline, its latents, ours) -> its latents as ours are.
+    """
 
     save: Callable[[Path], str]
     targets: tuple[str, ...]
-    # (pipeline, guidance scale) -> its arguments, (pipeline, our latents) -> its, (pipeline, its, ours) -> ours
-    guidance: Callable[[DiffusionPipeline, float], dict]
-    given: Callable[[DiffusionPipeline, torch.Tensor], torch.Tensor] = lambda pipe, x: x
+    guidance: Callable[[float], dict] = lambda scale: dict(guidance_scale=scale)
     taken: Callable[[DiffusionPipeline, torch.Tensor, torch.Tensor], torch.Tensor] = lambda pipe, x, ours: x
 
 
@@ -43,12 +44,12 @@ def unpacked(pipe: DiffusionPipeline, tokens: torch.Tensor, ours: torch.Tensor) 
 
 
 MODELS = {
+    "z_image": Model(save_z_image, Z_IMAGE_LAYERS, guidance=lambda scale: dict(guidance_scale=scale - 1)),
     "qwen_image": Model(
-        save_qwen_image, ATTENTION + QWEN_FEED_FORWARD,
-        guidance=lambda pipe, scale: dict(true_cfg_scale=scale, **(dict(negative_prompt=[""] * 2) if scale > 1 else {})),
-        given=lambda pipe, x: pipe._pack_latents(x, *x.shape), taken=unpacked),
+        save_qwen_image, ATTENTION + QWEN_FEED_FORWARD, taken=unpacked,
+        guidance=lambda scale: dict(true_cfg_scale=scale, negative_prompt=[""] * 2 if scale > 1 else None)),
     **{kind: Model(
-        save, ATTENTION + FLUX2_FEED_FORWARD, guidance=lambda pipe, scale: dict(guidance_scale=scale),
+        save, ATTENTION + FLUX2_FEED_FORWARD,
         taken=lambda pipe, x, ours: x.transpose(1, 2).unflatten(2, ours.shape[-2:]))
         for kind, save in (("flux2_klein", save_flux2_klein), ("flux2_dev", save_flux2_dev))}}
 
@@ -63,9 +64,10 @@ def directory(name, tmp_path_factory) -> str:
     return MODELS[name].save(tmp_path_factory.mktemp(name))
 
 
-def make_policy(directory: str, dtype: str = "float32", resolution=(16, 32), length: int = LENGTH, **settings) -> Policy:
+def make_policy(directory: str, dtype: str = "float32", resolution=(16, 32), length=LENGTH, **settings) -> Policy:
     torch.manual_seed(0)
-    return Policy(directory, CPU, dtype, resolution=resolution, max_sequence_length=length, lora_rank=4, lora_alpha=8, **settings)
+    return Policy(directory, CPU, dtype, resolution=resolution, max_sequence_length=length, lora_rank=4, lora_alpha=8,
+                  **settings)
 
 
 @functools.cache
@@ -80,16 +82,20 @@ def fresh_pipeline(directory: str) -> DiffusionPipeline:
 
 
 def by_pipeline(name: str, pipe: DiffusionPipeline, noise: torch.Tensor, resolution, steps: int, scale: float):
-    """The pipeline's own last latents (B, C, H, W) and its pictures, uint8 (B, height, width, 3)."""
+    """The pipeline's own last latents (B, C, H, W) and its pictures, uint8 (B, height, width, 3).
+
+    It draws its start noise from the seed of `start_noise`.
+    """
     model, kept = MODELS[name], []
 
     def keep(pipe, step, time, tensors):
         kept.append(tensors["latents"])
         return {}
 
-    images = pipe(prompt=list(PROMPTS), latents=model.given(pipe, noise), height=resolution[0], width=resolution[1],
+    seed = torch.Generator().manual_seed(0)
+    images = pipe(prompt=list(PROMPTS), generator=seed, height=resolution[0], width=resolution[1],
                   num_inference_steps=steps, max_sequence_length=LENGTH, output_type="np", callback_on_step_end=keep,
-                  **model.guidance(pipe, scale)).images
+                  **model.guidance(scale)).images
     return model.taken(pipe, kept[-1], noise), torch.from_numpy(np.round(images * 255)).to(torch.uint8)
 
 
@@ -208,7 +214,7 @@ def test_a_run_on_two_ranks_that_is_resumed_is_the_run_that_was_not(name, direct
 
 @pytest.mark.parametrize("random_name, count", [
     ("qwen_image", 20_430_401_088), ("flux2_klein_4b", 3_875_544_576), ("flux2_klein_9b", 9_078_581_248),
-    ("flux2_dev", 32_223_281_152)])
+    ("flux2_dev", 32_223_281_152), ("z_image", 6_154_908_736)])
 def test_random_models_have_the_published_number_of_weights(random_name, count):
     family = check_model(f"random:{random_name}")
     with torch.device("meta"):
@@ -244,11 +250,13 @@ def test_an_unknown_pipeline_names_those_that_are_supported(tmp_path):
     in_one_line(error, "SanaPipeline", *FAMILIES)
 
 
-def test_guidance_of_a_distilled_model_is_refused_before_it_loads(tmp_path):
-    directory = save_flux2_klein(tmp_path, is_distilled=True)
-    for weights in tmp_path.glob("*/*.safetensors"):
+@pytest.mark.parametrize("save, words", [(save_flux2_klein, {"is_distilled": True}), (save_z_image, {})])
+def test_guidance_of_a_distilled_model_is_refused_before_it_loads(tmp_path, save, words):
+    directory = save(tmp_path / "Z-Image-Turbo", **words)
+    for weights in tmp_path.glob("*/*/*.safetensors"):
         weights.unlink()
-    assert check_model(directory).pipeline == "Flux2KleinPipeline"
+    check_model(directory)
+    check_model(directory, 1.0)
     with pytest.raises(ValueError) as error:
         check_model(directory, 4.0)
     in_one_line(error, "--guidance-scale is 4", "distilled", "set it to 1")

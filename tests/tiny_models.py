@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKLFlux2, AutoencoderKLQwenImage, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline,
-    Flux2Pipeline, Flux2Transformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel)
+    AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLQwenImage, DiffusionPipeline, FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel,
+    ZImagePipeline, ZImageTransformer2DModel)
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -101,3 +102,21 @@ def save_flux2_dev(directory: Path) -> str:
     encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=1))
     return save_pipeline(Flux2Pipeline(text_encoder=encoder.eval(), tokenizer=tokenizer, **flux2_parts(True)), directory,
                          ("context_embedder", "guidance_embedder"))
+
+
+def save_z_image(directory: Path) -> str:
+    torch.manual_seed(0)
+    tokenizer = qwen_tokenizer()
+    encoder = Qwen3ForCausalLM(Qwen3Config(**SMALL_ENCODER, num_hidden_layers=3, vocab_size=len(tokenizer))).eval()
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, use_quant_conv=False,
+        use_post_quant_conv=False, scaling_factor=0.5, shift_factor=0.1)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=[4, 6, 6], axes_lens=[256, 64, 64])
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    return save_pipeline(ZImagePipeline(
+        text_encoder=encoder, tokenizer=tokenizer, vae=vae, transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0)), directory, ("cap_embedder",))
