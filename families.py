@@ -43,10 +43,10 @@ class Family:
 
     autoencoder = "AutoencoderKL"
     vae, scheduler, may_lack = {}, {}, ()
-    embedded_guidance = has_warned = False
+    embedded_guidance = False
 
     def __init__(self, pipe: DiffusionPipeline):
-        self.pipe = pipe
+        self.pipe, self.has_warned = pipe, False
 
     @staticmethod
     def distilled(model: str, index: dict) -> bool:
@@ -60,7 +60,7 @@ class Family:
     def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
         """Return keywords for `sampler.timestep_schedule`: the pipeline's own, for so many patches."""
         config = self.pipe.scheduler.config
-        return {"shift": shift(config, line(config, tokens)) if config.use_dynamic_shifting else config.shift,
+        return {"shift": shift_of(config, linear_mu(config, tokens)) if config.use_dynamic_shifting else config.shift,
                 "sigma_min": 1 / num_steps, "shift_terminal": config.shift_terminal or None}
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
@@ -230,7 +230,7 @@ class FLUX2(Family):
     def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
         config, mu = self.pipe.scheduler.config, compute_empirical_mu(tokens, num_steps)
-        own = {"shift": shift(config, mu)} if config.use_dynamic_shifting else {}
+        own = {"shift": shift_of(config, mu)} if config.use_dynamic_shifting else {}
         return super().schedule(num_steps, tokens) | own
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
@@ -240,7 +240,7 @@ class FLUX2(Family):
 
     def chat(self, prompt: str) -> dict:
         """Return the chat that the pipeline makes of a prompt, as arguments of `apply_chat_template`."""
-        return dict(messages(prompt), enable_thinking=False)
+        return dict(chat_of(prompt), enable_thinking=False)
 
     def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
         return (normal(1, length, self.pipe.transformer.config.joint_attention_dim),)
@@ -298,7 +298,7 @@ class ZImage(Family):
         return config.in_channels, self.pipe.vae_scale_factor, 2, min(config.axes_lens[1:])
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
-        chat = dict(messages(prompt), enable_thinking=True)
+        chat = dict(chat_of(prompt), enable_thinking=True)
         warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **chat), length)
         (embeds,), _ = self.pipe.encode_prompt(                                      # (its own length, D)
             prompt, device=device, max_sequence_length=length, do_classifier_free_guidance=False)
@@ -333,7 +333,7 @@ def grid(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
 
 
-def messages(prompt: str) -> dict:
+def chat_of(prompt: str) -> dict:
     """Return a chat of one prompt to which a language model is to answer."""
     return dict(conversation=[[{"role": "user", "content": prompt}]], add_generation_prompt=True)
 
@@ -343,7 +343,7 @@ def chat_tokens(tokenizer, **chat) -> int:
     return len(tokenizer.apply_chat_template(tokenize=True, return_dict=True, **chat)["input_ids"][0])
 
 
-def line(config, tokens: int) -> float:
+def linear_mu(config, tokens: int) -> float:
     """Return a dynamic shift, mu, for so many patches.
 
     It lies on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
@@ -352,7 +352,7 @@ def line(config, tokens: int) -> float:
     return config.base_shift + slope * (tokens - config.base_image_seq_len)
 
 
-def shift(config, mu: float) -> float:
+def shift_of(config, mu: float) -> float:
     """Return the shift of sigma that a dynamic shift `mu` means."""
     return math.exp(mu) if config.time_shift_type == "exponential" else mu
 

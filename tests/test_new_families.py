@@ -81,7 +81,8 @@ def fresh_pipeline(directory: str) -> DiffusionPipeline:
     return pipe
 
 
-def by_pipeline(name: str, pipe: DiffusionPipeline, noise: torch.Tensor, resolution, steps: int, scale: float):
+def by_pipeline(name: str, pipe: DiffusionPipeline, noise: torch.Tensor, resolution, steps: int, scale: float,
+                length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline's own last latents (B, C, H, W) and its pictures, uint8 (B, height, width, 3).
 
     It draws its start noise from the seed of `start_noise`.
@@ -94,7 +95,7 @@ def by_pipeline(name: str, pipe: DiffusionPipeline, noise: torch.Tensor, resolut
 
     seed = torch.Generator().manual_seed(0)
     images = pipe(prompt=list(PROMPTS), generator=seed, height=resolution[0], width=resolution[1],
-                  num_inference_steps=steps, max_sequence_length=LENGTH, output_type="np", callback_on_step_end=keep,
+                  num_inference_steps=steps, max_sequence_length=length, output_type="np", callback_on_step_end=keep,
                   **model.guidance(scale)).images
     return model.taken(pipe, kept[-1], noise), torch.from_numpy(np.round(images * 255)).to(torch.uint8)
 
@@ -119,6 +120,14 @@ def test_a_rollout_without_noise_ends_where_the_pipeline_ends(name, directory, r
     assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
     assert (found - noise).std() > 0.1
     assert_same_images(policy.decode(found), images)
+
+
+def test_a_prompt_that_is_cut_is_cut_where_the_pipeline_cuts_it(name, directory):
+    policy = make_policy(directory, length=48)
+    noise = start_noise(policy)
+    expected, _ = by_pipeline(name, fresh_pipeline(directory), noise, (16, 32), STEPS, GUIDANCE, length=48)
+    assert (by_policy(policy, noise, STEPS, GUIDANCE) - expected).abs().max() < 1e-5
+    assert policy.family.has_warned
 
 
 def test_prompts_of_unequal_length_in_one_batch_equal_themselves_alone(directory):
