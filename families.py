@@ -17,8 +17,10 @@ from transformers.utils import logging
 # Silence transformers before diffusers imports it, because it would warn that torchvision is missing.
 logging.set_verbosity_error()
 
+import diffusers  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
 
+DIFFUSERS = "0.42.1"              # the version whose pipelines these classes follow
 # Embeddings (B, L, D), and what else the network takes: pooled embeddings (B, P), a mask (B, L) of bool, or
 # lengths (B,) of int64. Whole numbers stay on the host, because shapes depend on them.
 Text = tuple[Tensor, ...]
@@ -60,7 +62,8 @@ class Family:
     def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
         """Return keywords for `sampler.timestep_schedule`: the pipeline's own, for so many patches."""
         config = self.pipe.scheduler.config
-        return {"shift": shift_of(config, linear_mu(config, tokens)) if config.use_dynamic_shifting else config.shift,
+        dynamic = config.use_dynamic_shifting
+        return {"shift": shift_of(config, linear_mu(config, tokens)) if dynamic else config.shift,
                 "sigma_min": 1 / num_steps, "shift_terminal": config.shift_terminal or None}
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
@@ -316,6 +319,14 @@ class ZImage(Family):
 
 
 # ---- what several families share ---------------------------------------------------------------------------
+
+def diffusers_class(name: str) -> type:
+    """Return diffusers' class of that name. Raises ValueError if the installed version has none."""
+    if not hasattr(diffusers, name):
+        raise ValueError(f"{name} is missing in diffusers {diffusers.__version__}, which is installed: "
+                         f"it takes {DIFFUSERS}; pip install diffusers=={DIFFUSERS}")
+    return getattr(diffusers, name)
+
 
 def pack(latents: Tensor) -> Tensor:
     """Make a token of each 2 x 2 latent pixels: (B, C, H, W) -> (B, H/2 W/2, 4C)."""

@@ -10,15 +10,12 @@ import math
 import zlib
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 
 from adapters import find_file
-from families import FAMILIES, Family, Text
-
-DIFFUSERS = "0.42.1"      # the version whose pipelines `families.py` follows
+from families import FAMILIES, Family, Text, diffusers_class
 
 
 def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
@@ -44,14 +41,6 @@ def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
         raise ValueError(f"--guidance-scale is {guidance_scale:g}: {model} is distilled to go without "
                          "guidance; set it to 1, or train the model that it was distilled from")
     return family
-
-
-def diffusers_class(name: str) -> type:
-    """Return diffusers' class of that name. Raises ValueError if the installed version has none."""
-    if not hasattr(diffusers, name):
-        raise ValueError(f"{name} is missing in diffusers {diffusers.__version__}, which is installed: "
-                         f"it takes {DIFFUSERS}; pip install diffusers=={DIFFUSERS}")
-    return getattr(diffusers, name)
 
 
 def needed_parts(family: type[Family]) -> list[str]:

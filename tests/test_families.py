@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 
 import adapters
 import policy as policy_module
-from families import FAMILIES, FLUX, SD3
-from pipelines import diffusers_class
+from families import FAMILIES, FLUX, SD3, diffusers_class
 from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
 

@@ -15,8 +15,8 @@ from test_families import CPU, SIGMA, change, start_noise
 from tiny_models import save_flux2_dev, save_flux2_klein, save_qwen_image, save_z_image
 
 from config import ATTENTION, FLUX2_FEED_FORWARD, PRESETS, QWEN_FEED_FORWARD, Z_IMAGE_LAYERS
-from families import FAMILIES, QwenImage
-from pipelines import compile_blocks, diffusers_class
+from families import FAMILIES, QwenImage, diffusers_class
+from pipelines import compile_blocks
 from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
 
