@@ -40,12 +40,13 @@ class Family:
     published           {NAME: settings of the transformer} for `--model random:NAME`
     vae, scheduler      settings in which a random pipeline departs from diffusers' defaults
     embedded_guidance   whether the network takes the guidance scale as an input
+    guidance_argument   how a call of the pipeline names the scale, and which one is no guidance to it
     may_lack            parts that a pipeline can do without
     """
 
     autoencoder = "AutoencoderKL"
     vae, scheduler, may_lack = {}, {}, ()
-    embedded_guidance = False
+    embedded_guidance, guidance_argument = False, ("guidance_scale", 1)
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe, self.has_warned = pipe, False
@@ -168,6 +169,7 @@ class QwenImage(Family):
     preset = "qwen_image_pickscore"
     published = {"qwen_image": {}}      # Qwen/Qwen-Image has the defaults of diffusers' classes
     scheduler = dict(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    guidance_argument = ('negative_prompt="", true_cfg_scale', 1)
 
     def tiling(self) -> tuple[int, int, int, int | None]:
         return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
@@ -281,8 +283,7 @@ class FLUX2Dev(FLUX2):
 class ZImage(Family):
     """Z-Image (arXiv 2511.22699). The network predicts -v, and its time is 1 - sigma.
 
-    The guidance scale is one more than that of diffusers' pipeline, whose 0 is no guidance. The network takes
-    prompts of their own lengths, because an image's position begins where its prompt ends.
+    The network takes prompts of their own lengths, because an image's position begins where its prompt ends.
     """
 
     pipeline, transformer = "ZImagePipeline", "ZImageTransformer2DModel"
@@ -290,6 +291,7 @@ class ZImage(Family):
     published = {"z_image": dict(axes_lens=(1536, 512, 512))}      # transformer/config.json of the hub's
     vae = FLUX.vae
     scheduler = dict(shift=6.0)
+    guidance_argument = ("guidance_scale", 0)
 
     @staticmethod
     def distilled(model: str, index: dict) -> bool:

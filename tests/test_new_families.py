@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from helpers import assert_same_run, completed, metrics_of
 from test_families import CPU, SIGMA, change, start_noise
 from tiny_models import save_flux2_dev, save_flux2_klein, save_qwen_image, save_z_image
 
-from config import ATTENTION, FLUX2_FEED_FORWARD, PRESETS, QWEN_FEED_FORWARD, Z_IMAGE_LAYERS
+from config import ATTENTION, FLUX2_FEED_FORWARD, PRESETS, QWEN_FEED_FORWARD, Z_IMAGE_LAYERS, Config
 from families import FAMILIES, QwenImage, diffusers_class
+from harness.card import write_card
 from pipelines import compile_blocks
 from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
@@ -204,6 +206,19 @@ def test_every_block_is_compiled_by_itself(directory):
     blocks = [block for part in transformer.children() if isinstance(part, torch.nn.ModuleList) for block in part]
     compiled = [module for module in transformer.modules() if module._compiled_call_impl]
     assert blocks and set(compiled) == set(blocks)
+
+
+def test_the_model_card_asks_the_pipeline_for_the_guidance_of_training(name, directory, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    config = dataclasses.replace(Config(), model=directory, guidance_scale=3.0)
+    write_card(tmp_path / "adapter", tmp_path, config, type(fresh_pipeline(directory)).__name__, command="", license={},
+               history=[], epoch=1)
+    call, = re.findall(r"image = (pipe\(.*\))\.images", (tmp_path / "adapter" / "README.md").read_text())
+    asked = eval(call, {"pipe": lambda prompt, **arguments: arguments})
+    expected = MODELS[name].guidance(3.0)
+    assert {key: asked[key] for key in expected if "scale" in key} == {
+        key: value for key, value in expected.items() if "scale" in key}
+    assert ("negative_prompt" in asked) == ("negative_prompt" in expected)
 
 
 @pytest.mark.slow
