@@ -115,9 +115,7 @@ class Policy:
         if lora_path and not full_finetune:
             self.network = load_adapter(transformer, lora_path, model)
         elif lora_rank and not full_finetune:
-            self.network = get_peft_model(transformer, LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian",
-                target_modules=lora_targets if isinstance(lora_targets, str) else list(lora_targets)))
+            self.network = self._new_adapter(lora_rank, lora_alpha, lora_targets)
         if isinstance(self.network, PeftModel):
             self.network.peft_config["default"].base_model_name_or_path = model
         self.network.eval()      # no dropout, because replay must compute what the rollout computed
@@ -168,6 +166,16 @@ class Policy:
         return 1 if guidance_scale == 1 or self.family.embedded_guidance else 2
 
     # ---- adapters ------------------------------------------------------------------------------------------
+
+    def _new_adapter(self, rank: int, alpha: int, targets: tuple[str, ...] | str) -> PeftModel:
+        """Give the transformer an adapter that changes nothing yet. Raises ValueError if no layer has one."""
+        settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
+                              target_modules=targets if isinstance(targets, str) else list(targets))
+        try:
+            return get_peft_model(self.pipe.transformer, settings)
+        except ValueError as error:
+            raise ValueError(f"--lora-targets is {targets}: {self.model} has no such layer; the preset "
+                             f"{self.family.preset} names those of its family") from error
 
     def add_adapter(self, name: str, lora_path: str) -> None:
         """Load another adapter onto the same weights.

@@ -286,6 +286,12 @@ def test_guidance_of_a_distilled_model_is_refused_before_it_loads(tmp_path, save
     in_one_line(error, "--guidance-scale is 4", "distilled", "set it to 1")
 
 
+def test_targets_of_another_family_are_refused_with_the_preset_of_ones_own(directory):
+    with pytest.raises(ValueError) as error:
+        make_policy(directory, lora_targets=("attn.to_query",))
+    in_one_line(error, "attn.to_query", check_model(directory).preset)
+
+
 def test_a_resolution_that_does_not_fit_says_what_does(directory):
     with pytest.raises(ValueError) as error:
         make_policy(directory, resolution=(16, 36))
