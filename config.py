@@ -219,7 +219,7 @@ QWEN_IMAGE = dict(
     model="Qwen/Qwen-Image", noise_level=1.2, window_size=2, window_range=(0, 5), groups_per_epoch=32,
     group_size=16, guidance_scale=4.0, beta=0.0, ema_decay=0.0, ema_every=1, dtype="bfloat16", lora_rank=64,
     lora_alpha=128, lora_targets=ATTENTION + QWEN_FEED_FORWARD, gradient_checkpointing=True,
-    eval_num_steps=50)
+    offload_text_encoders=True, eval_num_steps=50)
 # Another trainer's examples for Z-Image and FLUX.2-klein-base; docs/recipes.md names them. The guidance scale
 # is one more than that of Z-Image's pipeline.
 Z_IMAGE = dict(
@@ -231,7 +231,7 @@ FLUX2_KLEIN = Z_IMAGE | dict(
     lora_targets=ATTENTION + FLUX2_FEED_FORWARD, eval_num_steps=28)
 # Nobody has published settings for FLUX.2-dev: these are FLUX.1's.
 FLUX2_DEV = FLUX | dict(model="black-forest-labs/FLUX.2-dev", max_sequence_length=512, guidance_scale=4.0,
-                        lora_targets=ATTENTION + FLUX2_FEED_FORWARD)
+                        lora_targets=ATTENTION + FLUX2_FEED_FORWARD, offload_text_encoders=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 
 PRESETS = {
