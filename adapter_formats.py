@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from families import FLUX
+from families import FLUX, diffusers_class
 
 A, B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 DOWN, UP = (re.compile(rf"\.(lora_{word}|lora\.{word}|{word})\.weight$") for word in ("down", "up"))
@@ -85,7 +85,7 @@ def rename_flux(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         named[prefix + key.replace(A, down).replace(B, up)] = value
         if key.startswith("lora_transformer_") and key.endswith(A):          # the converter insists on alphas
             named[key.replace(A, ALPHA)] = torch.tensor(float(len(value)))
-    return FLUX.pipeline.lora_state_dict(named)
+    return diffusers_class(FLUX.pipeline).lora_state_dict(named)
 
 
 def rename_sd3(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

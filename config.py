@@ -30,6 +30,12 @@ ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
 # What a small network needs besides, to change its mind in a few minutes.
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 MODULATION = ("norm1.linear", "norm1_context.linear")
+# The projections of FLUX.2's single blocks are one layer with their feed-forward layer.
+FLUX2_FEED_FORWARD = ("attn.to_qkv_mlp_proj", "ff.linear_in", "ff.linear_out", "ff_context.linear_in",
+                      "ff_context.linear_out")
+Z_IMAGE_LAYERS = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
+                  "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+QWEN_FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Config:
 
     # ------------------------------ the task
     model: str = "assets/tiny-sd3"
-    """A pipeline: a directory, a hub id, or random:sd35m, random:sd35l, random:flux."""
+    """A pipeline: a directory, a hub id, or random:NAME, as random:sd35m; an unknown NAME lists them."""
     prompts: str = "words"
     """A built-in set (words, ocr, geneval), a directory with train and test files, or a file."""
     rewards: tuple[tuple[str, float], ...] = (("rapidocr_line", 1.0),)
@@ -48,7 +54,7 @@ class Config:
     resolution: tuple[int, int] = (24, 64)
     """Height and width of the images, in pixels."""
     max_sequence_length: int = 12
-    """T5 tokens of a prompt."""
+    """Tokens of a prompt, as T5 or the language model counts them."""
 
     # ------------------------------ sampling
     num_steps: int = 8
@@ -208,6 +214,24 @@ FLUX = dict(
     model="black-forest-labs/FLUX.1-dev", num_steps=6, guidance_scale=3.5, noise_level=0.9, beta=0.0,
     dtype="bfloat16", lora_rank=64, lora_alpha=128, lora_targets=ATTENTION + FEED_FORWARD, eval_num_steps=28,
     gradient_checkpointing=True, **SIX)
+# The authors' settings for Qwen-Image. They average no weights.
+QWEN_IMAGE = dict(
+    model="Qwen/Qwen-Image", noise_level=1.2, window_size=2, window_range=(0, 5), groups_per_epoch=32,
+    group_size=16, guidance_scale=4.0, beta=0.0, ema_decay=0.0, ema_every=1, dtype="bfloat16", lora_rank=64,
+    lora_alpha=128, lora_targets=ATTENTION + QWEN_FEED_FORWARD, gradient_checkpointing=True,
+    offload_text_encoders=True, eval_num_steps=50)
+# Another trainer's examples for Z-Image and FLUX.2-klein-base; docs/recipes.md names them. The guidance scale
+# is one more than that of Z-Image's pipeline.
+Z_IMAGE = dict(
+    model="Tongyi-MAI/Z-Image", max_sequence_length=512, guidance_scale=5.0, window_size=1,
+    window_range=(1, 4), groups_per_epoch=48, group_size=16, advantage_std="group", beta=0.0, ema_decay=0.9,
+    dtype="bfloat16", lora_rank=64, lora_alpha=128, lora_targets=Z_IMAGE_LAYERS, gradient_checkpointing=True)
+FLUX2_KLEIN = Z_IMAGE | dict(
+    model="black-forest-labs/FLUX.2-klein-base-4B", num_steps=8, guidance_scale=4.0,
+    lora_targets=ATTENTION + FLUX2_FEED_FORWARD, eval_num_steps=28)
+# Nobody has published settings for FLUX.2-dev: these are FLUX.1's.
+FLUX2_DEV = FLUX | dict(model="black-forest-labs/FLUX.2-dev", max_sequence_length=512, guidance_scale=4.0,
+                        lora_targets=ATTENTION + FLUX2_FEED_FORWARD, offload_text_encoders=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 
 PRESETS = {
@@ -228,6 +252,10 @@ PRESETS = {
     "flux_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX),
     "flux_fast": replace(PUBLISHED, **PICKSCORE, **FLUX_FAST, advantage_std="group"),
     "flux_geneval_fast": replace(PUBLISHED, **GENEVAL, **FLUX_FAST),
+    "qwen_image_pickscore": replace(PUBLISHED, **PICKSCORE, **QWEN_IMAGE),
+    "flux2_klein_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX2_KLEIN),
+    "flux2_dev_pickscore": replace(PUBLISHED, **PICKSCORE, **FLUX2_DEV),
+    "z_image_pickscore": replace(PUBLISHED, **PICKSCORE, **Z_IMAGE),
 }
 
 

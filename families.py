@@ -1,126 +1,118 @@
-"""What differs between model families: one class per family, and published architectures with random weights.
+"""What differs between model families: one class per family.
 
 A new family is one more subclass of `Family`, listed in FAMILIES. sigma runs from 1 (noise) to 0 (data).
 """
 
-import functools
-import inspect
-import json
 import math
-import zlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 from transformers.utils import logging
 
 # Silence transformers before diffusers imports it, because it would warn that torchvision is missing.
 logging.set_verbosity_error()
 
-from diffusers import (  # noqa: E402
-    AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel,
-    SD3Transformer2DModel, StableDiffusion3Pipeline)
-from diffusers.utils import logging as diffusers_logging  # noqa: E402
+import diffusers  # noqa: E402
+from diffusers import DiffusionPipeline  # noqa: E402
 
-Text = tuple[Tensor, Tensor]      # embeddings (B, L, D), pooled embeddings (B, P)
+DIFFUSERS = "0.42.1"              # the version whose pipelines these classes follow
+# Embeddings (B, L, D), and what else the network takes: pooled embeddings (B, P), a mask (B, L) of bool, or
+# lengths (B,) of int64. Whole numbers stay on the host, because shapes depend on them.
+Text = tuple[Tensor, ...]
+# The autoencoder of SD3, FLUX.1 and Z-Image. They differ in its scaling and shift factors.
+KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+          block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+          use_quant_conv=False, use_post_quant_conv=False)
 
 
 class Family:
     """The contract of a model family. `self.pipe` is a loaded pipeline.
 
-    The pipeline has a `transformer`, a `vae` with a scaling and a shift factor, and a
-    `FlowMatchEulerDiscreteScheduler`. Callers see latents as (B, C, H, W), whatever layout the network takes.
-    A subclass defines:
+    Callers see latents as (B, C, H, W), whatever layout the network takes. A subclass defines:
 
-    pipeline, transformer    diffusers' classes of the pipeline and of the network
-    published                {NAME: settings of the transformer} for `--model random:NAME`
-    vae, scheduler           settings in which a random pipeline departs from diffusers' defaults
-    clip_tokens              embeddings that stand before those of T5
-    may_lack                 parts that a pipeline can do without, besides those that diffusers calls optional
+    pipeline, transformer, autoencoder   names of diffusers' classes
+    preset              the preset of config.py for such a model
+    published           {NAME: settings of the transformer} for `--model random:NAME`
+    vae, scheduler      settings in which a random pipeline departs from diffusers' defaults
+    embedded_guidance   whether the network takes the guidance scale as an input
+    guidance_argument   how a call of the pipeline names the scale, and which one is no guidance to it
+    may_lack            parts that a pipeline can do without
     """
 
-    pipeline: type[DiffusionPipeline]
-    transformer: type[torch.nn.Module]
-    published: dict[str, dict] = {}
-    vae: dict[str, float] = {}
-    scheduler: dict[str, float | bool] = {}
-    clip_tokens: int = 0
-    may_lack: tuple[str, ...] = ()
+    autoencoder = "AutoencoderKL"
+    vae, scheduler, may_lack = {}, {}, ()
+    embedded_guidance, guidance_argument = False, ("guidance_scale", 1)
 
     def __init__(self, pipe: DiffusionPipeline):
-        self.pipe = pipe
-
-    @classmethod
-    def parts(cls) -> list[str]:
-        """Name the parts that a pipeline of this family must have."""
-        optional = (*cls.pipeline._optional_components, *cls.may_lack)
-        return [name for name in inspect.signature(cls.pipeline).parameters if name not in optional]
-
-    def tiling(self) -> tuple[int, int, int | None]:
-        """Return a latent's channels, the side of a patch in latent pixels, and the most patches on a side.
-
-        The last one is None if the network takes any number of patches.
-        """
-        raise NotImplementedError
-
-    def schedule(self, num_steps: int, tokens: int) -> dict[str, float]:
-        """Return keywords for `sampler.timestep_schedule` that give the pipeline's own schedule.
-
-        tokens: patches of an image, on which a dynamic shift depends.
-        """
-        raise NotImplementedError
-
-    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
-        """Encode one prompt, `length` tokens of T5, to embeddings (1, L, D) and pooled ones (1, P)."""
-        raise NotImplementedError
+        self.pipe, self.has_warned = pipe, False
 
     @staticmethod
-    def branches(guidance_scale: float) -> int:
-        """Count the rows that the network computes per image: 2 for classifier-free guidance, else 1."""
+    def distilled(model: str, index: dict) -> bool:
+        """Whether the model is distilled to go without guidance. index: its model_index.json."""
+        return False
+
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        """Return C, pixels on a latent's side, latents on a patch's side, and the most patches on a side."""
         raise NotImplementedError
+
+    def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
+        """Return keywords for `sampler.timestep_schedule`: the pipeline's own, for so many patches."""
+        config = self.pipe.scheduler.config
+        dynamic = config.use_dynamic_shifting
+        return {"shift": shift_of(config, linear_mu(config, tokens)) if dynamic else config.shift,
+                "sigma_min": 1 / num_steps, "shift_terminal": config.shift_terminal or None}
+
+    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        """Encode one prompt: B is 1. length: tokens of T5 or a language model. It alone decides shapes."""
+        raise NotImplementedError
+
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        """Draw what `encode` would return. normal: draws a tensor of a shape."""
+        config = self.pipe.transformer.config
+        return normal(1, length, config.joint_attention_dim), normal(1, config.pooled_projection_dim)
 
     def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
                  guidance_scale: float) -> Tensor:
         """Call the network: latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W). Gradients flow."""
         raise NotImplementedError
 
-    def shift(self, tokens: int) -> float:
-        """Return the scheduler's shift of sigma. A dynamic shift depends on the number of patches.
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        """Combine velocities (B, C, H, W): arXiv 2207.12598, eq. 6, where a scale of 1 is no guidance."""
+        return unconditional + guidance_scale * (conditional - unconditional)
 
-        mu lies on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
-        """
-        config = self.pipe.scheduler.config
-        if not config.use_dynamic_shifting:
-            return config.shift
-        fewest, most = config.base_image_seq_len, config.max_image_seq_len
-        slope = (config.max_shift - config.base_shift) / (most - fewest)
-        mu = config.base_shift + slope * (tokens - fewest)
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, C, H, W) to images (B, 3, height, width) from -1 to 1."""
+        vae = self.pipe.vae
+        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 
 
 class SD3(Family):
     """Stable Diffusion 3 and 3.5 (arXiv 2403.03206)."""
 
-    pipeline, transformer = StableDiffusion3Pipeline, SD3Transformer2DModel
+    pipeline, transformer = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
+    preset = "sd35m_ocr"
     published = {
         "sd35m": dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, qk_norm="rms_norm",
                       pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
         "sd35l": dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm",
                       pos_embed_max_size=192)}
-    vae = dict(scaling_factor=1.5305, shift_factor=0.0609)
+    vae = KL | dict(scaling_factor=1.5305, shift_factor=0.0609)
     scheduler = dict(shift=3.0)
-    clip_tokens = 77
     may_lack = ("text_encoder_3", "tokenizer_3")      # T5, whose embeddings are then zeros
 
-    def tiling(self) -> tuple[int, int, int | None]:
+    def tiling(self) -> tuple[int, int, int, int | None]:
         config = self.pipe.transformer.config
-        return config.in_channels, config.patch_size, config.pos_embed_max_size
+        return config.in_channels, self.pipe.vae_scale_factor, config.patch_size, config.pos_embed_max_size
 
-    def schedule(self, num_steps: int, tokens: int) -> dict[str, float]:
+    def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
         # diffusers shifts the grid's end, 1/1000, once at construction, except with dynamic shifting.
         dynamic = self.pipe.scheduler.config.use_dynamic_shifting
-        return {"shift": self.shift(tokens), **({"sigma_min": 1 / 1000} if dynamic else {})}
+        return super().schedule(num_steps, tokens) | {"sigma_min": 1 / 1000 if dynamic else None}
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -128,9 +120,8 @@ class SD3(Family):
             do_classifier_free_guidance=False)
         return embeds, pooled
 
-    @staticmethod
-    def branches(guidance_scale: float) -> int:
-        return 1 if guidance_scale == 1 else 2
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        return super().random_text(normal, 77 + length)      # CLIP's tokens stand before those of T5
 
     def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
                  guidance_scale: float) -> Tensor:
@@ -140,162 +131,251 @@ class SD3(Family):
 class FLUX(Family):
     """FLUX.1. A token is 2 x 2 latent pixels. The network takes the guidance scale as an input."""
 
-    pipeline, transformer = FluxPipeline, FluxTransformer2DModel
+    pipeline, transformer = "FluxPipeline", "FluxTransformer2DModel"
+    preset = "flux_pickscore"
     published = {"flux": dict(guidance_embeds=True)}      # other settings are the class's defaults
-    vae = dict(scaling_factor=0.3611, shift_factor=0.1159)
+    vae = KL | dict(scaling_factor=0.3611, shift_factor=0.1159)
     scheduler = dict(shift=3.0, use_dynamic_shifting=True)
+    embedded_guidance = True
 
-    def tiling(self) -> tuple[int, int, int | None]:
-        return self.pipe.transformer.config.in_channels // 4, 2, None
-
-    def schedule(self, num_steps: int, tokens: int) -> dict[str, float]:
-        return {"shift": self.shift(tokens), "sigma_min": 1 / num_steps}
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
         embeds, pooled, _ = self.pipe.encode_prompt(prompt, prompt, device=device, max_sequence_length=length)
         return embeds, pooled
 
-    @staticmethod
-    def branches(guidance_scale: float) -> int:
-        return 1
-
     def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
                  guidance_scale: float) -> Tensor:
         embeds, pooled = text
-        rows, columns = (torch.arange(size // 2, device=latents.device) for size in latents.shape[-2:])
         # An image token's position is (0, row, column). A text token's position is (0, 0, 0).
-        image_ids = F.pad(torch.cartesian_prod(rows, columns), (1, 0))               # (H/2 W/2, 3)
+        image_ids = F.pad(grid(latents.shape[-2] // 2, latents.shape[-1] // 2, latents.device), (1, 0))
         text_ids = image_ids.new_zeros(embeds.shape[1], 3)                           # (L, 3)
-        tokens = F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)            # (B, H/2 W/2, 4C)
         guided = self.pipe.transformer.config.guidance_embeds
-        v = network(tokens, embeds, pooled, sigma, img_ids=image_ids, txt_ids=text_ids, return_dict=False,
-                    guidance=torch.full_like(sigma, guidance_scale) if guided else None)[0]
-        v = v.transpose(1, 2).unflatten(2, (len(rows), len(columns)))                # (B, 4C, H/2, W/2)
-        return F.pixel_shuffle(v, 2)                                                 # (B, C, H, W)
+        v = network(pack(latents), embeds, pooled, sigma, img_ids=image_ids, txt_ids=text_ids,
+                    return_dict=False, guidance=torch.full_like(sigma, guidance_scale) if guided else None)[0]
+        return unpack(v, latents)
 
 
-FAMILIES = {family.pipeline.__name__: family for family in (SD3, FLUX)}
+class QwenImage(Family):
+    """Qwen-Image (arXiv 2508.02324). A token is 2 x 2 latent pixels.
 
-
-def compile_blocks(transformer: torch.nn.Module) -> None:
-    """Compile each block by itself, so that all blocks of a kind share one compilation."""
-    # Raise the limit, because gradients or none, the adapter or none, and each batch size are a version each.
-    torch._dynamo.config.recompile_limit = 64
-    for block in [*transformer.transformer_blocks, *getattr(transformer, "single_transformer_blocks", ())]:
-        block.compile()
-
-
-# ---- schedulers --------------------------------------------------------------------------------------------
-
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
-SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
-# Options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
-SCHEDULER_OPTIONS = {
-    "num_train_timesteps": 1000, "stochastic_sampling": False, "shift_terminal": None,
-    "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
-    "use_beta_sigmas": False, "use_flow_sigmas": False}
-
-
-def check_scheduler(model: str, entry: list | None, file: Path | None) -> None:
-    """Raise ValueError in one line if a rollout without noise would not draw what the pipeline draws.
-
-    entry: what model_index.json says of the scheduler, [library, class]. file: the pipeline's SCHEDULER_FILE.
+    The autoencoder is one of videos, with a mean and a standard deviation for each channel. The guided
+    velocity of a token keeps the length that it has without guidance.
     """
-    try:
-        options = json.loads(file.read_text()) if file else None
-        kinds = {entry[1], options.get("_class_name", entry[1])}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"--model {model!r} has no scheduler: model_index.json does not name its class, or "
-                         f"{SCHEDULER_FILE} is missing or no JSON object; save the pipeline again") from error
-    if kinds != {SCHEDULER}:
-        kind = next(kind for kind in kinds if kind != SCHEDULER)
-        raise ValueError(
-            f"--model {model!r} has the scheduler {kind}, which draws otherwise than training samples: only "
-            f"{SCHEDULER} is supported; set pipe.scheduler = {SCHEDULER}.from_config(pipe.scheduler.config) "
-            "and save the pipeline")
-    parameters = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
-    options = {name: parameter.default for name, parameter in parameters.items()} | options
 
-    def refuse(name: str, needed: str) -> None:
-        raise ValueError(f"--model {model!r}: its scheduler's {name} is {options[name]!r}, which is not "
-                         f"supported; set it to {needed} in {SCHEDULER_FILE}")
+    pipeline, transformer = "QwenImagePipeline", "QwenImageTransformer2DModel"
+    autoencoder = "AutoencoderKLQwenImage"
+    preset = "qwen_image_pickscore"
+    published = {"qwen_image": {}}      # Qwen/Qwen-Image has the defaults of diffusers' classes
+    scheduler = dict(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    guidance_argument = ('negative_prompt="", true_cfg_scale', 1)
 
-    for name, needed in SCHEDULER_OPTIONS.items():
-        value = options.get(name, needed)
-        if value != needed and (value or needed):      # None, False and 0 all turn an option off
-            refuse(name, json.dumps(needed))
-    dynamic = options["use_dynamic_shifting"]
-    line = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-    for name in line if dynamic else ("shift",):
-        if type(options[name]) not in (int, float) or not abs(options[name]) < math.inf:
-            refuse(name, "a number")
-    if not dynamic and not options["shift"] > 0:
-        refuse("shift", "a number above 0")
-    if dynamic and options["base_image_seq_len"] == options["max_image_seq_len"]:
-        refuse("max_image_seq_len", "a number above base_image_seq_len")
-    if dynamic and options["time_shift_type"] not in ("exponential", "linear"):
-        refuse("time_shift_type", '"exponential" or "linear"')
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
+
+    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        embeds, _ = self.pipe.encode_prompt(prompt, device=device)                   # (1, its own length, D)
+        warn_if_cut(self, prompt, embeds.shape[1], length)
+        return self._padded(embeds[:, :length], length)
+
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        return self._padded(normal(1, length, self.pipe.transformer.config.joint_attention_dim), length)
+
+    @staticmethod
+    def _padded(embeds: Tensor, length: int) -> Text:
+        """Pad embeddings (1, l, D) to (1, L, D). The mask (1, L) shows the network the first l alone."""
+        mask = torch.arange(length, device=embeds.device) < embeds.shape[1]
+        return F.pad(embeds, (0, 0, 0, length - embeds.shape[1])), mask[None]
+
+    def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
+                 guidance_scale: float) -> Tensor:
+        embeds, mask = text
+        shape = (1, latents.shape[-2] // 2, latents.shape[-1] // 2)                  # frames, rows, columns
+        v = network(pack(latents), embeds, mask, timestep=sigma, img_shapes=[[shape]] * len(latents),
+                    return_dict=False)[0]
+        return unpack(v, latents)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        guided = pack(super().guide(conditional, unconditional, guidance_scale))     # (B, tokens, 4C)
+        norm, wanted = (v.norm(dim=-1, keepdim=True) for v in (guided, pack(conditional)))
+        return unpack(guided * (wanted / norm), conditional)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self.pipe.vae.config
+        mean, std = (latents.new_tensor(values).view(-1, 1, 1) for values in
+                     (config.latents_mean, config.latents_std))                      # (C, 1, 1)
+        return self.pipe.vae.decode((latents * std + mean)[:, :, None]).sample[:, :, 0]
 
 
-# ---- pipelines ---------------------------------------------------------------------------------------------
+class FLUX2(Family):
+    """FLUX.2 klein. A latent pixel is a token: 2 x 2 pixels of the autoencoder, normalised by its batch norm.
 
-def load_pipeline(family: type[Family], model: str, index: dict, *, dtypes: dict[str, torch.dtype]
-                  ) -> DiffusionPipeline:
-    """Load a pipeline from a directory or the hub. index: its model_index.json. dtypes: by part, or
-    "default".
-
-    Weights may be in safetensors or .bin files, in full or in half precision. Raises ValueError in one line.
+    Text is padded and has no mask. `--max-sequence-length` is therefore part of the result.
     """
-    # Pass None for the parts that the index leaves out, because diffusers would miss them.
-    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
-    load = functools.partial(family.pipeline.from_pretrained, model, dtype=dtypes, **left_out)
-    # Silence diffusers, because it logs what is missing even where the next try finds it.
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
-    try:
-        return load()
-    except (OSError, ValueError) as error:
-        try:
-            return load(variant="fp16")
-        except (OSError, ValueError):
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--model {model!r} cannot be loaded: {reason:.300}") from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
+
+    pipeline, transformer = "Flux2KleinPipeline", "Flux2Transformer2DModel"
+    autoencoder = "AutoencoderKLFlux2"
+    preset = "flux2_klein_pickscore"
+    # From diffusers' scripts/convert_flux2_to_diffusers.py. Distilled and base models have the same sizes.
+    published = {
+        "flux2_klein_4b": dict(num_layers=5, num_single_layers=20, num_attention_heads=24,
+                               joint_attention_dim=7680, guidance_embeds=False),
+        "flux2_klein_9b": dict(num_layers=8, num_single_layers=24, num_attention_heads=32,
+                               joint_attention_dim=12288, guidance_embeds=False)}
+    scheduler = dict(shift=3.0, use_dynamic_shifting=True)
+
+    @staticmethod
+    def distilled(model: str, index: dict) -> bool:
+        return bool(index.get("is_distilled"))
+
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        return self.pipe.transformer.config.in_channels, 2 * self.pipe.vae_scale_factor, 1, None
+
+    def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+        config, mu = self.pipe.scheduler.config, compute_empirical_mu(tokens, num_steps)
+        own = {"shift": shift_of(config, mu)} if config.use_dynamic_shifting else {}
+        return super().schedule(num_steps, tokens) | own
+
+    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **self.chat(prompt)), length)
+        embeds, _ = self.pipe.encode_prompt(prompt, device=device, max_sequence_length=length)
+        return (embeds,)
+
+    def chat(self, prompt: str) -> dict:
+        """Return the chat that the pipeline makes of a prompt, as arguments of `apply_chat_template`."""
+        return dict(chat_of(prompt), enable_thinking=False)
+
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        return (normal(1, length, self.pipe.transformer.config.joint_attention_dim),)
+
+    def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
+                 guidance_scale: float) -> Tensor:
+        # An image token's position is (0, row, column, 0). The k-th text token's position is (0, 0, 0, k).
+        image_ids = F.pad(grid(*latents.shape[-2:], latents.device), (1, 1))
+        text_ids = F.pad(grid(1, text[0].shape[1], latents.device), (2, 0))
+        v = network(latents.flatten(2).transpose(1, 2), text[0], sigma, img_ids=image_ids, txt_ids=text_ids,
+                    guidance=torch.full_like(sigma, guidance_scale) if self.embedded_guidance else None,
+                    return_dict=False)[0]                                            # (B, H W, C)
+        return v.transpose(1, 2).unflatten(2, latents.shape[-2:])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipe.vae
+        std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()                # (C,)
+        latents = latents * std[:, None, None] + vae.bn.running_mean[:, None, None]
+        return vae.decode(F.pixel_shuffle(latents, 2)).sample
 
 
-def random_pipeline(family: type[Family], name: str, device: torch.device, *, dtype: torch.dtype,
-                    vae_dtype: torch.dtype) -> DiffusionPipeline:
-    """Make a published architecture with random weights, always the same ones, to measure time and memory.
+class FLUX2Dev(FLUX2):
+    """FLUX.2-dev. Its network takes the guidance scale as an input, its language model an instruction."""
 
-    It has no text encoders; `random_text` stands in for them. The parts are made on `device` and in their
-    dtypes, so that no large network exists twice.
+    pipeline = "Flux2Pipeline"
+    preset = "flux2_dev_pickscore"
+    published = {"flux2_dev": {}}      # black-forest-labs/FLUX.2-dev has the defaults of diffusers' classes
+    embedded_guidance = True
+
+    def chat(self, prompt: str) -> dict:
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+        return dict(conversation=format_input([prompt], self.pipe.system_message))
+
+
+class ZImage(Family):
+    """Z-Image (arXiv 2511.22699). The network predicts -v, and its time is 1 - sigma.
+
+    The network takes prompts of their own lengths, because an image's position begins where its prompt ends.
     """
-    def make(kind: type[torch.nn.Module], dtype: torch.dtype, **settings) -> torch.nn.Module:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                return kind(**settings).eval()
-        finally:
-            torch.set_default_dtype(default)
 
-    parts = dict.fromkeys(inspect.signature(family.pipeline).parameters)
-    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**family.scheduler)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        parts["transformer"] = make(family.transformer, dtype, **family.published[name])
-        parts["vae"] = make(
-            AutoencoderKL, vae_dtype, down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
-            up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512),
-            latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, **family.vae)
-    return family.pipeline(**parts)
+    pipeline, transformer = "ZImagePipeline", "ZImageTransformer2DModel"
+    preset = "z_image_pickscore"
+    published = {"z_image": dict(axes_lens=(1536, 512, 512))}      # transformer/config.json of the hub's
+    vae = FLUX.vae
+    scheduler = dict(shift=6.0)
+    guidance_argument = ("guidance_scale", 0)
+
+    @staticmethod
+    def distilled(model: str, index: dict) -> bool:
+        # Turbo's files say so by their name alone.
+        return any("turbo" in Path(name).name.lower() for name in (model, index.get("_name_or_path") or ""))
+
+    def tiling(self) -> tuple[int, int, int, int | None]:
+        config = self.pipe.transformer.config
+        return config.in_channels, self.pipe.vae_scale_factor, 2, min(config.axes_lens[1:])
+
+    def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        chat = dict(chat_of(prompt), enable_thinking=True)
+        warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **chat), length)
+        (embeds,), _ = self.pipe.encode_prompt(                                      # (its own length, D)
+            prompt, device=device, max_sequence_length=length, do_classifier_free_guidance=False)
+        return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], torch.tensor([len(embeds)])
+
+    def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
+        return normal(1, length, self.pipe.transformer.config.cap_feat_dim), torch.tensor([length])
+
+    def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
+                 guidance_scale: float) -> Tensor:
+        prompts = [embeds[:length] for embeds, length in zip(text[0], text[1].tolist())]
+        images = list(latents[:, :, None])                                           # B of (C, 1, H, W)
+        v = network(images, 1 - sigma, prompts, return_dict=False)[0]                # likewise
+        return -torch.stack(v)[:, :, 0]
 
 
-def random_text(family: Family, prompt: str, length: int, dtype: torch.dtype) -> Text:
-    """Draw embeddings (1, L, D) and pooled embeddings (1, P). A prompt always gets the same numbers."""
-    generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-    config = family.pipe.transformer.config
-    embeds = torch.randn(1, family.clip_tokens + length, config.joint_attention_dim, generator=generator)
-    pooled = torch.randn(1, config.pooled_projection_dim, generator=generator)
-    return embeds.to(dtype), pooled.to(dtype)
+# ---- what several families share ---------------------------------------------------------------------------
+
+def diffusers_class(name: str) -> type:
+    """Return diffusers' class of that name. Raises ValueError if the installed version has none."""
+    if not hasattr(diffusers, name):
+        raise ValueError(f"{name} is missing in diffusers {diffusers.__version__}, which is installed: "
+                         f"it takes {DIFFUSERS}; pip install diffusers=={DIFFUSERS}")
+    return getattr(diffusers, name)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Make a token of each 2 x 2 latent pixels: (B, C, H, W) -> (B, H/2 W/2, 4C)."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, latents: Tensor) -> Tensor:
+    """Undo `pack`: tokens (B, H/2 W/2, 4C) to the shape of `latents` (B, C, H, W)."""
+    height, width = latents.shape[-2:]
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def grid(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return the (row, column) of each token of an image: (rows * columns, 2)."""
+    return torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device))
+
+
+def chat_of(prompt: str) -> dict:
+    """Return a chat of one prompt to which a language model is to answer."""
+    return dict(conversation=[[{"role": "user", "content": prompt}]], add_generation_prompt=True)
+
+
+def chat_tokens(tokenizer, **chat) -> int:
+    """Count the tokens of one chat, given as arguments of `apply_chat_template`."""
+    return len(tokenizer.apply_chat_template(tokenize=True, return_dict=True, **chat)["input_ids"][0])
+
+
+def linear_mu(config, tokens: int) -> float:
+    """Return a dynamic shift, mu, for so many patches.
+
+    It lies on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
+    """
+    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    return config.base_shift + slope * (tokens - config.base_image_seq_len)
+
+
+def shift_of(config, mu: float) -> float:
+    """Return the shift of sigma that a dynamic shift `mu` means."""
+    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+
+def warn_if_cut(family: Family, prompt: str, tokens: int, length: int) -> None:
+    """Warn once of a prompt that has more tokens than the encoder is given."""
+    if tokens > length and not family.has_warned:
+        family.has_warned = True
+        tqdm.write(f"warning: the prompt {prompt[:60]!r} has {tokens} tokens and --max-sequence-length is "
+                   f"{length}: its end is left out, and the ends of others as long", file=sys.stderr)
+
+
+FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage, FLUX2, FLUX2Dev, ZImage)}

@@ -4,12 +4,12 @@
     text = policy.encode(['the word "lamp"'])
     v = policy.velocity(text, guidance_scale=4.5)(latents, sigma)      # (B, C, H, W), (B,) -> (B, C, H, W)
 
-`families.py` holds what differs between SD3 and FLUX. `adapters.py` holds the files of LoRA adapters.
+`families.py` holds what differs between model families, `pipelines.py` how a model is found and loaded, and
+`adapters.py` the files of LoRA adapters.
 """
 
 import contextlib
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,10 +22,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from adapters import find_file, fit_adapter, load_adapter
-from families import (
-    FAMILIES, SCHEDULER_FILE, Family, Text, check_scheduler, compile_blocks, load_pipeline, random_pipeline,
-    random_text)
+from adapters import fit_adapter, load_adapter
+from families import Family, Text
+from pipelines import check_model, compile_blocks, load_pipeline, random_pipeline, random_text, read_index
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -33,40 +32,6 @@ TEXT_CACHE = 1024            # prompts whose embeddings stay in host memory; one
 DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 images of 512 x 512
 
 Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
-
-
-def check_model(model: str) -> type[Family]:
-    """Find the family of `model`: a pipeline's directory, a hub id or random:NAME. Loads no weights.
-
-    Raises ValueError in one line if the model is unknown, or if its scheduler draws what training does not.
-    """
-    if model.startswith("random:"):
-        known = {f"random:{name}": family for family in FAMILIES.values() for name in family.published}
-        if model not in known:
-            raise ValueError(f"--model {model!r} is unknown: {', '.join(known)} are made with random weights")
-        return known[model]
-    index = read_index(model)
-    family = FAMILIES.get(kind := index["_class_name"])
-    if family is None:
-        raise ValueError(f"--model {model!r} is a {kind}: only {' and '.join(FAMILIES)} are supported")
-    for name in family.parts():
-        if not index.get(name, [None])[0]:
-            raise ValueError(f"--model {model!r} has no {name}: its model_index.json leaves it out; add it")
-    check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
-    return family
-
-
-def read_index(model: str) -> dict:
-    """Read model_index.json: the pipeline's class, and [library, class] of each part. Raises ValueError."""
-    path = find_file("--model", model, "model_index.json")
-    if path is None:
-        raise ValueError(f"--model {model!r} is no diffusers pipeline: {model}/model_index.json is missing")
-    try:
-        index = json.loads(path.read_text())
-        return index | {"_class_name": index["_class_name"]}
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name "
-                         "its class") from error
 
 
 # ---- copies between host and device ------------------------------------------------------------------------
@@ -117,10 +82,10 @@ class Policy:
                  gradient_checkpointing: bool = False, compile: bool = False):
         """Load the model and give it an adapter: a new one, that at `lora_path`, or none (`lora_rank` 0).
 
-        resolution: height and width in pixels. max_sequence_length: tokens of the T5 encoder. An adapter at
-        `lora_path` keeps its own rank, alpha and targets. with_reference: full fine-tuning keeps a frozen
-        copy. Raises ValueError if the model is not supported, the adapter does not fit it, or its patches do
-        not tile the resolution.
+        resolution: height and width in pixels. max_sequence_length: tokens of a prompt, as T5 or the
+        language model counts them. An adapter at `lora_path` keeps its own rank, alpha and targets.
+        with_reference: full fine-tuning keeps a frozen copy. Raises ValueError if the model is not supported,
+        the adapter does not fit it, or its patches do not tile the resolution.
         """
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
@@ -150,9 +115,7 @@ class Policy:
         if lora_path and not full_finetune:
             self.network = load_adapter(transformer, lora_path, model)
         elif lora_rank and not full_finetune:
-            self.network = get_peft_model(transformer, LoraConfig(
-                r=lora_rank, lora_alpha=lora_alpha, init_lora_weights="gaussian",
-                target_modules=lora_targets if isinstance(lora_targets, str) else list(lora_targets)))
+            self.network = self._new_adapter(lora_rank, lora_alpha, lora_targets)
         if isinstance(self.network, PeftModel):
             self.network.peft_config["default"].base_model_name_or_path = model
         self.network.eval()      # no dropout, because replay must compute what the rollout computed
@@ -183,27 +146,36 @@ class Policy:
 
         Raises ValueError if the model's patches do not tile them, or if the scheduler has no shift for them.
         """
-        channels, patch, most = self.family.tiling()
-        scale = self.pipe.vae_scale_factor
+        channels, scale, patch, most = self.family.tiling()
         unit = scale * patch
         if any(size < unit or size % unit or size > (most or math.inf) * unit for size in resolution):
             limit = f" up to {most * unit}" if most else ""
             raise ValueError(f"--resolution is {resolution}: {self.model} takes multiples of {unit}{limit}")
         self.latent_shape = (channels, *(size // scale for size in resolution))          # C, H, W
         self.tokens = math.prod(size // unit for size in resolution)                     # patches of an image
-        if not (shift := self.family.shift(self.tokens)) > 0:
+        if not (shift := self.family.schedule(1, self.tokens)["shift"]) > 0:
             raise ValueError(f"--resolution is {resolution}: the scheduler of {self.model} would shift times "
                              f"by {shift:.3g}, which must be above 0; give another resolution")
 
-    def schedule_arguments(self, num_steps: int) -> dict[str, float]:
+    def schedule_arguments(self, num_steps: int) -> dict[str, float | None]:
         """Return keywords for `sampler.timestep_schedule`: the pipeline's own schedule at this resolution."""
         return self.family.schedule(num_steps, self.tokens)
 
     def branches(self, guidance_scale: float) -> int:
         """Count the rows that the network computes per image: 2 with classifier-free guidance, else 1."""
-        return self.family.branches(guidance_scale)
+        return 1 if guidance_scale == 1 or self.family.embedded_guidance else 2
 
     # ---- adapters ------------------------------------------------------------------------------------------
+
+    def _new_adapter(self, rank: int, alpha: int, targets: tuple[str, ...] | str) -> PeftModel:
+        """Give the transformer an adapter that changes nothing yet. Raises ValueError if no layer has one."""
+        settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
+                              target_modules=targets if isinstance(targets, str) else list(targets))
+        try:
+            return get_peft_model(self.pipe.transformer, settings)
+        except ValueError as error:
+            raise ValueError(f"--lora-targets is {targets}: {self.model} has no such layer; the preset "
+                             f"{self.family.preset} names those of its family") from error
 
     def add_adapter(self, name: str, lora_path: str) -> None:
         """Load another adapter onto the same weights.
@@ -245,13 +217,15 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Text:
-        """Return embeddings (B, L, D) and pooled embeddings (B, P). Each distinct prompt is encoded once."""
+        """Return embeddings (B, L, D) and the rest of `Text`. Each distinct prompt is encoded once."""
         self._encode_missing(prompts)
         # Copy each prompt once, and repeat it on the device, because rows of one sample share their prompt.
         place = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
-        kept = [self._text_cache[prompt] for prompt in place]                        # pairs of (L, D), (P,)
-        index = to_device(torch.tensor([place[prompt] for prompt in prompts]), self.device)
-        text = tuple(to_device(torch.stack(part), self.device)[index] for part in zip(*kept))
+        kept = map(torch.stack, zip(*(self._text_cache[prompt] for prompt in place)))
+        index = torch.tensor([place[prompt] for prompt in prompts])
+        on_device = to_device(index, self.device)
+        text = tuple(part[index] if part.dtype == torch.int64 else to_device(part, self.device)[on_device]
+                     for part in kept)
         while len(self._text_cache) > max(TEXT_CACHE, self._text_kept):
             self._text_cache.pop(next(iter(self._text_cache)))
         return text
@@ -274,7 +248,7 @@ class Policy:
                     text = random_text(self.family, prompt, self.max_sequence_length, self.dtype)
                 else:
                     text = self.family.encode(prompt, self.max_sequence_length, self.device)
-                self._text_cache[prompt] = tuple(part[0].cpu() for part in text)     # (L, D), (P,)
+                self._text_cache[prompt] = tuple(part[0].cpu() for part in text)     # (L, D), ...
         finally:
             if moved:
                 self._move_text_encoders(torch.device("cpu"))
@@ -321,10 +295,8 @@ class Policy:
             v = (v if training else v.detach()).to(latents.dtype)
             if branches == 1:
                 return v
-            # v = v_uncond + w (v_cond - v_uncond): arXiv 2207.12598, eq. 6, with diffusers' w, where 1 is no
-            # guidance.
             unconditional, conditional = v.chunk(2)
-            return unconditional + guidance_scale * (conditional - unconditional)
+            return self.family.guide(conditional, unconditional, guidance_scale)
 
         return guided_velocity
 
@@ -374,12 +346,11 @@ class Policy:
         It decodes a few images at a time, because the autoencoder's activations take more memory than
         anything else.
         """
-        vae = self.pipe.vae
-        latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        pixels = math.prod(latents.shape[-2:]) * self.pipe.vae_scale_factor**2       # of one image
+        _, scale, _, _ = self.family.tiling()
+        pixels = math.prod(latents.shape[-2:]) * scale**2                            # of one image
         images = []
-        for part in latents.split(max(1, DECODE_PIXELS // pixels)):
-            image = (vae.decode(part).sample / 2 + 0.5).clamp(0, 1)              # (b, 3, 8H, 8W), from 0 to 1
+        for part in latents.to(self.pipe.vae.dtype).split(max(1, DECODE_PIXELS // pixels)):
+            image = (self.family.decode(part) / 2 + 0.5).clamp(0, 1)                 # (b, 3, 8H, 8W), 0 to 1
             images.append((image * 255).round().to(torch.uint8))
         return torch.cat(images).permute(0, 2, 3, 1).contiguous()
 

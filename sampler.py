@@ -32,12 +32,14 @@ Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma
 
 
 def timestep_schedule(num_steps: int, shift: float = 3.0, sigma_min: float | None = None,
-                      dtype: torch.dtype = torch.float32) -> Tensor:
+                      dtype: torch.dtype = torch.float32, *, shift_terminal: float | None = None) -> Tensor:
     """Sigmas (T + 1,) from 1 down to 0, equal to diffusers' `FlowMatchEulerDiscreteScheduler`.
 
     `sigma_min` is the last value of the even grid before the shift. Its default is Stable Diffusion 3's:
-    1/1000, shifted once. FLUX passes `sigma_min=1 / num_steps` and `shift=exp(mu)`.
-    Raises ValueError if `num_steps` < 1, or if `shift` or `sigma_min` is not positive.
+    1/1000, shifted once. FLUX passes `sigma_min=1 / num_steps` and `shift=exp(mu)`. `shift_terminal`
+    stretches the shifted grid so that the last sigma before 0 is that one, as Qwen-Image's is.
+    Raises ValueError if `num_steps` < 1, or < 2 with `shift_terminal`, or if `shift` or `sigma_min` is not
+    positive.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: at least 1 is needed")
@@ -51,8 +53,13 @@ def timestep_schedule(num_steps: int, shift: float = 3.0, sigma_min: float | Non
         sigma_min = shifted(1 / 1000)
     if not 0 < sigma_min <= 1:
         raise ValueError(f"sigma_min is {sigma_min}: it must lie in (0, 1]")
-    grid = torch.linspace(1, sigma_min, num_steps, dtype=torch.float64)
-    return torch.cat([shifted(grid), torch.zeros(1, dtype=torch.float64)]).to(dtype)
+    sigmas = shifted(torch.linspace(1, sigma_min, num_steps, dtype=torch.float64))
+    if shift_terminal is not None:
+        if num_steps < 2:
+            raise ValueError(f"num_steps is {num_steps}: the schedule's last step begins at sigma "
+                             f"{shift_terminal}, which takes at least 2")
+        sigmas = 1 - (1 - sigmas) * (1 - shift_terminal) / (1 - sigmas[-1])
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).to(dtype)
 
 
 def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_level, rule: str = "flow_sde",

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from adapters import find_file, is_hub_id
 from config import Config
+from families import FAMILIES
 
 LOAD = {"adapter": 'pipe.load_lora_weights("{}")',
         "transformer": 'pipe.transformer = pipe.transformer.from_pretrained("{}").to("cuda")'}
@@ -38,6 +39,7 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
     data = ModelCardData(**base, **license, library_name="diffusers", pipeline_tag="text-to-image", tags=tags)
     evaluated = [m for m in history if "eval/total" in m and m["epoch"] <= epoch]
     shown = evaluated[:1] + evaluated[1:][-1:]
+    argument, none = FAMILIES[pipeline].guidance_argument
     weights = dict.fromkeys(config.eval_rewards, 0.0) | dict(config.rewards)
     rows = [(name, f"{weight:g}", f"eval/{name}") for name, weight in weights.items()]
     rows += [("total", "", "eval/total"), ("spread of mean colours, of 255", "", "spread/eval")]
@@ -53,7 +55,8 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
         *(f"| {' | '.join(row)} |" for row in table), "",
         "```python", f"from diffusers import {pipeline}",
         f'pipe = {pipeline}.from_pretrained("{config.model}").to("cuda")', LOAD[folder.name].format(place),
-        'image = pipe("a prompt", height={}, width={}, guidance_scale={:g}, num_inference_steps={}, '
+        'image = pipe("a prompt", height={}, width={}, {}={:g}, num_inference_steps={}, '
         "max_sequence_length={}).images[0]\n```\n".format(
-            *config.resolution, config.guidance_scale, config.eval_num_steps, config.max_sequence_length)]
+            *config.resolution, argument, config.guidance_scale - 1 + none, config.eval_num_steps,
+            config.max_sequence_length)]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

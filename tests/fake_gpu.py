@@ -69,17 +69,19 @@ def start() -> FakeGPU:
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False      # else autocast on "cuda" turns itself off
     torch.Tensor.pin_memory = lambda tensor: tensor
     torch.cuda._lazy_init = lambda: None
+    torch._C._set_only_lift_cpu_tensors(True)       # torch.tensor(number, device="cuda") makes it on the CPU and copies it
     torch.cuda.is_bf16_supported = lambda *_: True
     return FakeGPU()
 
 
 def fake_policy(gpu: FakeGPU, model: str, dtype: str, checkpointing: bool):
     """A policy of the published size, of whose parts on the GPU there are only shapes."""
-    from config import ATTENTION
-    from policy import Policy
+    from config import PRESETS
+    from policy import Policy, check_model
 
     policy = Policy(model, torch.device("meta"), dtype, resolution=(512, 512), max_sequence_length=128, lora_rank=32,
-                    lora_alpha=64, lora_targets=ATTENTION, gradient_checkpointing=checkpointing)
+                    lora_alpha=64, lora_targets=PRESETS[check_model(model).preset].lora_targets,
+                    gradient_checkpointing=checkpointing)
     with gpu:
         for module in [*policy.network.modules(), *policy.pipe.vae.modules()]:
             for tensors in (module._parameters, module._buffers):
@@ -103,11 +105,12 @@ def walk(family: str, fault: str = "") -> None:
     """Sample, decode, replay, reference and loss, all on the GPU, at the published size."""
     from config import PRESETS
     from draws import noise_levels
+    from policy import check_model
     from sampler import rollout, timestep_schedule
     from train import step_loss
 
-    preset = {"sd35m": "sd35m_ocr", "sd35l": "sd35m_ocr", "flux": "flux_pickscore"}[family]
-    config = dataclasses.replace(PRESETS[preset], beta=0.04, num_steps=4)
+    preset = PRESETS[check_model(f"random:{family}").preset]
+    config = dataclasses.replace(preset, beta=0.04, num_steps=4)
     gpu, images = start(), 2
     policy = fake_policy(gpu, f"random:{family}", config.dtype, config.gradient_checkpointing)
     for windows, guard in ((2, True), (0, False)):

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -176,6 +177,7 @@ PUBLISHED = {
     "flux_pickscore": (48, 24, 6, 5, 3.5, "flow_sde", 0.9, 1e-4, 0, "global", "bfloat16"),
     "flux_fast": (48, 24, 6, 3, 3.5, "cps", 0.8, 1e-5, 0, "group", "bfloat16"),
     "flux_geneval_fast": (48, 24, 6, 3, 3.5, "cps", 0.8, 1e-5, 0, "global", "bfloat16"),
+    "qwen_image_pickscore": (32, 16, 10, 2, 4, "flow_sde", 1.2, 1e-4, 0, "global", "bfloat16"),
 }
 
 
@@ -184,16 +186,21 @@ def test_a_published_preset_has_its_published_settings(preset):
     c = PRESETS[preset]
     assert PUBLISHED[preset] == (c.groups_per_epoch, c.group_size, c.num_steps, c.trained_steps, c.guidance_scale,
                                  c.rule, c.noise_level, c.clip_range, c.beta, c.advantage_std, c.dtype)
-    task = preset.split("_")[1].replace("fast", "pickscore")
+    task = preset.replace("qwen_", "").split("_")[1].replace("fast", "pickscore")
+    evaluation = {"sd35m": 40, "flux": 28, "qwen": 50}[preset.split("_")[0]]
     assert c.rewards == ((task, 1.0),) and c.prompts.endswith(task) and c.resolution == (512, 512)
     assert c.learning_rate == (1e-4 if c.guard else 3e-4) and c.learning_rate_half_life == 0
-    assert (c.lora_rank, c.lora_alpha, len(c.lora_targets)) == ((64, 128, 12) if "flux" in preset else (32, 64, 8))
+    assert (c.lora_rank, c.lora_alpha, len(c.lora_targets)) == ((32, 64, 8) if "sd35m" in preset else (64, 128, 12))
     assert c.window_range == ((0, 3) if "flux" in preset else (0, 5)) or not c.window_size
-    assert c.eval_num_steps == (28 if "flux" in preset else 40) and not c.shared_start_noise and c.kl == "per_time"
+    assert c.eval_num_steps == evaluation and not c.shared_start_noise and c.kl == "per_time"
 
 
-def test_every_preset_of_a_published_model_has_published_settings():
-    assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"}
+def test_every_preset_has_its_authors_settings_or_is_said_to_be_untried():
+    untried = {"flux2_klein_pickscore", "flux2_dev_pickscore", "z_image_pickscore"}
+    assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"} - untried
+    recipes = (Path(config.__file__).parent / "docs" / "recipes.md").read_text()
+    lines = [line for line in recipes.splitlines() if "untried" in line]
+    assert all(any(f"`{preset}`" in line for line in lines) for preset in untried)
 
 
 @pytest.mark.parametrize("num_steps, trained", [(10, 9), (6, 5), (20, 19), (40, 39), (8, 7)])

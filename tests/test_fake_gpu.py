@@ -16,7 +16,7 @@ def walk(*words):
     return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("family", ["sd35m", "sd35l", "flux"])
+@pytest.mark.parametrize("family", ["sd35m", "sd35l", "flux", "qwen_image", "flux2_klein_4b", "flux2_klein_9b", "flux2_dev", "z_image"])
 def test_a_step_of_the_published_size_stays_on_the_gpu(family):
     done = walk(family)
     assert done.stdout == f"walked {family}\n", done.stderr[-2000:]

@@ -63,11 +63,19 @@ def flux(T, resolution):
     return scheduler, timestep_schedule(T, shift=math.exp(mu), sigma_min=1 / T)
 
 
-MODELS = {"sd3": sd3, **{f"flux_{r}px": lambda T, r=r: flux(T, r) for r in (256, 512, 768, 1024)}}
+def qwen_image(T):
+    """At 512 x 512: 1,024 tokens. Its schedule ends at 0.02, so it has at least two steps."""
+    mu = 0.5 + (1024 - 256) * (0.9 - 0.5) / (8192 - 256)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / T, T), mu=mu)
+    return scheduler, timestep_schedule(T, shift=math.exp(mu), sigma_min=1 / T, shift_terminal=0.02)
 
 
-@pytest.mark.parametrize("T", [1, 6, 10, 28, 40])
-@pytest.mark.parametrize("model", MODELS)
+MODELS = {"sd3": sd3, "qwen_image": qwen_image, **{f"flux_{r}px": lambda T, r=r: flux(T, r) for r in (256, 512, 768, 1024)}}
+
+
+@pytest.mark.parametrize("model, T", [(model, T) for model in MODELS for T in (1, 6, 10, 28, 40)
+                                      if T > 1 or model != "qwen_image"])
 def test_the_schedule_is_that_of_the_diffusers_scheduler(model, T):
     scheduler, sigmas = MODELS[model](T)
     assert sigmas.dtype == torch.float32 and sigmas[0] == 1 and sigmas[-1] == 0
@@ -113,6 +121,11 @@ def test_the_schedule_keeps_the_asked_precision():
 def test_an_impossible_schedule_is_refused_with_its_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         timestep_schedule(*arguments)
+
+
+def test_one_step_cannot_begin_at_1_and_at_the_terminal_sigma():
+    with pytest.raises(ValueError, match="num_steps is 1: .* at sigma 0.02, which takes at least 2"):
+        timestep_schedule(1, shift_terminal=0.02)
 
 
 # ---- law 2: the SDE keeps the marginals of the ODE ---------------------------------------------------------------

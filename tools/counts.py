@@ -24,7 +24,12 @@ from policy import Policy
 # A hub id -> the `random:` model of its size, and billions of weights in its text encoders.
 PUBLISHED = {"stabilityai/stable-diffusion-3.5-medium": ("random:sd35m", 5.58),
              "stabilityai/stable-diffusion-3.5-large": ("random:sd35l", 5.58),
-             "black-forest-labs/FLUX.1-dev": ("random:flux", 4.89)}
+             "black-forest-labs/FLUX.1-dev": ("random:flux", 4.89),
+             "Qwen/Qwen-Image": ("random:qwen_image", 8.29),
+             "black-forest-labs/FLUX.2-klein-base-4B": ("random:flux2_klein_4b", 4.02),
+             "black-forest-labs/FLUX.2-klein-base-9B": ("random:flux2_klein_9b", 8.19),
+             "black-forest-labs/FLUX.2-dev": ("random:flux2_dev", 24.01),
+             "Tongyi-MAI/Z-Image": ("random:z_image", 4.02)}
 
 aten = torch.ops.aten
 
@@ -142,8 +147,9 @@ class Counts:
         return self.known[phase]
 
     def _tally(self, phase: str, images: int) -> np.ndarray:
+        call = self.phases[phase](images)          # its text has values, because lengths are read from it
         with self.fake, torch.no_grad(), Tally(self.alive) as counted:
-            self.phases[phase](images)
+            call()
         for p in self.policy.parameters:
             p.grad = None
         return np.array([counted.flops, counted.moved, counted.kernels, counted.peak], dtype=float)
@@ -174,19 +180,25 @@ def lose_values(part: nn.Module, fake: FakeTensorMode, like_a_gpu: bool = False)
                             value, nn.Parameter) else empty
 
 
-def phases(policy: Policy, guidance_scale: float) -> dict[str, Callable[[int], object]]:
-    """Phase -> a call of it on so many images."""
+def phases(policy: Policy, guidance_scale: float) -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Phase -> a function that prepares a call of it on so many images."""
     def inputs(images: int) -> tuple[Tensor, Tensor]:
         latents = torch.zeros(images, *policy.latent_shape, dtype=policy.compute_dtype)
         return latents, latents.new_full((images,), 0.5)
 
-    def network(images: int, make: Callable) -> Tensor:
-        return make(policy.encode(["a"] * images), guidance_scale)(*inputs(images))
+    def network(images: int, make: Callable) -> Callable[[], Tensor]:
+        velocity = make(policy.encode(["a"] * images), guidance_scale)
+        return lambda: velocity(*inputs(images))
 
-    def train(images: int) -> None:
-        with torch.enable_grad():
-            network(images, policy.velocity).sum().backward()
+    def train(images: int) -> Callable[[], None]:
+        call = network(images, policy.velocity)
+
+        def forward_and_backward() -> None:
+            with torch.enable_grad():
+                call().sum().backward()
+
+        return forward_and_backward
 
     return {"rollout": lambda images: network(images, policy.velocity), "training": train,
             "reference": lambda images: network(images, policy.reference_velocity),
-            "decode": lambda images: policy.decode(inputs(images)[0])}
+            "decode": lambda images: lambda: policy.decode(inputs(images)[0])}

@@ -26,7 +26,6 @@ from typing import Literal
 import torch
 
 from config import PRESETS, Config, parse_options, refuse_unknown
-from families import FLUX
 from harness.faults import is_out_of_memory
 from harness.program import run_as_program
 from policy import Policy, check_model
@@ -47,7 +46,7 @@ class DemoOptions:
     """The base model above its adapters, in the browser: same prompt, same seeds, the reward beneath."""
 
     model: str = ""
-    """A StableDiffusion3Pipeline or FluxPipeline: a directory or hub id. Empty: the first adapter's run's."""
+    """A pipeline of a family that train.py knows: a directory or hub id. Empty: the first adapter's run's."""
     adapters: tuple[str, ...] = ()
     """Runs, checkpoints, adapter directories or hub ids. Empty: the model's newest run, if there is one."""
     rewards: tuple[tuple[str, float], ...] = ()
@@ -63,7 +62,7 @@ class DemoOptions:
     resolution: tuple[int, int] | None = None
     """Height and width at the start, in pixels. None: the run's."""
     max_sequence_length: int | None = None
-    """T5 tokens of a prompt. None: the run's."""
+    """Tokens of a prompt. None: the run's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the network's weights and arithmetic; auto is float32 on a CPU, bfloat16 on a GPU."""
     offload_text_encoders: bool = False
@@ -94,7 +93,7 @@ def choose_settings(options: DemoOptions) -> tuple[Config, tuple[str, ...]]:
     else:
         model = options.model or Config.model
         config = next((preset for preset in PRESETS.values() if preset.model == model), None)
-        config = config or PRESETS["flux_pickscore" if check_model(model) is FLUX else "sd35m_ocr"]
+        config = config or PRESETS[check_model(model).preset]
         if model != Config.model:                # a built-in set, because a preset's may be a file to fetch
             config = dataclasses.replace(config, model=model, prompts="ocr", rewards=())
     names = ("model", "prompts", "rewards", "resolution", "max_sequence_length")

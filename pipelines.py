@@ -1,0 +1,186 @@
+"""Pipelines before they train: what a directory or hub id holds, loading, and random ones of published sizes.
+
+Nothing here loads weights before the model's class and its scheduler are known to be supported.
+"""
+
+import functools
+import inspect
+import json
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
+
+from adapters import find_file
+from families import FAMILIES, Family, Text, diffusers_class
+
+
+def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
+    """Find the family of `model`: a pipeline's directory, a hub id or random:NAME. Loads no weights.
+
+    Raises ValueError in one line if the model is unknown, if its scheduler draws what training does not, or
+    if it is distilled to go without guidance and is given some.
+    """
+    if model.startswith("random:"):
+        known = {f"random:{name}": family for family in FAMILIES.values() for name in family.published}
+        if model not in known:
+            raise ValueError(f"--model {model!r} is unknown: {', '.join(known)} are made with random weights")
+        return known[model]
+    index = read_index(model)
+    family = FAMILIES.get(kind := index["_class_name"])
+    if family is None:
+        raise ValueError(f"--model {model!r} is a {kind}: only {', '.join(FAMILIES)} are supported")
+    for name in needed_parts(family):
+        if not index.get(name, [None])[0]:
+            raise ValueError(f"--model {model!r} has no {name}: its model_index.json leaves it out; add it")
+    check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
+    if guidance_scale != 1 and family.distilled(model, index):
+        raise ValueError(f"--guidance-scale is {guidance_scale:g}: {model} is distilled to go without "
+                         "guidance; set it to 1, or train the model that it was distilled from")
+    return family
+
+
+def needed_parts(family: type[Family]) -> list[str]:
+    """Name the parts that a pipeline of the family must have."""
+    parameters = inspect.signature(diffusers_class(family.pipeline)).parameters.values()
+    return [parameter.name for parameter in parameters
+            if parameter.default is parameter.empty and parameter.name not in family.may_lack]
+
+
+def read_index(model: str) -> dict:
+    """Read model_index.json: the pipeline's class, and [library, class] of each part. Raises ValueError."""
+    path = find_file("--model", model, "model_index.json")
+    if path is None:
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: {model}/model_index.json is missing")
+    try:
+        index = json.loads(path.read_text())
+        return index | {"_class_name": index["_class_name"]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"--model {model!r} is no diffusers pipeline: its model_index.json does not name "
+                         "its class") from error
+
+
+# ---- schedulers --------------------------------------------------------------------------------------------
+
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
+# Options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
+SCHEDULER_OPTIONS = {
+    "num_train_timesteps": 1000, "stochastic_sampling": False, 
+    "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "use_flow_sigmas": False}
+
+
+def check_scheduler(model: str, entry: list | None, file: Path | None) -> None:
+    """Raise ValueError in one line if a rollout without noise would not draw what the pipeline draws.
+
+    entry: what model_index.json says of the scheduler, [library, class]. file: the pipeline's SCHEDULER_FILE.
+    """
+    try:
+        options = json.loads(file.read_text()) if file else None
+        kinds = {entry[1], options.get("_class_name", entry[1])}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"--model {model!r} has no scheduler: model_index.json does not name its class, or "
+                         f"{SCHEDULER_FILE} is missing or no JSON object; save the pipeline again") from error
+    if kinds != {SCHEDULER}:
+        kind = next(kind for kind in kinds if kind != SCHEDULER)
+        raise ValueError(
+            f"--model {model!r} has the scheduler {kind}, which draws otherwise than training samples: only "
+            f"{SCHEDULER} is supported; set pipe.scheduler = {SCHEDULER}.from_config(pipe.scheduler.config) "
+            "and save the pipeline")
+    parameters = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
+    options = {name: parameter.default for name, parameter in parameters.items()} | options
+
+    def refuse(name: str, needed: str) -> None:
+        raise ValueError(f"--model {model!r}: its scheduler's {name} is {options[name]!r}, which is not "
+                         f"supported; set it to {needed} in {SCHEDULER_FILE}")
+
+    for name, needed in SCHEDULER_OPTIONS.items():
+        value = options.get(name, needed)
+        if value != needed and (value or needed):      # None, False and 0 all turn an option off
+            refuse(name, json.dumps(needed))
+    dynamic = options["use_dynamic_shifting"]
+    line = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    for name in line if dynamic else ("shift",):
+        if type(options[name]) not in (int, float) or not abs(options[name]) < math.inf:
+            refuse(name, "a number")
+    if not dynamic and not options["shift"] > 0:
+        refuse("shift", "a number above 0")
+    if dynamic and options["base_image_seq_len"] == options["max_image_seq_len"]:
+        refuse("max_image_seq_len", "a number above base_image_seq_len")
+    terminal = options["shift_terminal"] or 0          # None, False and 0 all turn it off
+    if type(terminal) not in (int, float) or not 0 <= terminal < 1:
+        refuse("shift_terminal", "null or a number between 0 and 1")
+    if dynamic and options["time_shift_type"] not in ("exponential", "linear"):
+        refuse("time_shift_type", '"exponential" or "linear"')
+
+
+# ---- pipelines ---------------------------------------------------------------------------------------------
+
+def load_pipeline(family: type[Family], model: str, index: dict, *, dtypes: dict[str, torch.dtype]
+                  ) -> DiffusionPipeline:
+    """Load a pipeline from a directory or the hub. index: its model_index.json. dtypes: by part, or
+    "default".
+
+    Weights may be in safetensors or .bin files, in full or in half precision. Raises ValueError in one line.
+    """
+    # Pass None for the parts that the index leaves out, because diffusers would miss them.
+    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
+    load = functools.partial(
+        diffusers_class(family.pipeline).from_pretrained, model, dtype=dtypes, **left_out)
+    # Silence diffusers, because it logs what is missing even where the next try finds it.
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        try:
+            return load(variant="fp16")
+        except (OSError, ValueError):
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--model {model!r} cannot be loaded: {reason:.300}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
+def random_pipeline(family: type[Family], name: str, device: torch.device, *, dtype: torch.dtype,
+                    vae_dtype: torch.dtype) -> DiffusionPipeline:
+    """Make a published architecture with random weights, always the same ones, to measure time and memory.
+
+    It has no text encoders; `random_text` stands in for them. The parts are made on `device` and in their
+    dtypes, so that no large network exists twice.
+    """
+    def make(kind: str, dtype: torch.dtype, settings: dict) -> torch.nn.Module:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with device:
+                return diffusers_class(kind)(**settings).eval()
+        finally:
+            torch.set_default_dtype(default)
+
+    parts = dict.fromkeys([*needed_parts(family), *family.may_lack])
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**family.scheduler)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        parts["transformer"] = make(family.transformer, dtype, family.published[name])
+        parts["vae"] = make(family.autoencoder, vae_dtype, family.vae)
+    return diffusers_class(family.pipeline)(**parts)
+
+
+def random_text(family: Family, prompt: str, length: int, dtype: torch.dtype) -> Text:
+    """Draw the text of one prompt, in the shapes of `family.encode`. A prompt always gets the same."""
+    generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+    return family.random_text(lambda *shape: torch.randn(shape, generator=generator).to(dtype), length)
+
+
+def compile_blocks(transformer: torch.nn.Module) -> None:
+    """Compile each block by itself, so that all blocks of a kind share one compilation."""
+    # Raise the limit, because gradients or none, the adapter or none, and each batch size are a version each.
+    torch._dynamo.config.recompile_limit = 64
+    for block in transformer.modules():
+        if type(block).__name__ in transformer._no_split_modules:
+            block.compile()
