@@ -38,7 +38,7 @@ from harness.scoring import Scorer  # noqa: E402
 from learner import Learner  # noqa: E402
 from sampler import timestep_schedule  # noqa: E402
 
-SETTING = """--rewards rapidocr_line 1 --max-sequence-length 128 --num-steps 10 --guidance-scale 4.5 --window-size 0 --timestep-fraction 0.9
+SETTING = """tiny_ocr_collapse --rewards rapidocr_line 1 --max-sequence-length 128 --num-steps 10 --guidance-scale 4.5 --window-size 0 --timestep-fraction 0.9
     --noise-level 0.7 --beta 0.04 --groups-per-epoch 8 --group-size 8 --updates-per-epoch 2 --clip-range 1e-4
     --rollout-batch 16 --train-batch 16""".split()
 
@@ -124,7 +124,7 @@ def gradients(learner) -> list[torch.Tensor]:
 
 
 def prepared(model: Path, device: torch.device, **changes) -> tuple:
-    _, config, prompts, _ = prepare(["--model", str(model), *SETTING])
+    _, config, prompts, _ = prepare([*SETTING, "--model", str(model)])
     config = replace(config, **changes)
     learner = Learner(make_policy(config, device), config)
     learner.set_learning_rate(1)

@@ -40,7 +40,8 @@ COMPARED = ("rewards", "advantages", "weights", "their change")
 RANKS, MICRO_BATCHES, PLACES = (1, 2, 3, 4), (1, 5, 16), ("contiguous", "scattered")
 GROUPS, SIZE, EPOCHS = 3, 5, 3             # 15 samples: three ranks hold whole groups, two and four split them, unevenly
 
-BASE = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=3, window_size=0, groups_per_epoch=GROUPS,
+BASE = dict(resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=3, window_size=0,
+            shared_start_noise=False, groups_per_epoch=GROUPS,
             group_size=SIZE, updates_per_epoch=2, epochs=EPOCHS, lora_rank=4, lora_alpha=8, lora_targets=("attn.to_q", "attn.to_v"),
             learning_rate_half_life=0, beta=0.1, guidance_scale=1, eval_prompts=1, eval_num_steps=1, eval_images=1, eval_every=100,
             save_every=100, dtype="float64")

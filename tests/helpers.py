@@ -27,7 +27,8 @@ TIMES = {"seconds", "images_per_second", "reward_wait"}                # the met
 
 # Two groups of four, three of four steps trained, two updates; in float64, so that nothing hides behind rounding.
 SMALL = dict(
-    resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=4, window_size=0, groups_per_epoch=2,
+    resolution=(16, 32), rewards=("jpeg_incompressibility", 1), num_steps=4, window_size=0,
+    shared_start_noise=False, groups_per_epoch=2,
     group_size=4, updates_per_epoch=2, epochs=2, lora_rank=4, lora_alpha=8, rollout_batch=8, train_batch=8,
     eval_prompts=7, eval_num_steps=2, eval_images=7, eval_every=100, save_every=1, dtype="float64", beta=0.1,
     guidance_scale=2, learning_rate_half_life=0)

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import config
 from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
 from harness.batches import batch_plan, describe
 from harness.checkpoint import changed_fields
+from sampler import timestep_schedule
 
 
 # -------------------------------------------------------------------------------------------------------- command line
 
 def test_no_preset_means_tiny_ocr_and_flags_change_single_fields():
-    assert parse_config([]) == ("tiny_ocr", Config())
-    assert parse_config(["--epochs", "3"]) == ("tiny_ocr", dataclasses.replace(Config(), epochs=3))
+    default = PRESETS["tiny_ocr"]
+    assert parse_config([]) == ("tiny_ocr", default)
+    assert parse_config(["--epochs", "3"]) == ("tiny_ocr", dataclasses.replace(default, epochs=3))
     preset, parsed = parse_config(["sd35m_ocr", "--learning-rate", "1e-5"])
     assert preset == "sd35m_ocr" and parsed == dataclasses.replace(PRESETS["sd35m_ocr"], learning_rate=1e-5)
 
@@ -196,11 +199,26 @@ def test_a_published_preset_has_its_published_settings(preset):
 
 
 def test_every_preset_has_its_authors_settings_or_is_said_to_be_untried():
-    untried = {"flux2_klein_pickscore", "flux2_dev_pickscore", "z_image_pickscore"}
-    assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr"} - untried
+    untried = {"flux2_klein_pickscore", "flux2_dev_pickscore", "z_image_pickscore", *LATE}
+    assert set(PUBLISHED) == set(PRESETS) - {"tiny_ocr", "tiny_ocr_collapse"} - untried
     recipes = (Path(config.__file__).parent / "docs" / "recipes.md").read_text()
     lines = [line for line in recipes.splitlines() if "untried" in line]
     assert all(any(f"`{preset}`" in line for line in lines) for preset in untried)
+
+
+# SD3's shift is 3. FLUX.1's is exp(mu), with mu by the line of its scheduler's settings at 32 x 32 patches.
+LATE = {"sd35m_ocr_late": dict(shift=3.0),
+        "flux_pickscore_late": dict(shift=math.exp(0.5 + (1024 - 256) / (4096 - 256) * (1.15 - 0.5)), sigma_min=1 / 6)}
+
+
+@pytest.mark.parametrize("preset, schedule", LATE.items())
+def test_late_windows_lie_at_the_noise_at_which_the_default_trains(preset, schedule):
+    bounds = lambda c, sigmas: [sigmas[step].item() for step in c.window_range]
+    default, late = PRESETS["tiny_ocr"], PRESETS[preset]
+    assert default.shared_start_noise and late.shared_start_noise
+    first, last = bounds(late, timestep_schedule(late.num_steps, **schedule))
+    expected = bounds(default, timestep_schedule(default.num_steps))
+    assert abs(first - expected[0]) < 0.02 and abs(last - expected[1]) < 0.07
 
 
 @pytest.mark.parametrize("num_steps, trained", [(10, 9), (6, 5), (20, 19), (40, 39), (8, 7)])
