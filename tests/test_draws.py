@@ -76,7 +76,7 @@ def test_no_batch_is_a_small_remainder(total, size, sizes):
 
 def dealt_config(group_size: int, shared: bool) -> Config:
     _, config = parse_config(["--groups-per-epoch", "48", "--group-size", str(group_size), "--updates-per-epoch", "2",
-                              "--num-steps", "10", "--window-size", "2"])
+                              "--num-steps", "10", "--window-size", "2", "--window-range", "0", "5"])
     return dataclasses.replace(config, shared_start_noise=shared)
 
 
