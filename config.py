@@ -239,7 +239,8 @@ FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range
 LATE = dict(shared_start_noise=True, window_size=2)
 
 PRESETS = {
-    "tiny_ocr": Config(**LATE, window_range=(3, 6), learning_rate=6e-4, learning_rate_half_life=30),
+    "tiny_ocr": Config(**LATE, window_range=(3, 6), guidance_scale=2.5, epochs=30, learning_rate=6e-4,
+                       learning_rate_half_life=15),
     "tiny_ocr_collapse": Config(),      # trains first steps, so that all pictures get one ground
     "sd35m_ocr": PUBLISHED,
     "sd35m_geneval": replace(PUBLISHED, **GENEVAL),
