@@ -10,7 +10,7 @@ from harness import run
 from harness.batches import batch_plan
 from tools import bench
 
-FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0
+FLAGS = """--rewards jpeg_incompressibility 1 --resolution 16 32 --num-steps 3 --window-size 0 --no-shared-start-noise
     --timestep-fraction 0.7 --guidance-scale 4.5 --beta 0.1 --groups-per-epoch 2 --group-size 3
     --updates-per-epoch 2 --rollout-batch 4 --train-batch 2""".split()
 

@@ -22,7 +22,7 @@ SEED, GROUPS, K, UPDATES = 1, 3, 4, 2
 
 # What the trainer is told to do as plain.py does. Its preset has the same adapter.
 FLAGS = dict(
-    seed=SEED, dtype="float64", shared_start_noise=True, num_steps=plain.T, noise_level=plain.NOISE_LEVEL,
+    seed=SEED, dtype="float64", guidance_scale=1, shared_start_noise=True, num_steps=plain.T, noise_level=plain.NOISE_LEVEL,
     groups_per_epoch=GROUPS, group_size=K, updates_per_epoch=UPDATES, clip_range=plain.CLIP_RANGE,
     learning_rate=plain.LEARNING_RATE, learning_rate_half_life=0, weight_decay=plain.WEIGHT_DECAY,
     max_grad_norm=plain.MAX_GRAD_NORM, ema_decay=0, eval_prompts=1, eval_images=1, eval_num_steps=1)
