@@ -69,7 +69,7 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
 # Options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
 SCHEDULER_OPTIONS = {
-    "num_train_timesteps": 1000, "stochastic_sampling": False, 
+    "num_train_timesteps": 1000, "stochastic_sampling": False,
     "invert_sigmas": False, "use_karras_sigmas": False, "use_exponential_sigmas": False,
     "use_beta_sigmas": False, "use_flow_sigmas": False}
 

@@ -255,7 +255,8 @@ def import_module(module: str, directory: str) -> Any:
     """Import a file of `directory`, by its path or its module's name, or else any module by its name."""
     name = module.removesuffix(".py")
     file = os.path.join(directory, (name if "/" in name else name.replace(".", "/")) + ".py")
-    sys.path += {directory, os.path.dirname(file)} - set(sys.path)  # because a file may import its neighbours
+    for place in (directory, os.path.dirname(file)):  # because a file may import its neighbours
+        sys.path += [place] * (place not in sys.path)
     importlib.invalidate_caches()
     found = importlib.util.find_spec(name) if "/" not in name else None
     if not os.path.exists(file) or found and os.path.realpath(found.origin or "") == os.path.realpath(file):

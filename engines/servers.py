@@ -73,12 +73,13 @@ class Servers:
                 try:
                     answers.setdefault(number, job.result())
                 except Unanswered as error:
+                    if number in answers:  # by another server
+                        continue
                     failures[number] += error.args[1] == 500
                     if failures[number] == 3:
                         raise RewardError(f"{server.url} and others failed 3 times; the last answer was "
                                           f"{error.args[0]}") from error
-                    if number not in answers:
-                        waiting.append(number)
+                    waiting.append(number)
             for number, server, started in running.values():
                 if number not in twice and self.is_slow(server, started):
                     twice.add(number)
@@ -94,12 +95,17 @@ class Servers:
         for job in jobs:
             if not isinstance(error := job.exception(), Unanswered | None):
                 raise error
+        # One picture takes less time than a part, by which every server would soon count as slow.
+        for server in self.servers:
+            server.seconds = 0.0
         self.checked = True
 
     def take_free(self) -> Server | None:
         """Take the server with the fewest requests, and among equals the one that answered fastest."""
         with self.lock:
-            free = [s for s in self.servers if not s.away and not s.slow and s.requests < IN_FLIGHT]
+            # A server may answer while it is found to be slow. With nothing left to answer it is not slow.
+            free = [s for s in self.servers
+                    if not s.away and not (s.slow and s.requests) and s.requests < IN_FLIGHT]
             server = min(free, key=lambda server: (server.requests, server.seconds), default=None)
             if server:
                 server.requests += 1
@@ -150,7 +156,10 @@ class Servers:
         status = response.status_code
         if status >= 500 or status in (408, 429):
             raise Unanswered(one_line(f"{status} {response.text}", 300), status, how_to_start)
-        return response if response.is_success else post(url, **request)  # which refuses in its own words
+        if response.is_success:
+            return response
+        # `post` asks once more, and refuses in its own words.
+        return post(url, deadline=self.deadline, how_to_start=how_to_start, **request)
 
     def leave_out(self, server: Server, words: tuple[str, int, str]) -> None:
         """Leave a server out until it answers a look. One that is only busy is not told of."""

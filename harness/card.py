@@ -18,11 +18,11 @@ def find_license(model: str) -> dict[str, str]:
     try:
         text = find_file("--model", model, "README.md").read_text(encoding="utf-8")
         data = ModelCard(text, ignore_metadata_errors=True).data
+        found = {name: getattr(data, name) for name in ("license", "license_name", "license_link")}
+        if (link := found["license_link"]) and "://" not in link and is_hub_id(model):
+            found["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
     except Exception:            # no card, or one that cannot be read: it is not ours, and no run ends by it
         return {}
-    found = {name: getattr(data, name) for name in ("license", "license_name", "license_link")}
-    if (link := found["license_link"]) and "://" not in link and is_hub_id(model):
-        found["license_link"] = f"https://huggingface.co/{model}/blob/main/{link}"
     return {name: value for name, value in found.items() if value}
 
 
@@ -59,4 +59,5 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
         "max_sequence_length={}).images[0]\n```\n".format(
             *config.resolution, argument, config.guidance_scale - 1 + none, config.eval_num_steps,
             config.max_sequence_length)]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    # A path in the command may hold bytes that are no text.
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")

@@ -78,10 +78,11 @@ def continued(directory: Path, config: Config) -> Config:
 
 def changed_fields(saved: dict, config: Config) -> list[str]:
     """Fields that differ between saved settings and this config, and that a continued run may not change."""
-    present, places = to_dict(config), saved.get("places", {})
+    present, defaults, places = to_dict(config), to_dict(Config()), saved.get("places", {})
 
     def same(name: str) -> bool:
-        old, new = saved.get(name), present[name]
+        # A run of an older version, which lacks a setting, did what its default says.
+        old, new = saved.get(name, defaults[name]), present[name]
         if name in PLACES and isinstance(old, str):              # however the path is written
             return places.get(name, os.path.realpath(old)) == os.path.realpath(new)
         return old == new

@@ -367,9 +367,14 @@ class Run:
         """Write the averaged weights, and the model card beside them."""
         self.learner.save_weights(directory)
         for folder in filter(Path.is_dir, directory.iterdir()):
-            write_card(folder, checkpoint_path(self.directory, epoch) / folder.name, self.config,
-                       type(self.policy.pipe).__name__, command=self.command, license=self.license,
-                       history=self.record.history, epoch=epoch)
+            try:
+                write_card(folder, checkpoint_path(self.directory, epoch) / folder.name, self.config,
+                           type(self.policy.pipe).__name__, command=self.command, license=self.license,
+                           history=self.record.history, epoch=epoch)
+            except OSError:                      # of the disk, which then lacks the checkpoint too
+                raise
+            except Exception as error:           # because no checkpoint is lost for a card
+                warn(f"epoch {epoch} is saved without a model card ({type(error).__name__}: {error})")
 
     def finish(self) -> None:
         """Say the score before and after, and where things are. TrainingError if the end is not saved."""

@@ -61,11 +61,26 @@ def test_a_password_in_the_command_stays_out_of_the_card(tmp_path):
     assert "train.py --reward-urls ocr http://host:1/x --run-name a" in text and "secret" not in text
 
 
+def test_a_command_with_bytes_that_are_no_text_still_gets_a_card(tmp_path):
+    assert r"--prompts caf\udce9" in card_of(tmp_path, command="train.py --prompts caf\udce9").text
+
+
+def test_a_card_that_cannot_be_made_costs_no_checkpoint(model, train_here, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise KeyError("no such pipeline")
+
+    monkeypatch.setattr("harness.run.write_card", fail)
+    run = train_here("no-card", model=model, **CHEAP, epochs=1)
+    checkpoint = run / "checkpoints" / "epoch_00001"
+    assert (checkpoint / "state.pt").exists() and (checkpoint / "adapter" / adapters.PEFT_FILES[1]).exists()
+    assert "warning: epoch 1 is saved without a model card (KeyError" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("content, expected", [
     ("---\nlicense: mit\n---\n", {"license": "mit"}),
     ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\n---\n",
      {"license": "other", "license_name": "own", "license_link": "https://huggingface.co/someone/model/blob/main/LICENSE.md"}),
-    ("no front matter", {}), ("---\n[\n---\n", {}), (None, {})])
+    ("no front matter", {}), ("---\n[\n---\n", {}), ("---\nlicense_link: 5\n---\n", {}), (None, {})])
 def test_the_license_is_the_one_that_the_base_models_card_states(tmp_path, monkeypatch, content, expected):
     if content:
         (tmp_path / "README.md").write_text(content)

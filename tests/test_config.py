@@ -147,6 +147,9 @@ def test_a_continued_run_may_change_the_machine_and_the_length_alone():
                                eval_num_steps=3, eval_images=1, eval_only=True, save_every=9, run_name="x", output_dir="y",
                                reward_threads=2)
     assert changed_fields(saved, free) == []
+    older = {name: value for name, value in saved.items() if name != "advantage_of"}       # it has no such setting
+    assert changed_fields(older, free) == []
+    assert changed_fields(older, dataclasses.replace(Config(), advantage_of="each")) == ["advantage_of"]
     assert changed_fields(saved, dataclasses.replace(Config(), seed=2)) == ["seed"]
     assert changed_fields(saved, dataclasses.replace(Config(), rewards=(("rapidocr", 1.0),))) == ["rewards"]
     assert changed_fields(saved, dataclasses.replace(Config(), resolution=(24, 56), beta=0.1)) == ["resolution", "beta"]

@@ -113,6 +113,12 @@ def test_every_preset_has_a_row_and_every_random_model_its_counts():
             assert counts.count(config).call("rollout").one[0] > 1e12
 
 
+@pytest.mark.slow
+def test_text_encoders_that_visit_the_card_have_to_fit_beside_the_network():
+    with pytest.raises(ValueError, match=r"--card H100 has 79.1 GiB, and \S+FLUX.2-dev with its text encoders needs 11\d"):
+        Estimate(PRESETS["flux2_dev_pickscore"], "H100")
+
+
 def test_gpus_share_the_work_and_its_trajectories():
     one, four = (Estimate(PRESETS["tiny_ocr"], "A100", gpus) for gpus in (1, 4))
     assert one.epoch == pytest.approx(4 * four.epoch) and one.trajectories == 4 * four.trajectories

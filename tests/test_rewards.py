@@ -709,6 +709,18 @@ def test_a_reward_is_a_file_by_its_path_or_name_whatever_else_has_that_name(tmp_
     assert [scores[name][0] for name in names] == [2, 2, 3, 4]
 
 
+def test_a_files_neighbours_are_looked_for_in_the_current_directory_first(tmp_path, monkeypatch):
+    for name in "abcdef":                                   # because a set's order may be right by chance
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"in_{name}.py").write_text("def f(i, p, m): return [1.0] * len(p)\n")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        before = list(sys.path)
+        build_rewards({f"{name}/in_{name}.py:f": 1.0})
+        assert sys.path == [*before, str(tmp_path), str(tmp_path / name)]
+        monkeypatch.undo()
+
+
 def test_an_infinite_metric_says_nothing_and_an_infinite_score_is_an_error():
     def measured(images, prompts, metadata):
         return [1.0] * len(prompts), {"psnr": [math.inf, 2.0, -math.inf][:len(prompts)]}

@@ -135,6 +135,30 @@ def test_the_faster_server_gets_more_requests():
     assert len(fast.requests) + len(slow.requests) == 62 and len(fast.requests) > 3 * len(slow.requests)
 
 
+def part(count):
+    return np.zeros((count, 4, 4, 3), np.uint8), [""] * count, [{}] * count
+
+
+def test_a_server_that_was_found_slow_just_as_it_answered_is_asked_again():
+    asked = servers.Servers("any", {"http://a": lambda send, images, *_: (np.ones(len(images)), {})}, deadline=1)
+    asked.ask_all([part(1)])
+    asked.servers[0].slow = True
+    assert len(asked.ask_all([part(1)])) == 1
+
+
+def test_the_one_picture_of_the_check_is_no_measure_of_how_long_a_part_takes(monkeypatch, capfd):
+    monkeypatch.setattr(servers, "SLOW", 0.1)
+    sizes = []
+
+    def ask(send, images, *_):
+        sizes.append(len(images))
+        time.sleep(0.2 * (len(images) - 1))
+        return np.ones(len(images)), {}
+
+    servers.Servers("any", {"http://a": ask, "http://b": ask}, deadline=60).ask_all([part(4), part(4)])
+    assert sizes == [1, 1, 4, 4] and not capfd.readouterr().err
+
+
 def test_pictures_that_the_reward_fails_on_are_asked_for_three_times_in_all():
     with Peer(lambda number, body: (500, b"KeyError: 'tag'")) as one, Peer(lambda number, body: (500, b"the same")) as other:
         reward = build_rewards({"any": 1.0}, urls={"any": [f"http://{one.address}", f"http://{other.address}"]})

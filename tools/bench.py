@@ -36,7 +36,7 @@ import distributed
 import train
 from config import Config, refuse_repeated
 from draws import rank_slice, training_batches
-from grpo import group_advantages
+from grpo import weighted_advantages
 from harness import signals
 from harness.batches import choose_batches, describe
 from harness.faults import DoesNotFit, TrainingError, within_memory
@@ -188,7 +188,8 @@ class Setting:
         samples = train.sample(self.policy, self.scorer, self.prompts, config, self.epoch)
         scores = distributed.gather_scores(samples.scores, samples.draw.indices, self.images)
         group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
-        advantages = group_advantages(scores["total"], group_ids, config.advantage_std)
+        advantages = weighted_advantages(scores, dict(config.rewards), group_ids,
+                                         of=config.advantage_of, std=config.advantage_std)
         update(learner, samples, advantages, config, self.epoch)
         learner.end_updates()
         synchronize(self.device)

@@ -119,9 +119,8 @@ class Counts:
         self.embeddings = sum(part.nbytes for part in policy.encode(["a"]))          # bytes of one prompt's
         encoders = [part for name, part in policy.pipe.components.items()
                     if name.startswith("text_encoder") and part is not None]
-        self.text_encoders = sum(map(size_of, encoders)) + int(billions * 1e9) * policy.dtype.itemsize
-        if config.offload_text_encoders:
-            self.text_encoders = 0
+        self.encoders = sum(map(size_of, encoders)) + int(billions * 1e9) * policy.dtype.itemsize
+        self.text_encoders = 0 if config.offload_text_encoders else self.encoders    # bytes that stay
         networks = [network for network in (policy.network, policy.reference) if network is not None]
         self.network, self.autoencoder = sum(map(size_of, networks)), size_of(policy.pipe.vae)       # bytes
         self.latent = math.prod(policy.latent_shape) * policy.compute_dtype.itemsize # bytes of one image's

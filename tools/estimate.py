@@ -71,9 +71,13 @@ class Estimate:
         self.trajectories = self.plan.samples_per_rank * self.trajectory
         # AdamW's moments, the average and the summed gradient, besides the weights themselves.
         self.staying = 4 * counts.trained + counts.text_encoders
+        # Text encoders that are offloaded stand beside the network while an epoch's prompts are encoded.
+        self.encoding = counts.network + counts.autoencoder + 4 * counts.trained + counts.encoders
+        if config.offload_text_encoders:
+            self.check(self.encoding, f"{config.model} with its text encoders", "a card with more memory")
         self.images_per_decode = max(1, DECODE_PIXELS // math.prod(config.resolution))
         self.train_batch, self.rollout_batch = self.batches()
-        self.memory = max(itertools.starmap(self.needed, [
+        self.memory = max(self.encoding, *itertools.starmap(self.needed, [
             ("training", self.train_batch), ("rollout", self.rollout_batch),
             ("decode", min(self.images_per_decode, self.rollout_batch))]))
 
@@ -84,7 +88,8 @@ class Estimate:
     def batches(self) -> tuple[int, int]:
         """Rows of a training batch and images of a rollout batch: as given, or as the trainer chooses."""
         config = self.config
-        self.check("training", 1, f"one image of {config.model} at {config.resolution}", ", ".join([
+        one_image = f"one image of {config.model} at {config.resolution}"
+        self.check(self.needed("training", 1), one_image, ", ".join([
             *["--gradient-checkpointing"] * (not config.gradient_checkpointing),
             *["--offload-text-encoders"] * (self.counts.text_encoders > 0), "a lower --resolution"]))
 
@@ -101,12 +106,12 @@ class Estimate:
         rollout_batch = rollout_batch or (train_batch if config.half_precision else largest("rollout"))
         for phase, flag, batch in (("training", "--train-batch", train_batch),
                                    ("rollout", "--rollout-batch", rollout_batch)):
-            self.check(phase, batch, f"{flag} {batch}", "lower it, or let 0 choose")
+            self.check(self.needed(phase, batch), f"{flag} {batch}", "lower it, or let 0 choose")
         return train_batch, rollout_batch
 
-    def check(self, phase: str, batch: int, what: str, way_out: str) -> None:
-        """Raise ValueError in one line if a batch does not fit into the card."""
-        if (needs := self.needed(phase, batch)) > self.room:
+    def check(self, needs: float, what: str, way_out: str) -> None:
+        """Raise ValueError in one line if so many bytes do not fit into the card."""
+        if needs > self.room:
             raise ValueError(f"--card {self.name} has {self.card.memory} GiB, and {what} needs "
                              f"{needs / GIB:.1f} GiB: {way_out}")
 
