@@ -40,7 +40,10 @@ QWEN_FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj"
 
 @dataclass(frozen=True)
 class Config:
-    """Flow-GRPO. Settings of the algorithm are global, over all ranks; those of the machine are per rank."""
+    """Flow-GRPO. Settings of the algorithm are global, over all ranks; those of the machine are per rank.
+
+    Presets start from these values. A command without a preset runs PRESETS["tiny_ocr"].
+    """
 
     # ------------------------------ the task
     model: str = "assets/tiny-sd3"
@@ -90,11 +93,11 @@ class Config:
     clip_range: float = 2e-3
     """How far the ratio may move from 1. Small, because log-probs are averaged over the latent."""
     guard: bool = False
-    """GRPO-Guard (arXiv 2510.22319): the ratio is centred at every step, and the loss divided by its D."""
+    """GRPO-Guard (arXiv 2510.22319): a centred ratio, and a loss over sigma - sigma'; see sd35m_ocr_guard."""
     beta: float = 0.0
     """Weight of the KL to the network without its adapter; 0 leaves out the reference's forward passes."""
     kl: Literal["per_time", "exact"] = "per_time"
-    """per_time divides by 2 s^2, as the published runs; exact divides by 2 std^2, with std = s sqrt(D)."""
+    """per_time divides by 2 s^2, as the published runs; exact, and cps always, by 2 std^2 = 2 s^2 D."""
     learning_rate: float = 8e-4
     """AdamW's learning rate in the first epoch."""
     learning_rate_half_life: float = 20.0
@@ -152,7 +155,7 @@ class Config:
     collective_timeout: float = 3600.0
     """Seconds that a rank waits for the others, and their rewards, before it takes them for dead."""
     skip_nonfinite: int = 0
-    """Updates that a run may leave out because something is not finite, before it stops."""
+    """Updates that a run may leave out for what is not finite; samples and scores cost all of an epoch's."""
 
     # ------------------------------ evaluation, saving
     eval_every: int = 10
@@ -234,14 +237,14 @@ FLUX2_DEV = FLUX | dict(model="black-forest-labs/FLUX.2-dev", max_sequence_lengt
                         lora_targets=ATTENTION + FLUX2_FEED_FORWARD, offload_text_encoders=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 
-# A group shares its start and the ODE's steps down to about sigma 0.8, which decide colour and layout. So no
-# advantage can reward a ground, and pictures stay as varied as they were: docs/experiments.md.
+# A group shares its start and the ODE's steps down to sigma 0.80 or 0.69, which decide colour and layout. So
+# no advantage can reward a background, and pictures stay as varied as they were: docs/experiments.md.
 LATE = dict(shared_start_noise=True, window_size=2)
 
 PRESETS = {
     "tiny_ocr": Config(**LATE, window_range=(3, 6), guidance_scale=2.5, epochs=30, learning_rate=6e-4,
                        learning_rate_half_life=15),
-    "tiny_ocr_collapse": Config(),      # trains first steps, so that all pictures get one ground
+    "tiny_ocr_collapse": Config(),      # trains first steps, so that all pictures get one background
     "sd35m_ocr": PUBLISHED,
     "sd35m_geneval": replace(PUBLISHED, **GENEVAL),
     "sd35m_pickscore": replace(PUBLISHED, **PICKSCORE, beta=0.01),

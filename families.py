@@ -42,6 +42,8 @@ class Family:
     embedded_guidance   whether the network takes the guidance scale as an input
     guidance_argument   how a call of the pipeline names the scale, and which one is no guidance to it
     may_lack            parts that a pipeline can do without
+
+    and the methods `tiling`, `encode` and `velocity`. The others have defaults.
     """
 
     autoencoder = "AutoencoderKL"

@@ -61,11 +61,12 @@ def weighted_advantages(rewards: dict[str, Tensor], weights: dict[str, float], g
                         of: str = "sum", std: str = "global") -> Tensor:
     """Advantages (N,) of several rewards. `of` says of what: their weighted "sum", or "each" of them.
 
-        sum:   A = group_advantages(sum_i w_i r_i)
-        each:  A = group_advantages(sum_i w_i group_advantages(r_i))        (GDPO, arXiv 2601.05242)
+        sum:   A = group_advantages(sum_i w_i r_i, std)
+        each:  A = group_advantages(sum_i w_i group_advantages(r_i, std), "global")
 
     In a sum, a reward that varies much drowns one that varies little. So "each" brings every reward to one
-    scale before it is weighted. Its outer call finds group means of 0, and divides by the standard deviation.
+    scale before it is weighted. Its outer call finds group means of 0, and only divides by the epoch's
+    standard deviation. With std "group" it is GDPO, arXiv 2601.05242.
     rewards: name -> (N,). weights: name -> w_i. The rest is as in `group_advantages`.
     """
     if of not in ("sum", "each"):

@@ -1,7 +1,7 @@
 """Flow-GRPO (arXiv 2505.05470) on one page, one image and one denoising step at a time: python plain.py
 Time runs from sigma = 1 (noise) to sigma = 0 (data): x_sigma = (1 - sigma) x_0 + sigma eps, v = eps - x_0.
 Departures from the paper: a group shares its steps before a window, and the window alone is stochastic and
-trained, because first steps would learn one ground for all pictures (with WINDOW, FIRST = 7, (0, 0) they do);
+trained, because first steps would learn one background for all (with WINDOW, FIRST = 7, (0, 0) they do);
 the epoch's standard deviation divides advantages, as in the authors' code; there is no guidance."""
 import numpy as np
 import torch

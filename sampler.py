@@ -12,7 +12,7 @@ Time runs from sigma = 1 (noise) to sigma = 0 (data):
     v               velocity            what the network predicts
     x0, x1          x0, x1              the data and the noise that v implies: x - sigma v, x + (1 - sigma) v
     a               noise_level         how stochastic a step is; 0 is the ODE
-    s               diffusion           the SDE's diffusion coefficient (sigma_t in the paper)
+    s               s                   the SDE's diffusion coefficient (sigma_t in the paper)
     std             std                 standard deviation of one step, s sqrt(D)
 
     B images in a micro-batch, M rows in a training batch, T denoising steps, S trained, C H W a latent's size

@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=8 train.py [PRESET] [--field value ...]
 
 Read `train` first; the file goes on in the order in which an epoch runs. harness/ keeps a run alive: `Run`
-resumes, saves, and undoes an epoch that did not end; `@on_all_ranks` turns an error on one rank into the same
-error on all. docs/departures.md lists what departs from the paper or from its authors' code.
+resumes, saves, and undoes an epoch that did not end; `@on_all_ranks` turns a failed reward, a stop signal or
+a NaN on one rank into the same error on all. docs/departures.md lists the departures from the paper.
 """
 
 from harness.program import run_as_program      # first, because it ends a Python that is too old in one line
@@ -50,9 +50,9 @@ def train(run: Run) -> None:
             # 3. Compute by how much each image beat the others of its prompt.
             advantages = weighted_advantages(scores, dict(config.rewards), group_ids,
                                              of=config.advantage_of, std=config.advantage_std)   # (N,)
+            metrics |= reward_metrics(scores, group_ids)
 
             # 4. Update the policy: make steps that led to better images more likely.
-            metrics |= reward_metrics(scores, group_ids)
             metrics |= update(run.learner, samples, advantages, config, epoch)
             del samples                        # because the next epoch's trajectories need their memory
         # Log, evaluate and save, as far as they are due.
@@ -67,7 +67,7 @@ class Samples:
     draw: EpochDraw
     prompts: list[Prompt]              # of each sample
     trajectory: Trajectory | None      # of all samples; None if this rank has none
-    scores: dict[str, np.ndarray]      # reward or metric -> (samples of this rank,) float32
+    scores: dict[str, np.ndarray]      # reward or metric -> (n,) float32; "thumbnail" -> (n, 3, 8, 8)
 
 
 @on_all_ranks
@@ -110,10 +110,10 @@ def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config
 
 def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas: Tensor, config: Config,
                   epoch: int) -> dict[int, Tensor]:
-    """Group -> latents (C, H, W) that all its images share: its start noise, taken by the ODE to its window.
+    """Group -> latents (C, H, W) that all its images share: its start noise after the ODE's first steps.
 
     Images of a group then differ only in what the window changes. So their advantage cannot push what first
-    steps decide, such as the ground of a picture, and the policy keeps its diversity.
+    steps decide, such as the background, and the policy keeps its diversity.
     """
     groups = list(dict.fromkeys(i // config.group_size for i in draw.indices))                  # of this rank
     if not groups:

@@ -72,9 +72,11 @@ class Servers:
                 number, server, _ = running.pop(job)
                 try:
                     answers.setdefault(number, job.result())
-                except Unanswered as error:
+                except (Unanswered, RewardError) as error:
                     if number in answers:  # by another server
                         continue
+                    if isinstance(error, RewardError):
+                        raise
                     failures[number] += error.args[1] == 500
                     if failures[number] == 3:
                         raise RewardError(f"{server.url} and others failed 3 times; the last answer was "

@@ -111,8 +111,8 @@ def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
     """How much the pictures of a set differ, of 255, averaged over leading dimensions.
 
     thumbnails: (..., P, 3, 8, 8) of P pictures. The first figure is the standard deviation over the set of
-    the pictures' mean colour, averaged over channels. It falls if a policy collapses to one ground. The finer
-    one takes each of the 8 x 8 parts by itself.
+    the pictures' mean colour, averaged over channels. It falls if a policy collapses to one background. The
+    finer one takes each of the 8 x 8 parts by itself.
     """
     colours = thumbnails.mean((-2, -1))                                     # (..., P, 3)
     return {f"spread/{name}": colours.std(-2, correction=0).mean().item(),

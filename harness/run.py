@@ -260,8 +260,8 @@ class Run:
         """Within, an epoch samples and trains, and puts its metrics into the dict. It counts whole or not at
         all.
 
-        Samples that are not finite leave the epoch out if --skip-nonfinite allows it, because advantages are
-        global and without these samples there are none. What else is raised in here ends the run, and
+        Samples that are not finite leave the epoch out if --skip-nonfinite allows it, because advantages need
+        all scores of the epoch. What else is raised in here ends the run, and
         `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}

@@ -71,8 +71,9 @@ class Estimate:
         self.trajectories = self.plan.samples_per_rank * self.trajectory
         # AdamW's moments, the average and the summed gradient, besides the weights themselves.
         self.staying = 4 * counts.trained + counts.text_encoders
-        # Text encoders that are offloaded stand beside the network while an epoch's prompts are encoded.
-        self.encoding = counts.network + counts.autoencoder + 4 * counts.trained + counts.encoders
+        # Text encoders that are offloaded stand beside the network while an epoch's prompts are encoded, when
+        # there is no gradient.
+        self.encoding = counts.network + counts.autoencoder + 3 * counts.trained + counts.encoders
         if config.offload_text_encoders:
             self.check(self.encoding, f"{config.model} with its text encoders", "a card with more memory")
         self.images_per_decode = max(1, DECODE_PIXELS // math.prod(config.resolution))
