@@ -28,7 +28,7 @@ from pipelines import check_model, compile_blocks, load_pipeline, random_pipelin
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
-TEXT_CACHE = 1024            # prompts whose embeddings stay in host memory; one prompt of SD3.5 takes 1.7 MB
+TEXT_CACHE = 2**31           # bytes of embeddings that stay in host memory: some 1,200 prompts of SD3.5
 DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 images of 512 x 512
 
 Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
@@ -226,7 +226,8 @@ class Policy:
         on_device = to_device(index, self.device)
         text = tuple(part[index] if part.dtype == torch.int64 else to_device(part, self.device)[on_device]
                      for part in kept)
-        while len(self._text_cache) > max(TEXT_CACHE, self._text_kept):
+        most = TEXT_CACHE // sum(part.nbytes for part in self._text_cache[prompts[0]])       # prompts
+        while len(self._text_cache) > max(most, self._text_kept):
             self._text_cache.pop(next(iter(self._text_cache)))
         return text
 

@@ -395,8 +395,10 @@ def test_text_encoders_are_on_the_device_only_while_prompts_are_encoded(each_mod
 
 
 def test_cached_prompts_stay_until_others_are_announced_however_many_they_are(model, monkeypatch):
-    monkeypatch.setattr(policy_module, "TEXT_CACHE", 3)
     policy, encoded = make_policy(model), []
+    size = sum(part.nbytes for part in policy.encode([""]))                               # of one prompt
+    policy._text_cache.clear()
+    monkeypatch.setattr(policy_module, "TEXT_CACHE", 3 * size)
     encode = policy.family.encode
     monkeypatch.setattr(policy.family, "encode", lambda prompt, *rest: encoded.append(prompt) or encode(prompt, *rest))
     many = [f"prompt {i}" for i in range(6)]

@@ -138,8 +138,9 @@ def test_the_adapter_sits_where_it_is_told_to(model):
 
 
 def test_the_text_cache_forgets_the_oldest_prompts_and_still_answers_for_all(policy, monkeypatch):
-    monkeypatch.setattr(policy_module, "TEXT_CACHE", 3)
     many = [f"prompt {i}" for i in range(5)]
+    size = sum(part.nbytes for part in policy.encode(many[:1]))                      # of one prompt, in float32
+    monkeypatch.setattr(policy_module, "TEXT_CACHE", 3 * size)
     embeds, _ = policy.encode(many)
     assert len(embeds) == 5 and len(policy._text_cache) == 3
     again, _ = policy.encode(many)
