@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from test_adapters import fresh_pipeline, written_by_peft
 from test_families import CPU, TOKENS, change, make_policy
 
-from config import Config, to_dict
+from config import PRESETS, Config, to_dict
 from policy import Policy
 from prompts import Prompt, load_prompts
 from rewards import build_rewards
@@ -333,7 +333,7 @@ def test_settings_are_those_of_the_first_adapters_run_unless_told_otherwise(mode
     config, _ = choose_settings(replace(options, resolution=(8, 8), rewards=(("rapidocr", 1.0),)))
     assert config.resolution == (8, 8) and config.rewards == (("rapidocr", 1.0),) and config.eval_num_steps == 5
     config, chosen = choose_settings(DemoOptions(output_dir=str(tmp_path / "nothing")))
-    assert chosen == () and config == Config()
+    assert chosen == () and config == PRESETS["tiny_ocr"]
 
 
 def test_other_models_start_with_published_settings_and_without_rewards(model, flux_model, tmp_path):
