@@ -309,7 +309,7 @@ def test_the_network_is_called_as_often_as_planned(train_here, monkeypatch):
     train_here("counted", **THREE_UPDATES)
     _, config = parse_config(flags(**{**SMALL, **THREE_UPDATES}))
     plan = batch_plan(config, 1, branches=2)
-    evaluation = 7 * config.eval_num_steps * 2                                             # both branches
+    evaluation = 7 * (config.eval_num_steps + 2) * 2                                       # 2 calls for drift; both branches
     assert rows[0] == plan.rollout_calls + plan.replay_calls + plan.reference_calls + 2 * evaluation
 
 
