@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -368,6 +369,7 @@ def validate(config: Config) -> None:
         if not ok:
             raise ConfigError(f"--{field.replace('_', '-')} is {getattr(config, field)!r}: {way_out}")
 
+    _validate_rewards(config, require)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float):
@@ -397,18 +399,6 @@ def validate(config: Config) -> None:
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
     require(all(0 < n <= 8192 for n in config.resolution), "resolution", "height and width lie in 1 to 8192")
     require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it lies in (0, 1]")
-    names = [name for name, _ in config.rewards]
-    require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once")
-    require(all(math.isfinite(weight) for _, weight in config.rewards), "rewards", "weights must be finite")
-    require(len({*names, *config.eval_rewards}) == len(names) + len(config.eval_rewards), "eval_rewards",
-            "a reward is named twice, or trained on as well; --rewards are logged at evaluation anyway")
-    for name, _ in config.reward_urls:
-        require(name in (*names, *config.eval_rewards), "reward_urls",
-                f"give {name!r} a weight in --rewards, or name it in --eval-rewards")
-    require(len(set(config.reward_urls)) == len(config.reward_urls), "reward_urls",
-            "a server stands there twice")
-    require(len(dict(config.reward_models)) == len(config.reward_models), "reward_models",
-            "a name stands there twice")
     require(not (config.lora_path and config.full_finetune), "lora_path", "--full-finetune excludes it")
     if config.window_size:
         first, last = config.window_range
@@ -425,6 +415,21 @@ def validate(config: Config) -> None:
             "its ratio needs the log-prob of a Gaussian, which cps has not; choose another --rule")
     require(not re.search(r"[/\\]|^\.{1,2}$", config.run_name), "run_name",
             "it names one directory under --output-dir")
+
+
+def _validate_rewards(config: Config, require: Callable[[bool, str, str], None]) -> None:
+    names = [name for name, _ in config.rewards]
+    require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once")
+    require(all(math.isfinite(weight) for _, weight in config.rewards), "rewards", "weights must be finite")
+    require(len({*names, *config.eval_rewards}) == len(names) + len(config.eval_rewards), "eval_rewards",
+            "a reward is named twice, or trained on as well; --rewards are logged at evaluation anyway")
+    for name, _ in config.reward_urls:
+        require(name in (*names, *config.eval_rewards), "reward_urls",
+                f"give {name!r} a weight in --rewards, or name it in --eval-rewards")
+    require(len(set(config.reward_urls)) == len(config.reward_urls), "reward_urls",
+            "a server stands there twice")
+    require(len(dict(config.reward_models)) == len(config.reward_models), "reward_models",
+            "a name stands there twice")
 
 
 def to_dict(config: Config) -> dict:
