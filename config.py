@@ -41,10 +41,9 @@ QWEN_FEED_FORWARD = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj"
 
 @dataclass(frozen=True)
 class Config:
-    """Flow-GRPO. Settings of the algorithm are global, over all ranks; those of the machine are per rank.
+    """Flow-GRPO. Settings of the algorithm are global, over all ranks; those of the machine are per rank."""
 
-    Presets start from these values. A command without a preset runs PRESETS["tiny_ocr"].
-    """
+    # Presets start from these values. A command without a preset runs PRESETS["tiny_ocr"].
 
     # ------------------------------ the task
     model: str = "assets/tiny-sd3"

@@ -437,7 +437,10 @@ def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request
 @functools.cache
 def http_client() -> Any:
     """Return the process's HTTP client, which threads share. Proxies are not for servers on this machine."""
-    import httpx2
+    try:
+        import httpx2
+    except ImportError as error:
+        raise RewardError("a served reward needs the package httpx2: pip install httpx2") from error
     here = dict.fromkeys(("all://localhost", "all://127.0.0.0/8", "all://[::1]"))
     return httpx2.Client(limits=httpx2.Limits(max_connections=None), mounts=here)
 
