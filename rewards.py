@@ -35,10 +35,9 @@ import math
 import os
 import random
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 from unittest.mock import patch
 from urllib.parse import urljoin, urlsplit
@@ -92,6 +91,7 @@ class Rewards:
             raise ValueError(f"a batch needs at least 1 image, as many prompts and metadata, not {counts}")
         scores, batch = {}, (images, prompts, metadata)
         jobs = [self.threads.submit(score_and_check, *item, *batch) for item in self.components.items()]
+        wait(jobs)  # for all, because no reward may still run when the next call begins
         for job in jobs:
             scores |= job.result()
         # total = sum_i weight_i score_i
@@ -110,8 +110,7 @@ def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequ
     images, metrics, columns = images.copy(), {}, {}
     images.flags.writeable = False
     try:
-        with own_random_streams:
-            returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
+        returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
         if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict):
             returned, metrics = returned
         for column, values in {name: returned, **{f"{name}/{key}": metrics[key] for key in metrics}}.items():
@@ -144,40 +143,6 @@ def to_column(name: str, values: Any, count: int) -> np.ndarray:
         raise ValueError(f"{name!r} is {found}, not numbers of shape ({count},)")
     with np.errstate(over="ignore"):
         return column.astype(np.float32)
-
-
-class OwnRandomStreams:
-    """Within `with`, the global random streams of `random`, numpy and torch are the rewards' own.
-
-    What a reward seeds or draws moves no other stream, and goes on in its next call. Several threads may be
-    within. The first to enter exchanges the states and the last to leave exchanges them back, because threads
-    that each did so would restore each other's. Whatever draws beside a running reward draws from these.
-    """
-
-    lock, inside, aside = threading.Lock(), 0, []
-
-    def __enter__(self) -> None:
-        self.count(+1, exchange_at=1)
-
-    def __exit__(self, *error: object) -> None:
-        self.count(-1, exchange_at=0)
-
-    def count(self, change: int, exchange_at: int) -> None:
-        with self.lock:
-            self.inside += change
-            if self.inside == exchange_at:
-                streams = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state)]
-                if torch := sys.modules.get("torch"):
-                    streams.append((torch.get_rng_state, torch.set_rng_state))
-                    if torch.cuda.is_initialized():
-                        streams.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
-                states = [read() for read, _ in streams]
-                for (_, write), state in zip(streams, self.aside):
-                    write(state)
-                self.aside = states
-
-
-own_random_streams = OwnRandomStreams()
 
 
 # ---------------------------------------------------------------- the registry
@@ -273,8 +238,7 @@ def import_module(module: str, directory: str) -> Any:
 def one_line_errors(problem: str, *passing: type) -> Iterator[None]:
     """Within, what code of others raises is a one-line ValueError, but for Ctrl-C and the types `passing`."""
     try:
-        with own_random_streams:
-            yield
+        yield
     except (KeyboardInterrupt, *passing):
         raise
     except BaseException as error:

@@ -29,7 +29,7 @@ from harness.faults import (DoesNotFit, Interrupted, NonFinite, TrainingError, r
 from harness.gallery import Display
 from harness.program import leave
 from harness.report import epoch_line, say, spread_shares, warn
-from harness.scoring import Scorer, check_reward_prompts, probe
+from harness.scoring import Scorer, check_reward_prompts, own_random_streams, probe
 from learner import Learner
 from policy import Policy, check_model
 from prompts import Prompt, load_prompts
@@ -103,7 +103,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     validate(config)
     distributed.own_device()     # before a file with rewards is imported, because it may put a model there
     weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
-    check_reward_weights(weights, config.urls)
+    with own_random_streams():
+        check_reward_weights(weights, config.urls)
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
@@ -121,12 +122,13 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
 def make_rewards(config: Config, device: torch.device) -> Rewards:
     """Build the rewards of training and of evaluation, which have the weight 0."""
     # The rewards' threads set the CUDA device, because it is per thread and a reward may say "cuda" alone.
-    rewards = build_rewards(
-        dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0),
-        start_thread=functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None,
-        threads=config.reward_threads, device=str(device), batch=config.reward_batch,
-        models=dict(config.reward_models), urls=config.urls, deadline=config.reward_deadline,
-        max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
+    start_thread = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with own_random_streams():
+        rewards = build_rewards(
+            dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0), start_thread,
+            threads=config.reward_threads, device=str(device), batch=config.reward_batch,
+            models=dict(config.reward_models), urls=config.urls, deadline=config.reward_deadline,
+            max_unanswered=config.max_unanswered, trust_remote_code=config.trust_remote_code)
     # A reward's file may have changed these, which training needs.
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)

@@ -3,9 +3,10 @@
 import contextlib
 import copy
 import functools
+import random
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -18,10 +19,39 @@ from harness import signals
 from harness.faults import Interrupted, NonFinite, save_debug_tensors
 from policy import Policy, to_host
 from prompts import Prompt
-from rewards import REGISTRY, NonFiniteScore, Rewards, import_reward, one_line, own_random_streams
+from rewards import REGISTRY, NonFiniteScore, Rewards, import_reward, one_line
 
 # torch.from_numpy warns of the rewards' read-only pictures. Ignore it, because each reward has a copy.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+
+
+# States of the global random streams: the rewards' while the trainer draws, the trainer's while rewards do.
+states_aside: list = []
+
+
+@contextlib.contextmanager
+def own_random_streams() -> Iterator[None]:
+    """Within, the global random streams of `random`, numpy and torch are the rewards' own.
+
+    What rewards seed or draw moves no stream of the trainer, and goes on the next time. One thread at a time
+    may be within. Sampling may go on beside it, because the trainer draws from generators of its own.
+    """
+    exchange_random_states()
+    try:
+        yield
+    finally:
+        exchange_random_states()
+
+
+def exchange_random_states() -> None:
+    streams = [(random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
+               (torch.get_rng_state, torch.set_rng_state)]
+    if torch.cuda.is_initialized():
+        streams.append((torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all))
+    states = [read() for read, _ in streams]
+    for (_, write), state in zip(streams, states_aside):
+        write(state)
+    states_aside[:] = states
 
 
 def check_reward_prompts(names: Iterable[str], prompts: list[str], metadata: list[dict],
@@ -37,7 +67,7 @@ def check_reward_prompts(names: Iterable[str], prompts: list[str], metadata: lis
             with contextlib.suppress(ValueError):
                 check = getattr(import_reward(name), "check_prompt", None)
         try:
-            with own_random_streams:
+            with own_random_streams():
                 for prompt, entry in zip(prompts, metadata, strict=True) if check else ():
                     check(prompt, copy.deepcopy(entry))
         except ValueError as error:
@@ -49,7 +79,8 @@ def check_reward_prompts(names: Iterable[str], prompts: list[str], metadata: lis
 
 def probe(rewards: Rewards, prompt: Prompt, resolution: tuple[int, int]) -> None:
     """Score a grey picture, so that a reward that cannot work raises RewardError now and not after hours."""
-    rewards(np.full((1, *resolution, 3), 128, np.uint8), [prompt.text], [prompt.metadata])
+    with own_random_streams():
+        rewards(np.full((1, *resolution, 3), 128, np.uint8), [prompt.text], [prompt.metadata])
 
 
 def thumbnails(images: Tensor) -> Tensor:
@@ -126,7 +157,9 @@ class Scorer:
             raise NonFinite(f"{where}: latents are not finite for prompt {prompt!r}; tensors are in {path}; "
                             "lower --learning-rate, or in float16 use --dtype bfloat16")
         try:
-            scores = self.rewards(images.numpy(), [p.text for p in prompts], [p.metadata for p in prompts])
+            with own_random_streams():
+                scores = self.rewards(images.numpy(), [p.text for p in prompts],
+                                      [p.metadata for p in prompts])
             return {**scores, "thumbnail": thumbnails(images).numpy(),
                     **{name: values.float().numpy() for name, values in zip(names, columns)}}
         except NonFiniteScore as error:

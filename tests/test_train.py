@@ -419,6 +419,23 @@ def test_equal_rewards_without_kl_leave_the_weights_to_the_weight_decay(train_he
         assert m["zero_variance_groups"] == 2 and m["grad_norm"] == 0 and m["ratio"] == 1 and m["policy_loss"] == 0
 
 
+def test_a_run_moves_no_global_random_stream_and_a_reward_that_does_changes_none(train_here, tmp_path, monkeypatch):
+    (tmp_path / "seeding_reward.py").write_text(
+        "import random, numpy, torch\n"
+        "def score(images, prompts, metadata):\n"
+        "    random.seed(len(images)), numpy.random.seed(0), torch.manual_seed(0)\n"
+        "    return images.mean((1, 2, 3)) + random.random() + numpy.random.rand() + torch.rand(1).item()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2], torch.get_rng_state().tolist()
+
+    before = []
+    train_here("streams", before=lambda run: before.append(states()), rewards=("seeding_reward:score", 1), **CHEAP)
+    assert before == [states()]
+
+
 @pytest.mark.slow
 def test_where_rewards_are_equal_the_kl_pulls_weights_to_the_reference(train_here, tmp_path, monkeypatch):
     (tmp_path / "first_epoch_reward.py").write_text(
