@@ -37,10 +37,10 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from multiprocessing.pool import ThreadPool  # of daemon threads, for which the end of a program does not wait
 from typing import Any
 from unittest.mock import patch
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -75,7 +75,6 @@ class Rewards:
         """`components` holds a reward for each name of `weights`; their threads call `start_thread` first."""
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components, self.start_thread = {name: components[name] for name in weights}, start_thread
-        self.threads = ThreadPoolExecutor(len(weights), initializer=start_thread)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Columns:
         """Return each component's scores by name, its metrics as "name/metric", and their "total".
@@ -89,11 +88,11 @@ class Rewards:
         if not 1 <= len(images) == len(prompts) == len(metadata):
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"a batch needs at least 1 image, as many prompts and metadata, not {counts}")
-        scores, batch = {}, (images, prompts, metadata)
-        jobs = [self.threads.submit(score_and_check, *item, *batch) for item in self.components.items()]
-        wait(jobs)  # for all, because no reward may still run when the next call begins
-        for job in jobs:
-            scores |= job.result()
+        calls, scores = [(*item, images, prompts, metadata) for item in self.components.items()], {}
+        with ThreadPool(len(calls), self.start_thread) as threads:
+            # Wait for all, also if one fails, because no reward may still run when the next call begins.
+            for columns in threads.starmap(score_and_check, calls, chunksize=1):
+                scores |= columns
         # total = sum_i weight_i score_i
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
@@ -106,20 +105,20 @@ def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequ
     The reward gets copies, because what it writes must not reach the kept pictures or another reward. Its
     pictures are read-only besides, so that a reward that writes to them learns of it.
     """
-    batch = f"for a batch of {len(prompts)} that starts with prompt {one_line(repr(prompts[0]), 80)}"
-    images, metrics, columns = images.copy(), {}, {}
+    images, metrics = images.copy(), {}
     images.flags.writeable = False
     try:
-        returned = reward(images, list(prompts), copy.deepcopy(list(metadata)))
-        if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict):
-            returned, metrics = returned
-        for column, values in {name: returned, **{f"{name}/{key}": metrics[key] for key in metrics}}.items():
-            columns[column] = to_column(column, values, len(prompts))
-            if column != name:  # an infinite metric would make every mean infinite
-                columns[column][~np.isfinite(columns[column])] = np.nan
+        scores = reward(images, list(prompts), copy.deepcopy(list(metadata)))
+        if isinstance(scores, tuple) and len(scores) == 2 and isinstance(scores[1], dict):
+            scores, metrics = scores
+        columns = {f"{name}/{key}": to_column(f"{name}/{key}", metrics[key], len(prompts)) for key in metrics}
+        for column in columns.values():  # because an infinite metric would make every mean infinite
+            column[~np.isfinite(column)] = np.nan
+        columns = {name: to_column(name, scores, len(prompts)), **columns}
     except RewardError:
         raise
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: a reward must not end the run
+        batch = f"for a batch of {len(prompts)} that starts with prompt {one_line(repr(prompts[0]), 80)}"
         hint = "; pictures are read-only, so work on images.copy()" if "read-only" in str(error) else ""
         raise RewardError(f"reward {name!r} failed {batch}: {one_line(error, 300)}{hint}") from error
     for score, prompt in zip(columns[name], prompts):
@@ -134,12 +133,7 @@ def to_column(name: str, values: Any, count: int) -> np.ndarray:
         values = values.detach().cpu().double()
     column = np.asarray(values)
     if column.shape != (count,) or column.dtype.kind not in "biuf":
-        found = f"{column.dtype} of shape {column.shape}"
-        if column.dtype == object and not column.ndim:
-            found = "None" if values is None else f"a {type(values).__name__}"
-        if inspect.iscoroutine(values):
-            values.close()  # because Python warns of a coroutine that nobody awaited
-            found += " (write it with def, not async def)"
+        found = f"{one_line(repr(values), 60)} of shape {column.shape}"
         raise ValueError(f"{name!r} is {found}, not numbers of shape ({count},)")
     with np.errstate(over="ignore"):
         return column.astype(np.float32)
@@ -186,17 +180,17 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: 
         given = f"threads {threads}, batch {batch}, deadline {deadline}, max_unanswered {max_unanswered}"
         raise ValueError(f"{given}: they must be at least 1, at least 1, more than 0, and from 0 to 1")
     if is_remote(name, urls):
-        return remote_reward(name, np.atleast_1d(urls[name]).tolist(), batch, deadline)
+        return remote_reward(name, parse_urls(name, urls), batch, deadline)
     options = dict(threads=threads, batch=batch, device=device, deadline=deadline, url=urls.get(name, ""),
                    max_unanswered=max_unanswered, trust_remote_code=trust_remote_code)
     reward = import_reward(name)
     keywords = inspect.signature(reward).parameters
     if not all(keyword.kind is keyword.KEYWORD_ONLY for keyword in keywords.values()):
         return reward
-    for model, path in models.items():  # "name" gives the keyword "model", "name.part" the keyword "part"
+    for model in models:  # "name" gives the keyword "model", "name.part" the keyword "part"
         if f"{model}.".startswith(f"{name}."):
             part = model[len(name) + 1:] or "model"
-            options[part] = path
+            options[part] = models[model]
             if part not in keywords:
                 raise ValueError(f"reward {name!r} has no model {model!r}, but {', '.join(keywords)}")
     with one_line_errors(f"reward {name!r} cannot be built", ValueError, ImportError, OSError):
@@ -258,17 +252,44 @@ def check_reward_weights(weights: dict[str, float], urls: Places = {}) -> None:
     for name, weight in weights.items():
         if not isinstance(weight, (int, float, np.number)) or not abs(weight) <= sys.float_info.max:
             raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be a finite number")
-        if ":" in name and not is_remote(name, urls):
+        if name not in REGISTRY and not is_remote(name, urls):
+            if ":" not in name:
+                raise ValueError(f"unknown reward {name!r}; {known}")
             import_reward(name)
-        elif name not in REGISTRY and not is_remote(name, urls):
-            raise ValueError(f"unknown reward {name!r}; {known}")
-    for name, url in [(key, url) for key in urls for url in np.atleast_1d(urls[key]).tolist() or [""]]:
-        match, problem = re.fullmatch(URL, url), f"reward {name!r} cannot be asked at {url!r}"
+    for name in urls:
+        parse_urls(name, urls)
+
+
+def is_remote(name: str, urls: Places) -> bool:
+    """Tell whether another process computes the reward. Those of openai+ are computed here, by asking."""
+    return name in urls and not str(urls[name]).startswith("openai+")
+
+
+def parse_urls(name: str, urls: Places) -> dict[str, str]:
+    """Return the addresses of a reward's servers, each with its scheme of SCHEMES, or raise ValueError."""
+    servers = {}
+    for url in np.atleast_1d(urls[name]).tolist() or [""]:
+        match, problem = re.fullmatch(URL, url), f"reward {name!r} cannot be asked at {without_user(url)!r}"
         if not match or not 0 < int(match["port"] or 80) < 1 << 16:
             schemes = "http://, https://, pickle+http:// or openai+http://"
             raise ValueError(f"{problem}; a URL starts with {schemes} and a host")
-        if (names := SCHEMES[match["scheme"]]) and name not in names:
-            raise ValueError(f"{problem}; {match['scheme']} is for {' and '.join(names)}")
+        servers[match["address"]] = scheme = match["scheme"]
+        if (names := SCHEMES[scheme]) and name not in names:
+            raise ValueError(f"{problem}; {scheme} is for {' and '.join(names)}")
+        if scheme == "openai+" and not isinstance(urls[name], str):
+            raise ValueError(f"{problem}; give one openai+ URL and no list, or put a balancer there")
+    return servers
+
+
+# What a URL may begin with -> the rewards that can be asked there; None: any
+SCHEMES = {"": None, "pickle+": ("geneval", "deqa"), "openai+": ("qwenvl", "unifiedreward")}
+URL = (r"(?P<scheme>pickle\+|openai\+|)(?P<address>https?://(?:[^\s/?#@]*@)?"
+       r"(?:\[[\da-fA-F:.]+\]|[^\s/?#:@]+)(?::(?P<port>\d{1,5}))?(?:/[^\s?#]*)?)")
+
+
+def without_user(url: str) -> str:
+    """Return a URL without "user:password@", to be shown."""
+    return re.sub(r"//[^/]*@", "//", url)
 
 
 # ---------------------------------------------------------------- the worked example: JPEG
@@ -292,31 +313,31 @@ def jpeg_compressibility(images: np.ndarray, prompts: list[str], metadata: list[
 
 # ---------------------------------------------------------------- the client of a served reward
 
-# What a URL may begin with -> the rewards that can be asked there; None: any
-SCHEMES = {"": None, "pickle+": ("geneval", "deqa"), "openai+": ("qwenvl", "unifiedreward")}
-URL = (r"(?P<scheme>pickle\+|openai\+|)https?://(?:[^\s/?#@]*@)?(?:\[[\da-fA-F:.]+\]|[^\s/?#:@]+)"
-       r"(?::(?P<port>\d{1,5}))?(?:/[^\s?#]*)?")
 IN_FLIGHT = 4  # requests of one served reward at once, because pictures travel while others are scored
+CONNECT = 10.0  # seconds after which a machine that takes no connection is asked again
 
 
-def is_remote(name: str, urls: Places) -> bool:
-    """Tell whether another process computes the reward. Those of openai+ are computed here, by asking."""
-    return name in urls and not str(urls[name]).startswith("openai+")
+def remote_reward(name: str, servers: dict[str, str], batch: int, deadline: float) -> Reward:
+    """Return the reward `name` as its servers compute it, with at most `batch` pictures a request.
 
+    servers: what `parse_urls` returns.
+    """
+    asks = {}  # address -> what asks there: (send, images, prompts, metadata) -> scores, metrics
+    for address, scheme in servers.items():
+        ask = import_reward("engines.pickled:ask_pickle_server") if scheme else ask_server
+        asks[address] = functools.partial(ask, name, address)
 
-def remote_reward(name: str, urls: list[str], batch: int, deadline: float) -> Reward:
-    """Return the reward `name` as one or several servers compute it, at most `batch` pictures a request."""
-    asks, send, threads = {}, functools.partial(post, deadline=deadline), ThreadPoolExecutor(IN_FLIGHT)
-    for url in urls:
-        ask = import_reward("engines.pickled:ask_pickle_server") if url.startswith("pickle+") else ask_server
-        asks[url] = functools.partial(ask, name, url.rpartition("+")[2])
+    def ask_one_server(parts: list[tuple]) -> list[tuple]:
+        send = functools.partial(post, deadline=deadline)
+        with ThreadPool(min(IN_FLIGHT, len(parts))) as threads:
+            return list(threads.imap(lambda part: asks[address](send, *part), parts))
 
-    ask_all = lambda parts: threads.map(lambda part: asks[urls[0]](send, *part), parts)
-    if len(urls) > 1:
+    ask_all = ask_one_server
+    if len(asks) > 1:
         ask_all = import_reward("engines.servers:Servers")(name, asks, deadline).ask_all
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, Columns]:
-        share = len(images) / len(urls)  # of a server; all requests are about equally large
+        share = len(images) / len(asks)  # of a server; all requests are about equally large
         size = math.ceil(share / math.ceil(share / batch))
         parts = [slice(start, start + size) for start in range(0, len(images), size)]
         answers = ask_all([(images[part], prompts[part], metadata[part]) for part in parts])
@@ -340,62 +361,77 @@ def ask_server(name: str, url: str, send: Callable, images: np.ndarray, prompts:
                     json={"images": pictures, "prompts": prompts, "metadata": metadata},
                     headers={"Authorization": f"Bearer {token}".encode()} if token else {})
     if (served := response.headers.get("X-Reward", name)) != name:
-        raise RewardError(f"{url} serves the reward {served!r}, not {name!r}")
-    return parse_answer(url, len(images), lambda: (response.json()["scores"], response.json()["metrics"]))
+        raise RewardError(f"{without_user(url)} serves the reward {served!r}, not {name!r}")
+    with one_line_errors(f"{without_user(url)} answered something else than scores of each picture"):
+        return read_answer(len(images), **response.json())
 
 
-def parse_answer(url: str, count: int, read: Callable) -> tuple[np.ndarray, Columns]:
-    """Return the (scores, metrics) of `count` pictures that `read()` finds, or raise RewardError."""
+def read_answer(count: int, scores: Sequence, metrics: dict[str, Sequence]) -> tuple[np.ndarray, Columns]:
+    """Return an answer's scores and metrics as (count,) float32, in which None becomes NaN."""
     def column(name: str, values: Sequence) -> np.ndarray:
         return to_column(name, [math.nan if value is None else value for value in values], count)
 
-    try:
-        scores, metrics = read()
-        return column("scores", scores), {name: column(name, values) for name, values in metrics.items()}
-    except Exception as error:
-        found = f"something else than scores of {count} pictures ({one_line(error, 300)})"
-        raise RewardError(f"{url} answered {found}") from error
+    return column("scores", scores), {name: column(name, values) for name, values in metrics.items()}
+
+
+class Unanswered(Exception):
+    """A server gave no answer for now. `status`: its own or 0. `after`: seconds that it asks to wait."""
+
+    def __init__(self, answer: str, status: int = 0, after: str = "") -> None:
+        super().__init__(answer)
+        self.status, self.after = status, float(after) if re.fullmatch(r"\d{1,9}", after) else 0.0
 
 
 def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request: Any) -> Any:
-    """POST and return the httpx2.Response of status 2xx. `request`: `json` or `content`, and `headers`.
+    """Do as `post_once`, and ask a server that gives no answer again, for `deadline` seconds.
 
-    A server that cannot be reached, or answers 5xx, 408 or 429, is asked again, less and less often and not
-    before its Retry-After, for `deadline` seconds. One that answers 500, a failure of its own, is asked three
-    times in all. Raises RewardError after that and for any other status, in one line with the last answer.
+    It is asked less and less often, and not before its Retry-After. One that answers 500, a failure of its
+    own, is asked three times in all. Raises RewardError after that, in one line with the last answer.
     """
-    client, end, wait, failures, said = http_client(), time.monotonic() + deadline, 0.25, 0, False
-    import httpx2
+    end, wait, failures, said = time.monotonic() + deadline, 0.25, 0, False
+    server, start = without_user(url), f"; start it with: {how_to_start}" if how_to_start else ""
     while True:
         try:
             # At most half of the deadline, so that a machine that vanished without a word is asked twice.
-            timeout = max(min(deadline / 2, end - time.monotonic()), 0.1)
-            response = client.post(url, timeout=timeout, **request)
-            if response.is_success:
-                return response
-            status, answer = response.status_code, one_line(f"{response.status_code} {response.text}", 400)
-            seconds = response.headers.get("retry-after", "")
-        except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError,
-                httpx2.ProxyError) as error:
-            status, answer, seconds = 0, one_line(error, 400), ""
-        if 0 < status < 500 and status not in (408, 429):
-            moved = urljoin(url, response.headers.get("location", ""))
-            hints = {413: "; send fewer pictures at once (--reward-batch), or let it take more",
-                     **dict.fromkeys(range(300, 400), f"; it redirects, give {moved} as its address")}
-            raise RewardError(f"{url} refused the request: {answer}{hints.get(status, '')}")
-        failures, left = failures + (status == 500), end - time.monotonic()
+            return post_once(url, max(min(deadline / 2, end - time.monotonic()), 0.1), **request)
+        except Unanswered as error:
+            answer = error
+        failures, left = failures + (answer.status == 500), end - time.monotonic()
         if failures == 3:
-            raise RewardError(f"{url} failed {failures} times; the last answer was {answer}")
+            raise RewardError(f"{server} failed 3 times; the last answer was {answer}")
         if left <= 0:
-            start = f"; start it with: {how_to_start}" if how_to_start else ""
-            raise RewardError(f"{url} did not answer in {deadline:g} s; the last answer was {answer}{start}")
+            none = f"{server} did not answer in {deadline:g} s"
+            raise RewardError(f"{none}; the last answer was {answer}{start}")
         if not said and deadline - left > 3:
-            print(f"waiting up to {left:.0f} s more for {url}: {answer}", file=sys.stderr, flush=True)
+            print(f"waiting up to {left:.0f} s more for {server}: {answer}", file=sys.stderr, flush=True)
             said = True
         # Wait a random time, so that ranks that failed together do not come back together.
-        after = float(seconds) if re.fullmatch(r"\d{1,9}", seconds) else 0.0
-        time.sleep(min(max(wait * random.uniform(0.5, 1), after * random.uniform(1, 1.1)), left))
+        time.sleep(min(max(wait * random.uniform(0.5, 1), answer.after * random.uniform(1, 1.1)), left))
         wait = min(2 * wait, 15)
+
+
+def post_once(url: str, seconds: float, **request: Any) -> Any:
+    """POST, and return the httpx2.Response of status 2xx. `request`: `json` or `content`, and `headers`.
+
+    Raises Unanswered where no answer comes in `seconds`, or one of status 5xx, 408 or 429; and RewardError in
+    one line for any other status.
+    """
+    client = http_client()
+    import httpx2
+    try:
+        response = client.post(url, timeout=httpx2.Timeout(seconds, connect=min(seconds, CONNECT)), **request)
+    except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError,
+            httpx2.ProxyError) as error:
+        raise Unanswered(one_line(error, 400)) from error
+    if response.is_success:
+        return response
+    status, answer = response.status_code, one_line(f"{response.status_code} {response.text}", 400)
+    if status >= 500 or status in (408, 429):
+        raise Unanswered(answer, status, response.headers.get("retry-after", ""))
+    hint = "; send fewer pictures at once (--reward-batch), or let it take more" if status == 413 else ""
+    if response.next_request:
+        hint = f"; it redirects, give {without_user(str(response.next_request.url))} as its address"
+    raise RewardError(f"{without_user(url)} refused the request: {answer}{hint}")
 
 
 @functools.cache

@@ -9,12 +9,13 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 from PIL import Image
 
-from rewards import Columns, Reward, RewardError, http_client, one_line, one_line_errors, picture_file, post
+from rewards import (Columns, Reward, RewardError, http_client, one_line, one_line_errors, picture_file, post,
+                     without_user)
 
 # Asks a judge about images (B, H, W, 3) with their prompts at a temperature, and returns B answers
 Ask = Callable[[np.ndarray, list[str], float], list[str]]
@@ -106,13 +107,12 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
     """
     how_to_start = f"vllm serve {model}"
     if not url.startswith(("openai+http://", "openai+https://")):
-        needs = f"reward {name!r} needs a server, as openai+http://host:port/v1, not {url!r}"
+        needs = f"reward {name!r} needs a server, as openai+http://host:port/v1, not {without_user(url)!r}"
         raise ValueError(f"{needs}; one is: {how_to_start}")
     http_client()  # now, so that a missing package is found before training
     url = url.removeprefix("openai+").rstrip("/") + "/chat/completions"
     key = os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    threads = ThreadPoolExecutor(64)
 
     def ask_one(image: np.ndarray, prompt: str, temperature: float) -> str:
         encoded = base64.b64encode(picture_file(image, "PNG", compress_level=1)).decode()
@@ -128,10 +128,12 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
             return "".join(part.get("text") or "" for part in parts)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             answer = one_line(response.text, 200)
-            raise RewardError(f"{url} is no OpenAI-compatible server: it answered {answer!r}") from error
+            answered = f"it answered {answer!r}"
+            raise RewardError(f"{without_user(url)} is no OpenAI-compatible server: {answered}") from error
 
     def ask(images: np.ndarray, prompts: list[str], temperature: float) -> list[str]:
-        return list(threads.map(ask_one, images, prompts, [temperature] * len(images)))
+        with ThreadPool(min(64, len(images))) as threads:  # daemons, for which no program's end waits
+            return threads.starmap(ask_one, zip(images, prompts, [temperature] * len(images)), chunksize=1)
 
     return ask
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rewards import Columns, parse_answer, picture_file
+from rewards import Columns, one_line_errors, picture_file, read_answer, without_user
 
 
 def ask_pickle_server(name: str, url: str, send: Callable, images: np.ndarray, prompts: list[str],
@@ -28,18 +28,15 @@ def ask_pickle_server(name: str, url: str, send: Callable, images: np.ndarray, p
         request["only_strict"] = False
     how_to_start = f'gunicorn "app_{name}:create_app()" in its checkout'
     response = send(url, content=pickle.dumps(request, 4), how_to_start=how_to_start)
-
-    def read() -> tuple[list, dict[str, list]]:
+    with one_line_errors(f"{without_user(url)} answered something else than scores of each picture"):
         answer = read_plain_pickle(response.content)
         if name == "deqa":
-            return answer["outputs"], {}
+            return read_answer(len(images), answer["outputs"], {})
         metrics = {"strict_accuracy": answer["strict_rewards"], "accuracy": answer["rewards"]}
         for kind, key in (("strict_accuracy", "group_strict_rewards"), ("accuracy", "group_rewards")):
             for tag, values in answer[key].items():  # -10 marks a picture of another tag
                 metrics[f"{kind}/{tag}"] = [None if value == -10 else value for value in values]
-        return answer["scores"], metrics
-
-    return parse_answer(url, len(images), read)
+        return read_answer(len(images), answer["scores"], metrics)
 
 
 class Dtype:

@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rewards import IN_FLIGHT, Columns, RewardError, http_client, one_line, post
+from rewards import IN_FLIGHT, Columns, RewardError, Unanswered, http_client, post_once, without_user
 
 SLOW = 10.0  # seconds, beyond four times the others' longest answer, after which a server counts as slow
 LOOK_AGAIN = 1.0, 30.0  # seconds until a server that is left out is looked at: at first, and at most
@@ -25,15 +25,11 @@ Part = tuple[np.ndarray, list[str], list[dict]]  # images, prompts and metadata 
 Answer = tuple[np.ndarray, Columns]
 
 
-class Unanswered(Exception):
-    """A server gave no answer, or none for now. `args`: its words, its status or 0, how to start it."""
-
-
 @dataclass(eq=False)
 class Server:
     """A server, and what is known of it."""
 
-    url: str
+    url: str                # its address, without pickle+
     ask: Callable           # (send, images, prompts, metadata) -> Answer
     requests: int = 0       # that it has now
     seconds: float = 0.0    # that its last answer took
@@ -45,14 +41,11 @@ class Servers:
     """Asks several servers of one reward for the parts of a batch. Any thread may call it."""
 
     def __init__(self, name: str, asks: dict[str, Callable], deadline: float) -> None:
-        """asks: URL -> what asks its server. deadline: seconds for which no server may answer."""
-        if any(url.startswith("openai+") for url in asks):
-            raise ValueError(f"reward {name!r} takes one openai+ URL; to have several, put a balancer there")
+        """asks: address -> what asks its server. deadline: seconds for which no server may answer."""
         self.name, self.deadline = name, deadline
         self.servers = [Server(url, ask) for url, ask in asks.items()]
-        self.threads = ThreadPoolExecutor(IN_FLIGHT * len(asks))
         self.lock, self.checked, self.answered = threading.Lock(), False, 0.0
-        self.last_words = ("", 0, "")
+        self.last_words = self.how_to_start = ""
 
     def ask_all(self, parts: list[Part]) -> list[Answer]:
         """Return the answer to each part, in order. Raises RewardError as `rewards.post` does."""
@@ -64,7 +57,7 @@ class Servers:
         twice = set()  # numbers of parts that a slow server holds up, so that others compute them too
         while len(answers) < len(parts):
             while waiting and (server := self.take_free()):
-                job = self.threads.submit(self.request, server, parts[waiting[0]])
+                job = in_thread(self.request, server, parts[waiting[0]])
                 running[job] = waiting.popleft(), server, time.monotonic()
             if not running:
                 self.wait_for_any()
@@ -72,15 +65,15 @@ class Servers:
                 number, server, _ = running.pop(job)
                 try:
                     answers.setdefault(number, job.result())
-                except (Unanswered, RewardError) as error:
+                except Exception as error:
                     if number in answers:  # by another server
                         continue
-                    if isinstance(error, RewardError):
+                    if not isinstance(error, Unanswered):
                         raise
-                    failures[number] += error.args[1] == 500
+                    failures[number] += error.status == 500
                     if failures[number] == 3:
-                        raise RewardError(f"{server.url} and others failed 3 times; the last answer was "
-                                          f"{error.args[0]}") from error
+                        failed = f"{without_user(server.url)} and others failed 3 times"
+                        raise RewardError(f"{failed}; the last answer was {error}") from error
                     waiting.append(number)
             for number, server, started in running.values():
                 if number not in twice and self.is_slow(server, started):
@@ -93,8 +86,16 @@ class Servers:
         """Ask each server for one picture, so that one of another reward is found now and not after hours."""
         for server in self.servers:
             server.requests += 1
-        jobs = [self.threads.submit(self.request, server, part) for server in self.servers]
-        for job in jobs:
+        jobs = {in_thread(self.request, server, part): server for server in self.servers}
+        for job in as_completed(jobs):
+            if not job.exception():
+                break
+        # Once one has answered, a server that stays silent does not hold up the others.
+        done, silent = wait(jobs, timeout=SLOW)
+        for job in silent:
+            jobs[job].slow = True
+            self.say(jobs[job], f"has not answered {SLOW:g} s after another did; they go on")
+        for job in done:
             if not isinstance(error := job.exception(), Unanswered | None):
                 raise error
         # One picture takes less time than a part, by which every server would soon count as slow.
@@ -116,10 +117,9 @@ class Servers:
     def wait_for_any(self) -> None:
         """Wait a moment for a server that is left out. Raises RewardError after the deadline."""
         if time.monotonic() - self.answered > self.deadline:
-            words, _, how_to_start = self.last_words
             none = f"none of the {len(self.servers)} servers of reward {self.name!r} answered"
-            raise RewardError(f"{none} in {self.deadline:g} s; the last answer was {words}; "
-                              f"start one with: {how_to_start}")
+            raise RewardError(f"{none} in {self.deadline:g} s; the last answer was {self.last_words}; "
+                              f"start one with: {self.how_to_start}")
         time.sleep(0.1)
 
     def is_slow(self, server: Server, started: float) -> bool:
@@ -137,9 +137,9 @@ class Servers:
         try:
             answer = server.ask(self.send, *part)
         except Unanswered as error:
-            self.last_words = error.args
-            if error.args[1] != 500:  # which is a failure of the reward, not of the server
-                self.leave_out(server, error.args)
+            self.last_words = str(error)
+            if error.status != 500:  # which is a failure of the reward, not of the server
+                self.leave_out(server, error)
             raise
         finally:
             with self.lock:
@@ -148,32 +148,20 @@ class Servers:
         return answer
 
     def send(self, url: str, *, how_to_start: str, **request: Any) -> Any:
-        """POST once, and return the response of status 2xx. Works as `rewards.post` otherwise."""
-        import httpx2
-        try:
-            response = http_client().post(url, timeout=self.deadline / 2, **request)
-        except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError,
-                httpx2.ProxyError) as error:
-            raise Unanswered(one_line(error, 300), 0, how_to_start) from error
-        status = response.status_code
-        if status >= 500 or status in (408, 429):
-            raise Unanswered(one_line(f"{status} {response.text}", 300), status, how_to_start)
-        if response.is_success:
-            return response
-        # `post` asks once more, and refuses in its own words.
-        return post(url, deadline=self.deadline, how_to_start=how_to_start, **request)
+        """POST once. Works as `rewards.post` otherwise."""
+        self.how_to_start = how_to_start
+        return post_once(url, self.deadline / 2, **request)
 
-    def leave_out(self, server: Server, words: tuple[str, int, str]) -> None:
+    def leave_out(self, server: Server, error: Unanswered) -> None:
         """Leave a server out until it answers a look. One that is only busy is not told of."""
         with self.lock:
             if server.away:
                 return
             server.away = True
-        if busy := words[1] in (408, 429, 503):
-            words = ("", *words[1:])
-        else:
-            self.say(server, f"is gone ({words[0]}); the others go on, and it is asked again")
-        self.look_later(server, LOOK_AGAIN[0], busy)
+        busy = error.status in (408, 429, 503)
+        if not busy:
+            self.say(server, f"is gone ({error}); the others go on, and it is asked again")
+        self.look_later(server, max(LOOK_AGAIN[0], error.after), busy)
 
     def look_later(self, server: Server, seconds: float, quiet: bool) -> None:
         timer = threading.Timer(seconds, self.look, [server, seconds, quiet])
@@ -183,7 +171,7 @@ class Servers:
     def look(self, server: Server, seconds: float, quiet: bool) -> None:
         """See whether a server answers at all, whatever it says."""
         try:
-            address = server.url.rpartition("+")[2].rstrip("/").removesuffix("/score")
+            address = server.url.rstrip("/").removesuffix("/score")
             there = http_client().get(f"{address}/health", timeout=10).status_code < 500
         except Exception:  # of any type, because this thread is nobody's
             there = False
@@ -194,4 +182,19 @@ class Servers:
             self.say(server, "is back")
 
     def say(self, server: Server, what: str) -> None:
-        print(f"warning: the server {server.url} of reward {self.name!r} {what}", file=sys.stderr, flush=True)
+        server = f"the server {without_user(server.url)} of reward {self.name!r}"
+        print(f"warning: {server} {what}", file=sys.stderr, flush=True)
+
+
+def in_thread(call: Callable, *arguments: Any) -> Future:
+    """Call in a thread of its own, a daemon, because a silent server must not hold up a program's end."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

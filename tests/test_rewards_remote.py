@@ -509,7 +509,7 @@ def test_no_request_that_the_openapi_page_allows_or_forbids_makes_an_internal_er
 
 
 class Peer(ThreadingHTTPServer):
-    """A server of others: `answer(number of the request, path, headers, body) -> (status, body)`."""
+    """A server of others: `answer(number of the request, body) -> (status, body, *headers)`."""
 
     def __init__(self, answer):
         self.requests = []
@@ -518,11 +518,16 @@ class Peer(ThreadingHTTPServer):
             def do_POST(handler):
                 body = handler.rfile.read(int(handler.headers["Content-Length"]))
                 self.requests.append(body)
-                status, content = answer(len(self.requests), body)
+                status, content, *headers = answer(len(self.requests), body)
                 handler.send_response(status)
+                for header in headers:
+                    handler.send_header(*header)
                 handler.send_header("Content-Length", str(len(content)))
                 handler.end_headers()
                 handler.wfile.write(content)
+
+            def do_GET(handler):
+                handler.send_error(404)
 
             def log_message(handler, *args):
                 pass
@@ -785,6 +790,50 @@ def test_a_server_may_listen_on_ipv6(serve):
         pytest.skip(f"this machine has no IPv6: {error}")
     url = serve("jpeg_compressibility", "--host", "::1", shown=r"\[::1\]")[1]
     assert remote("jpeg_compressibility", url)(noise(2), ["", ""], [{}, {}])["total"].shape == (2,)
+
+
+def test_a_password_in_a_url_is_never_shown(capfd):
+    seen = []
+
+    def answer(number, body):
+        return 401, b"no"
+
+    with Peer(answer) as peer:
+        url = f"http://user:secret@{peer.address}/a+b"
+        for urls in (url, [url, url.replace("secret", "hidden")]):
+            with pytest.raises(RewardError) as error:
+                remote("any", urls)(noise(1), [""], [{}])
+            assert one_line(error, peer.address, "401")
+            seen.append(str(error.value))
+    with pytest.raises(RewardError) as error:
+        remote("any", [url, f"{url}/other"], deadline=0.5)(noise(1), [""], [{}])
+    with pytest.raises(ValueError) as refused:
+        remote("any", f"ftp+{url}")
+    said = "".join([*seen, str(error.value), str(refused.value), *capfd.readouterr()])
+    assert "secret" not in said and "hidden" not in said and peer.address in said
+
+
+def test_a_url_may_have_a_plus_in_its_path():
+    def answer(number, body):
+        return 200, pickle.dumps({"outputs": [1.0]})
+
+    with Peer(answer) as peer:
+        for url in (f"pickle+http://{peer.address}/a+b", [f"pickle+http://{peer.address}/a+b", f"pickle+http://{peer.address}/c+d"]):
+            assert remote("deqa", url)(noise(1), [""], [{}])["deqa"].tolist() == [1]
+
+
+def test_the_end_of_a_program_does_not_wait_for_a_silent_server():
+    code = """
+import sys, threading, numpy as np, rewards
+reward = rewards.build_rewards({"any": 1.0}, urls={"any": sys.argv[1:] if len(sys.argv) > 2 else sys.argv[1]})
+threading.Thread(target=reward, args=(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}]), daemon=True).start()
+threading.Event().wait(1)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url, started = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
+        for urls in ([url], [url, f"{url}/other"]):
+            ran = run_command(*urls, code=code)
+            assert ran.returncode == 0 and not ran.stderr and time.monotonic() - started < 60
 
 
 def test_the_way_to_start_a_server_is_told_with_an_address_that_it_takes():

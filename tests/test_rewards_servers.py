@@ -104,8 +104,32 @@ def test_a_server_that_hangs_is_named_and_the_others_compute_its_part(start, cap
 def test_a_server_that_is_dead_from_the_start_is_a_warning_line(start, capfd):
     dead, (_, url) = nobody(), start()
     score(reward_of([dead, url]), 20)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith("warning: ") and dead in line and "refused" in line
+    # A late request of another test may be told of too.
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if dead in line]
+    assert line.startswith("warning: ") and "refused" in line
+
+
+def test_a_server_that_is_silent_from_the_start_does_not_hold_up_the_others(start, capfd, monkeypatch):
+    monkeypatch.setattr(servers, "SLOW", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        reward, started = reward_of([url, start()[1]]), time.monotonic()
+        score(reward, 20)
+        assert time.monotonic() - started < 100             # far below half of the deadline
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if url in line and "is gone" not in line]
+    assert line.startswith("warning: ") and "has not answered" in line
+
+
+def test_a_busy_server_is_not_asked_before_its_retry_after():
+    asked = []
+
+    def busy(number, body):
+        asked.append(time.monotonic())
+        return (200, b'{"scores": [1], "metrics": {}}') if number > 1 else (503, b"busy", ("Retry-After", "3"))
+
+    with Peer(busy) as peer:
+        build_rewards({"any": 1.0}, urls={"any": [f"http://{peer.address}", nobody()]})(*part(1))
+    assert len(asked) == 2 and asked[1] - asked[0] >= 3
 
 
 def test_servers_that_are_all_dead_end_in_one_line():
