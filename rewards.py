@@ -134,6 +134,9 @@ def to_column(name: str, values: Any, count: int) -> np.ndarray:
     column = np.asarray(values)
     if column.shape != (count,) or column.dtype.kind not in "biuf":
         found = f"{one_line(repr(values), 60)} of shape {column.shape}"
+        if inspect.iscoroutine(values):
+            values.close()  # because Python warns of a coroutine that nobody awaited
+            found += " (write it with def, not async def)"
         raise ValueError(f"{name!r} is {found}, not numbers of shape ({count},)")
     with np.errstate(over="ignore"):
         return column.astype(np.float32)
@@ -179,8 +182,9 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: 
     if not (threads >= 1 and batch >= 1 and deadline > 0 and 0 <= max_unanswered <= 1):
         given = f"threads {threads}, batch {batch}, deadline {deadline}, max_unanswered {max_unanswered}"
         raise ValueError(f"{given}: they must be at least 1, at least 1, more than 0, and from 0 to 1")
-    if is_remote(name, urls):
-        return remote_reward(name, parse_urls(name, urls), batch, deadline)
+    servers = parse_urls(name, urls) if name in urls else {}
+    if servers and "openai+" not in servers.values():  # because engines.judges asks those
+        return remote_reward(name, servers, batch, deadline)
     options = dict(threads=threads, batch=batch, device=device, deadline=deadline, url=urls.get(name, ""),
                    max_unanswered=max_unanswered, trust_remote_code=trust_remote_code)
     reward = import_reward(name)
@@ -252,17 +256,12 @@ def check_reward_weights(weights: dict[str, float], urls: Places = {}) -> None:
     for name, weight in weights.items():
         if not isinstance(weight, (int, float, np.number)) or not abs(weight) <= sys.float_info.max:
             raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be a finite number")
-        if name not in REGISTRY and not is_remote(name, urls):
+        if name not in REGISTRY and name not in urls:
             if ":" not in name:
                 raise ValueError(f"unknown reward {name!r}; {known}")
             import_reward(name)
     for name in urls:
         parse_urls(name, urls)
-
-
-def is_remote(name: str, urls: Places) -> bool:
-    """Tell whether another process computes the reward. Those of openai+ are computed here, by asking."""
-    return name in urls and not str(urls[name]).startswith("openai+")
 
 
 def parse_urls(name: str, urls: Places) -> dict[str, str]:
@@ -314,25 +313,20 @@ def jpeg_compressibility(images: np.ndarray, prompts: list[str], metadata: list[
 # ---------------------------------------------------------------- the client of a served reward
 
 IN_FLIGHT = 4  # requests of one served reward at once, because pictures travel while others are scored
-CONNECT = 10.0  # seconds after which a machine that takes no connection is asked again
 
 
 def remote_reward(name: str, servers: dict[str, str], batch: int, deadline: float) -> Reward:
-    """Return the reward `name` as its servers compute it, with at most `batch` pictures a request.
-
-    servers: what `parse_urls` returns.
-    """
+    """Return the reward `name` as its `servers` compute it, at most `batch` pictures a request."""
     asks = {}  # address -> what asks there: (send, images, prompts, metadata) -> scores, metrics
     for address, scheme in servers.items():
         ask = import_reward("engines.pickled:ask_pickle_server") if scheme else ask_server
         asks[address] = functools.partial(ask, name, address)
 
-    def ask_one_server(parts: list[tuple]) -> list[tuple]:
+    def ask_all(parts: list[tuple]) -> list[tuple]:
         send = functools.partial(post, deadline=deadline)
         with ThreadPool(min(IN_FLIGHT, len(parts))) as threads:
             return list(threads.imap(lambda part: asks[address](send, *part), parts))
 
-    ask_all = ask_one_server
     if len(asks) > 1:
         ask_all = import_reward("engines.servers:Servers")(name, asks, deadline).ask_all
 
@@ -368,10 +362,9 @@ def ask_server(name: str, url: str, send: Callable, images: np.ndarray, prompts:
 
 def read_answer(count: int, scores: Sequence, metrics: dict[str, Sequence]) -> tuple[np.ndarray, Columns]:
     """Return an answer's scores and metrics as (count,) float32, in which None becomes NaN."""
-    def column(name: str, values: Sequence) -> np.ndarray:
-        return to_column(name, [math.nan if value is None else value for value in values], count)
-
-    return column("scores", scores), {name: column(name, values) for name, values in metrics.items()}
+    columns = [to_column(name, [math.nan if value is None else value for value in values], count)
+               for name, values in (("scores", scores), *metrics.items())]
+    return columns[0], dict(zip(metrics, columns[1:]))
 
 
 class Unanswered(Exception):
@@ -419,7 +412,8 @@ def post_once(url: str, seconds: float, **request: Any) -> Any:
     client = http_client()
     import httpx2
     try:
-        response = client.post(url, timeout=httpx2.Timeout(seconds, connect=min(seconds, CONNECT)), **request)
+        timeout = httpx2.Timeout(seconds, connect=min(seconds, 10))  # because a machine may have vanished
+        response = client.post(url, timeout=timeout, **request)
     except (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError,
             httpx2.ProxyError) as error:
         raise Unanswered(one_line(error, 400)) from error

@@ -614,12 +614,13 @@ async def asynchronous(images, prompts, metadata):
     return np.zeros(len(images))
 
 
-@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("reward, named", [
     (lambda *batch: None, "'odd' is None"),
     (lambda *batch: {"score": 1}, "'odd' is {'score': 1}"),
     (lambda *batch: (np.zeros(3), {"metric": None}), "'odd/metric' is None"),
     (asynchronous, "'odd' is <coroutine object asynchronous"),
+    (asynchronous, "(write it with def, not async def)"),
     (lambda *batch: (score for score in range(3)), "'odd' is <generator object"),
     (lambda *batch: np.zeros((3, 1)), "of shape (3, 1), not numbers of shape (3,)"),
 ])  # fmt: skip
