@@ -4,8 +4,8 @@ All of it is a function of (seed, epoch, sample) alone. So a run does not depend
 batch sizes, ranks agree without a collective, and a resumed run needs no state of any random stream. Rank and
 world size are arguments.
 
-    N samples of an epoch = G groups x K images
-    Sample i is image i % K of group i // K. It belongs to update i % U of an epoch's U updates.
+    N samples of an epoch = G groups x K samples
+    Sample i is the one of number i % K in group i // K. It belongs to update i % U of an epoch's U updates.
 """
 
 import functools
@@ -37,7 +37,7 @@ def draw_noise(seed: int, purpose: int, epoch: int, samples: list[int], count: i
     return torch.stack([torch.randn(count, *shape, generator=stream) for stream in streams], 1)
 
 
-def draw_windows(config: Config, epoch: int) -> Tensor:
+def draw_first_steps(config: Config, epoch: int) -> Tensor:
     """Each group's first trained step (G,) int64: 0 without a window, and drawn for each epoch with one."""
     if not config.window_size:
         return torch.zeros(config.groups_per_epoch, dtype=torch.long)
@@ -90,7 +90,7 @@ def batches(items: Sequence, size: int) -> list[Sequence]:
     return [items[part.start:part.stop] for k in range(count) for part in [rank_slice(len(items), k, count)]]
 
 
-def deal_samples(windows: Tensor, config: Config, rank: int, world_size: int) -> list[int]:
+def deal_samples(first_steps: Tensor, config: Config, rank: int, world_size: int) -> list[int]:
     """A rank's samples: a contiguous part of all, in the order of groups, so that few groups are split.
 
     With shared start noise, a group with a later window costs less. There, sort groups by window and deal
@@ -99,7 +99,7 @@ def deal_samples(windows: Tensor, config: Config, rank: int, world_size: int) ->
     """
     groups = list(range(config.groups_per_epoch))
     if config.shared_start_noise and config.group_size % config.updates_per_epoch == 0:
-        by_window = sorted(groups, key=lambda g: int(windows[g]))
+        by_window = sorted(groups, key=lambda g: int(first_steps[g]))
         snake = [*range(world_size), *reversed(range(world_size))]                               # 0 1 2 2 1 0
         groups = [g for r in range(world_size) for k, g in enumerate(by_window) if snake[k % len(snake)] == r]
     samples = [g * config.group_size + k for g in groups for k in range(config.group_size)]
@@ -111,7 +111,7 @@ class EpochDraw:
     """What is drawn for an epoch, and this rank's part of it."""
 
     prompts: list[int]                   # (G,) each group's prompt, an index into the prompt set
-    windows: Tensor                      # (G,) each group's first trained step
+    first_steps: Tensor                  # (G,) each group's first trained step, where its window begins
     rollout_batches: list[list[int]]     # this rank's samples as they are sampled together
 
     @functools.cached_property
@@ -128,17 +128,17 @@ def draw_epoch(config: Config, num_prompts: int, epoch: int, rank: int, world_si
     exactly 1. With shared start noise a batch also needs one common window, because its samples enter the
     loop at one step.
     """
-    windows = draw_windows(config, epoch)
+    first_steps = draw_first_steps(config, epoch)
 
     def batch_key(i: int) -> tuple[int, int]:
         update = i % config.updates_per_epoch if config.half_precision else 0
-        return update, int(windows[i // config.group_size]) if config.shared_start_noise else 0
+        return update, int(first_steps[i // config.group_size]) if config.shared_start_noise else 0
 
-    samples = sorted(deal_samples(windows, config, rank, world_size), key=batch_key)
+    samples = sorted(deal_samples(first_steps, config, rank, world_size), key=batch_key)
     parts = [list(part) for _, part in itertools.groupby(samples, batch_key)]
     return EpochDraw(
         prompts=epoch_prompt_indices(num_prompts, config.groups_per_epoch, config.seed, epoch - 1),
-        windows=windows,
+        first_steps=first_steps,
         rollout_batches=[batch for part in parts for batch in batches(part, config.rollout_batch)])
 
 

@@ -138,20 +138,14 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
 def ratio_statistics(log_prob: Tensor, old_log_prob: Tensor, clip_range: float) -> dict[str, Tensor]:
     """What users of PPO watch, for each step: log-probs (B,) -> name -> (B,).
 
-    approx_kl             (rho - 1) - log rho, an estimate of KL(old || new) that is never negative
-    clip_fraction_high    1 if rho > 1 + e, else 0
-    clip_fraction_low     1 if rho < 1 - e, else 0
-    ratio                 rho
-    ratio_deviation       |rho - 1|
-
     Average them over an update, but take `ratio_deviation`'s maximum.
     """
     log_ratio = log_prob - old_log_prob
     excess = log_ratio.expm1()        # rho - 1, whose subtraction would lose 1e-5 to rounding in float32
     return {
-        "approx_kl": excess - log_ratio,
-        "clip_fraction_high": (excess > clip_range).to(excess.dtype),
-        "clip_fraction_low": (excess < -clip_range).to(excess.dtype),
+        "approx_kl": excess - log_ratio,          # an estimate of KL(old || new) that is never negative
+        "clip_fraction_high": (excess > clip_range).to(excess.dtype),        # 1 if rho > 1 + e, else 0
+        "clip_fraction_low": (excess < -clip_range).to(excess.dtype),        # 1 if rho < 1 - e, else 0
         "ratio": log_ratio.exp(),
         "ratio_deviation": excess.abs(),
     }

@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 from rewards import build_rewards
 
-SEED, EPOCHS, GROUPS, K, UPDATES = 1, 9, 24, 8, 4    # of an epoch: prompts, images of a prompt, updates
+SEED, EPOCHS, GROUPS, K, UPDATES = 1, 9, 24, 8, 4    # of an epoch: prompts, samples of each, updates
 T, WINDOW, FIRST = 8, 3, (2, 4)      # denoising steps; stochastic, trained ones; bounds of the first of these
 NOISE_LEVEL, CLIP_RANGE, BETA = 0.9, 2e-3, 0.0       # a of eq. 9, e of eq. 5, weight of eq. 10 (0: left out)
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, LATENT = 1.2e-3, 1e-4, 1.0, (1, 8, 6, 16)      # LATENT: 1 C H W
@@ -47,21 +47,21 @@ def policy(pipe, text, x, k, a):
     return torch.distributions.Normal(mean, s * D**0.5, validate_args=False)
 
 def finish(pipe, text, x, first):
-    """The picture (1, 24, 64, 3) that the ODE's steps from `first` on, and the decoder, make of latents x."""
+    """The image (1, 24, 64, 3) that the ODE's steps from `first` on, and the decoder, make of latents x."""
     for k in range(first, T):
         x = policy(pipe, text, x, k, a=0).mean
     x = pipe.vae.decode(x / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor).sample / 2 + 0.5
     return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
-def epoch(pipe, optimizer, reward, prompts, windows, starts, noise):
-    """The mean reward. prompts, first steps: G. starts: (G, 1, C, H, W). noise: (G, K, S, 1, C, H, W)."""
+def epoch(pipe, optimizer, reward, prompts, first_steps, starts, noise):
+    """The mean reward. prompts, first_steps: G. starts: (G, 1, C, H, W). noise: (G, K, S, 1, C, H, W)."""
     samples, r = [], []
-    for prompt, first, start, eps in zip(tqdm(prompts, "sample", leave=False), windows, starts, noise):
+    for prompt, first, start, eps in zip(tqdm(prompts, "sample", leave=False), first_steps, starts, noise):
         with torch.no_grad():
             text, images = encode(pipe, prompt), []
             for k in range(first):                      # The group shares the ODE's steps before its window.
                 start = policy(pipe, text, start, k, a=0).mean
-            # Each image takes stochastic steps of its own, because only these have log-probs.
+            # Each sample takes stochastic steps of its own, because only these have log-probs.
             for i in range(K):
                 x, steps = start, []
                 for k in range(first, first + WINDOW):
@@ -108,9 +108,9 @@ def main():
     score, before = evaluate(pipe, reward)
     for _ in (bar := tqdm(range(EPOCHS), "epochs")):
         prompts = [f'the word "{WORDS[i]}"' for i in torch.randperm(len(WORDS) - 32)[:GROUPS]]
-        windows = torch.randint(FIRST[0], FIRST[1] + 1, (GROUPS,)).tolist()
+        first_steps = torch.randint(FIRST[0], FIRST[1] + 1, (GROUPS,)).tolist()
         starts, noise = torch.randn(GROUPS, *LATENT), torch.randn(GROUPS, K, WINDOW, *LATENT)
-        bar.write(f"reward {epoch(pipe, optimizer, reward, prompts, windows, starts, noise):.3f}")
+        bar.write(f"reward {epoch(pipe, optimizer, reward, prompts, first_steps, starts, noise):.3f}")
     trained, after = evaluate(pipe, reward)
     print(f"held-out score: {score:.3f} before training, {trained:.3f} after. plain.png shows both.")
     pairs = np.pad(np.concatenate([before, after], 1), ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=255)

@@ -15,7 +15,7 @@ Time runs from sigma = 1 (noise) to sigma = 0 (data):
     s               s                   the SDE's diffusion coefficient (sigma_t in the paper)
     std             std                 standard deviation of one step, s sqrt(D)
 
-    B images in a micro-batch, M rows in a training batch, T denoising steps, S trained, C H W a latent's size
+    B samples in a micro-batch, M rows in a training batch, T steps, S of them trained, C H W a latent's size
 
 Any shape after B works. Log-probs are averaged over the latent, not summed: this sets the clip range's scale.
 """
@@ -41,38 +41,35 @@ def timestep_schedule(num_steps: int, shift: float = 3.0, sigma_min: float | Non
     Raises ValueError if `num_steps` < 1, or < 2 with `shift_terminal`, or if `shift` or `sigma_min` is not
     positive.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps is {num_steps}: at least 1 is needed")
+    fewest = 1 if shift_terminal is None else 2            # because the last step begins there, not at 1
+    if num_steps < fewest:
+        raise ValueError(f"num_steps is {num_steps}: at least {fewest} is needed")
     if not shift > 0:
         raise ValueError(f"shift is {shift}: it must be positive (1 leaves the grid as it is)")
 
     def shifted(sigma):
         return shift * sigma / (1 + (shift - 1) * sigma)       # arXiv 2403.03206, eq. 23
 
-    if sigma_min is None:
-        sigma_min = shifted(1 / 1000)
+    sigma_min = shifted(1 / 1000) if sigma_min is None else sigma_min
     if not 0 < sigma_min <= 1:
         raise ValueError(f"sigma_min is {sigma_min}: it must lie in (0, 1]")
     sigmas = shifted(torch.linspace(1, sigma_min, num_steps, dtype=torch.float64))
     if shift_terminal is not None:
-        if num_steps < 2:
-            raise ValueError(f"num_steps is {num_steps}: the schedule's last step begins at sigma "
-                             f"{shift_terminal}, which takes at least 2")
         sigmas = 1 - (1 - sigmas) * (1 - shift_terminal) / (1 - sigmas[-1])
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).to(dtype)
 
 
 def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_level, rule: str = "flow_sde",
-                   sigma_max: float | None = None) -> tuple[Tensor, Tensor]:
+                   second_sigma: float | None = None) -> tuple[Tensor, Tensor]:
     """The Gaussian of one denoising step from `sigma` to `sigma_next`: (mean, std).
 
     velocity, latents: (B, C, H, W), float32 or float64. sigma, sigma_next, noise_level: scalars or (B,).
     mean: (B, C, H, W). std: broadcasts over the latents, () or (B, 1, 1, 1); 0 if the step is deterministic.
-    sigma_max: the schedule's second value, which `flow_sde` puts for sigma in s's 1 - sigma at sigma = 1.
+    second_sigma: the schedule's second value, which `flow_sde` puts for sigma in s's 1 - sigma at sigma = 1.
 
     flow_sde: Flow-GRPO, arXiv 2505.05470, eq. 9. dance_sde: DanceGRPO, 2505.07818. cps: Flow-CPS, 2509.05952.
     With noise_level 0 all three are the Euler step of the ODE.
-    Raises ValueError for an unknown rule, half-precision latents, or `sigma_max` missing where it is needed.
+    Raises ValueError for an unknown rule, half-precision latents, or a `second_sigma` that is missing.
     """
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: one of {', '.join(RULES)}")
@@ -86,13 +83,13 @@ def sde_transition(velocity: Tensor, latents: Tensor, sigma, sigma_next, noise_l
     x1 = x + (1 - sigma) * v
 
     if rule == "flow_sde":
-        if sigma_max is None:
+        if second_sigma is None:
             if (sigma == 1).any():
-                raise ValueError("flow_sde from sigma 1: pass sigma_max, the schedule's second value "
+                raise ValueError("flow_sde from sigma 1: pass second_sigma, the schedule's second value "
                                  "(s diverges at 1)")
-            sigma_max = 0.0
+            second_sigma = 0.0
         # s = a sqrt(sigma / (1 - sigma))
-        s = a * (sigma / (1 - torch.where(sigma == 1, sigma_max, sigma))).sqrt()
+        s = a * (sigma / (1 - torch.where(sigma == 1, second_sigma, sigma))).sqrt()
         # mean = x (1 - s^2 D / (2 sigma)) - v (1 + s^2 (1 - sigma) / (2 sigma)) D
         mean = (x * (1 - s**2 * delta / (2 * sigma))
                 - v * (1 + s**2 * (1 - sigma) / (2 * sigma)) * delta)
@@ -125,26 +122,15 @@ def log_prob(sample: Tensor, mean: Tensor, std: Tensor, rule: str = "flow_sde") 
 
 @dataclass
 class Trajectory:
-    """What training needs of one micro-batch of sampling.
-
-    final:        (B, C, H, W)         the latents at sigma 0
-    latents:      (S + 1, B, C, H, W)  before each trained step, and after the last; never rounded
-    log_probs:    (S, B)               of the steps taken
-    means:        (S, B, C, H, W)      of those steps' Gaussians if they were asked for, else (0, B, C, H, W)
-    first_step:   (B,) int64           sample b's trained steps are the S from first_step[b] on
-    sigmas:       (T + 1,)             the schedule
-    noise_levels: (T, B)               0 where the step was the ODE's
-    rule:         the transition rule
-    All tensors are on one device and, but for first_step, of the latents' dtype.
-    """
-    final: Tensor
-    latents: Tensor
-    log_probs: Tensor
-    means: Tensor
-    first_step: Tensor
-    sigmas: Tensor
-    noise_levels: Tensor
-    rule: str
+    """What training needs of one micro-batch of samples, on one device and of the latents' dtype."""
+    final: Tensor              # (B, C, H, W)         the latents at sigma 0
+    latents: Tensor            # (S + 1, B, C, H, W)  before each trained step and after the last, not rounded
+    log_probs: Tensor          # (S, B)               of the steps taken
+    means: Tensor              # (S, B, C, H, W)      of their Gaussians, or (0, B, C, H, W) if not asked for
+    first_step: Tensor         # (B,) int64           sample b's trained steps are the S from first_step[b] on
+    sigmas: Tensor             # (T + 1,)             the schedule
+    noise_levels: Tensor       # (T, B)               0 where the step was the ODE's
+    rule: str                  # of the transitions
 
     def rows(self, k, samples=None) -> "Rows":
         """The trained transitions as rows: row m is the k[m]-th trained step of samples[m].
@@ -158,7 +144,7 @@ class Trajectory:
         step = self.first_step[samples] + k                                                      # (M,)
         return Rows(
             latents=self.latents[k, samples], next_latents=self.latents[k + 1, samples],
-            sigma=self.sigmas[step], sigma_next=self.sigmas[step + 1], sigma_max=self.sigmas[1],
+            sigma=self.sigmas[step], sigma_next=self.sigmas[step + 1], second_sigma=self.sigmas[1],
             noise_level=self.noise_levels[step, samples], log_prob=self.log_probs[k, samples],
             mean=self.means[k, samples] if len(self.means) else None, rule=self.rule)
 
@@ -175,23 +161,15 @@ class Trajectory:
 
 @dataclass
 class Rows:
-    """Transitions to train on, the unit of a training batch: row m is one step of one sample.
-
-    latents, next_latents:          (M, C, H, W)  before and after the step, as sampled
-    sigma, sigma_next, noise_level: (M,)          of the step
-    sigma_max:                      ()            the schedule's second value, for a step from sigma 1
-    log_prob:                       (M,)          of the step under the policy that sampled
-    mean:                           (M, C, H, W)  of the step's Gaussian under it; None unless rollout kept it
-    rule:                           the transition rule
-    """
-    latents: Tensor
-    next_latents: Tensor
-    sigma: Tensor
-    sigma_next: Tensor
-    sigma_max: Tensor
-    noise_level: Tensor
-    log_prob: Tensor
-    mean: Tensor | None
+    """Transitions to train on, the unit of a training batch: row m is one step of one sample."""
+    latents: Tensor            # (M, C, H, W)  before the step, as sampled
+    next_latents: Tensor       # (M, C, H, W)  after it
+    sigma: Tensor              # (M,)
+    sigma_next: Tensor         # (M,)
+    second_sigma: Tensor       # ()            the schedule's second value, for a step from sigma 1
+    noise_level: Tensor        # (M,)
+    log_prob: Tensor           # (M,)          of the step under the policy that sampled
+    mean: Tensor | None        # (M, C, H, W)  of its Gaussian under it; None unless rollout kept it
     rule: str
 
 
@@ -234,7 +212,7 @@ def rollout(velocity: Velocity, latents: Tensor, sigmas: Tensor, noise_levels, n
     for step in range(start_step, T):
         # The step's Gaussian under the policy, eq. 9. Its std is 0 where the step is the ODE's.
         mean, std = sde_transition(velocity(x, sigmas[step].expand(B)), x, sigmas[step], sigmas[step + 1],
-                                   noise_levels[step], rule, sigma_max=sigmas[1])
+                                   noise_levels[step], rule, second_sigma=sigmas[1])
         # Draw the next latents from it.
         before, x = x, mean
         if stochastic[step]:
@@ -263,7 +241,7 @@ def replay(velocity: Velocity, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     Differentiable through `velocity`. With the network that sampled, log_prob equals rows.log_prob.
     """
     mean, std = sde_transition(velocity(rows.latents, rows.sigma), rows.latents, rows.sigma, rows.sigma_next,
-                               rows.noise_level, rows.rule, sigma_max=rows.sigma_max)
+                               rows.noise_level, rows.rule, second_sigma=rows.second_sigma)
     return log_prob(rows.next_latents, mean, std, rows.rule), mean, std
 
 

@@ -43,11 +43,11 @@ def train(run: Run) -> None:
     for epoch in run.epochs_left():
         # An epoch counts whole or not at all. If it does not end, it is undone, or skipped where allowed.
         with run.all_or_nothing(epoch) as metrics:
-            # 1. Sample this rank's part of the epoch's N images, and 2. score them beside the sampling.
+            # 1. Draw this rank's part of the epoch's N samples, and 2. score their images beside that.
             samples = sample(policy, run.scorer, run.prompts, config, epoch)
             scores = distributed.gather_scores(samples.scores, samples.draw.indices, len(group_ids))   # (N,)
 
-            # 3. Compute by how much each image beat the others of its prompt.
+            # 3. Compute by how much each sample beat the others of its prompt.
             advantages = weighted_advantages(scores, dict(config.rewards), group_ids,
                                              of=config.advantage_of, std=config.advantage_std)   # (N,)
             metrics |= reward_metrics(scores, group_ids)
@@ -73,7 +73,7 @@ class Samples:
 @on_all_ranks
 @within_memory(LESS_MEMORY.format("rollout-batch"))
 def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config, epoch: int) -> Samples:
-    """Draw this rank's samples by the SDE. Rewards score a batch of images while the next one is drawn."""
+    """Draw this rank's samples by the SDE. Rewards score a batch's images while the next one is drawn."""
     draw = draw_epoch(config, len(prompts), epoch, distributed.rank(), distributed.world_size())
     prompt_of = {i: prompts[draw.prompts[i // config.group_size]] for i in draw.indices}
     sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps),
@@ -85,15 +85,15 @@ def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config
         # Draw start noise, and the noise of each step. Outside a sample's window the noise level is 0.
         noise = draw_noise(config.seed, TRAIN_NOISE, epoch, batch, config.num_steps + 1, policy.latent_shape)
         noise = to_device(noise.to(policy.compute_dtype), policy.device)    # (T + 1, B, C, H, W)
-        first_step = draw.windows[[i // config.group_size for i in batch]]  # (B,)
+        first_step = draw.first_steps[[i // config.group_size for i in batch]]  # (B,)
         start, start_step = noise[0], 0
 
-        # A group that shares its start has taken the ODE's steps before its window, once for all its images.
+        # A group that shares its start has taken the ODE's steps before its window, once for all its samples.
         if config.shared_start_noise:
             start = torch.stack([starts[i // config.group_size] for i in batch])                # (B, C, H, W)
             start_step = int(first_step[0])                                 # the batch has one common window
 
-        # Sample images, and keep the latents and log-probs of the trained steps.
+        # Draw samples, and keep the latents and log-probs of the trained steps.
         text = policy.encode([prompt_of[i].text for i in batch])
         trajectory = rollout(
             policy.velocity(text, config.guidance_scale), start, sigmas, noise_levels(first_step, config),
@@ -110,9 +110,9 @@ def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config
 
 def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas: Tensor, config: Config,
                   epoch: int) -> dict[int, Tensor]:
-    """Group -> latents (C, H, W) that all its images share: its start noise after the ODE's first steps.
+    """Group -> latents (C, H, W) that all its samples share: its start noise after the ODE's first steps.
 
-    Images of a group then differ only in what the window changes. So their advantage cannot push what first
+    Samples of a group then differ only in what the window changes. So their advantage cannot push what first
     steps decide, such as the background, and the policy keeps its diversity.
     """
     groups = list(dict.fromkeys(i // config.group_size for i in draw.indices))                  # of this rank
@@ -120,8 +120,8 @@ def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas
         return {}
     latents = draw_noise(config.seed, GROUP_NOISE, epoch, groups, 1, policy.latent_shape)[0]
     latents = latents.to(policy.device, policy.compute_dtype)               # (groups, C, H, W)
-    for step in range(int(draw.windows[groups].max())):
-        before_window = [k for k, g in enumerate(groups) if draw.windows[g] > step]
+    for step in range(int(draw.first_steps[groups].max())):
+        before_window = [k for k, g in enumerate(groups) if draw.first_steps[g] > step]
         for batch in batches(before_window, config.rollout_batch):
             text = policy.encode([prompts[draw.prompts[groups[k]]].text for k in batch])
             velocity = policy.velocity(text, config.guidance_scale)
@@ -208,7 +208,7 @@ def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
     images = distributed.gather_rows(kept, mine[:len(kept)], min(config.eval_images, len(prompts)))
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
     metrics = mean_scores("eval", scores) | spreads("eval", scores.pop("thumbnail"))
-    scores.pop("drift", None)                                               # of the policy, not of a picture
+    scores.pop("drift", None)                                               # of the policy, not of an image
     return metrics, images.numpy(), {name: v[:len(images)].tolist() for name, v in scores.items()}
 
 

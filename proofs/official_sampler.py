@@ -83,7 +83,7 @@ def one_transition(checkout: Checkout, rule: str, argument: dict, scheduler: Flo
     new = official(scheduler, moved, prev_sample=sample, **arguments)[1]
 
     def ours(v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        m, s = sde_transition(v, latents, sigmas[k], sigmas[k + 1], noise_level, rule, sigma_max=sigmas[1])
+        m, s = sde_transition(v, latents, sigmas[k], sigmas[k + 1], noise_level, rule, second_sigma=sigmas[1])
         return m, s, log_prob(sample, m, s, rule)
 
     our_mean, our_std, our_old = ours(velocity)

@@ -92,7 +92,7 @@ def equal_after_first_epoch(*batch):
 
 # ---------------------------------------------------------------------------------------------------- on each rank
 
-def scattered(windows, config, rank: int, world_size: int) -> list[int]:
+def scattered(first_steps, config, rank: int, world_size: int) -> list[int]:
     """In place of `draws.deal_samples`."""
     return list(range(rank, config.groups_per_epoch * config.group_size, world_size))
 

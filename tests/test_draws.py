@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from config import Config, parse_config, validate
 from draws import (
-    EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, batches, deal_samples, draw_epoch, draw_noise, draw_windows, noise_levels,
+    EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, batches, deal_samples, draw_epoch, draw_noise, draw_first_steps, noise_levels,
     rank_slice, training_batches)
 from harness.batches import batch_plan
 
@@ -32,9 +32,9 @@ def test_no_two_samples_epochs_seeds_or_purposes_share_noise():
 
 def test_windows_are_drawn_for_each_group_and_epoch_within_their_range():
     _, config = parse_config("--window-size 2 --window-range 1 6 --groups-per-epoch 50".split())
-    first, second = draw_windows(config, 1), draw_windows(config, 2)
+    first, second = draw_first_steps(config, 1), draw_first_steps(config, 2)
     assert set(first.tolist()) == {1, 2, 3, 4} and not torch.equal(first, second)
-    assert torch.equal(first, draw_windows(config, 1))
+    assert torch.equal(first, draw_first_steps(config, 1))
 
 
 def test_a_step_is_stochastic_in_its_samples_window_and_nowhere_else():
@@ -86,8 +86,8 @@ def dealt_config(group_size: int, shared: bool) -> Config:
 def test_ranks_have_equally_many_samples_of_each_update(world_size, group_size, shared):
     config = dealt_config(group_size, shared)
     for epoch in range(20):
-        windows = draw_windows(config, epoch)
-        dealt = [deal_samples(windows, config, rank, world_size) for rank in range(world_size)]
+        first_steps = draw_first_steps(config, epoch)
+        dealt = [deal_samples(first_steps, config, rank, world_size) for rank in range(world_size)]
         for update in range(2):
             counts = [sum(i % 2 == update for i in samples) for samples in dealt]
             assert max(counts) - min(counts) <= 1
@@ -97,8 +97,8 @@ def work_of_the_busiest(config: Config, world_size: int) -> int:
     """Steps that images take on their own, over twenty epochs."""
     work = 0
     for epoch in range(20):
-        windows = draw_windows(config, epoch)
-        work += max(sum(10 - int(windows[i // config.group_size]) for i in deal_samples(windows, config, rank, world_size))
+        first_steps = draw_first_steps(config, epoch)
+        work += max(sum(10 - int(first_steps[i // config.group_size]) for i in deal_samples(first_steps, config, rank, world_size))
                     for rank in range(world_size))
     return work
 
@@ -149,7 +149,7 @@ def test_the_ranks_together_hold_each_sample_once(epoch):
 def test_ranks_agree_on_prompts_and_windows(epoch):
     config, ranks, _ = epoch
     first, *others = of_all_ranks(config, ranks)
-    assert all(draw.prompts == first.prompts and torch.equal(draw.windows, first.windows) for draw in others)
+    assert all(draw.prompts == first.prompts and torch.equal(draw.first_steps, first.first_steps) for draw in others)
 
 
 @fuzz(40, epoch=epochs(shared_start_noise=True))
@@ -157,7 +157,7 @@ def test_a_rollout_batch_with_a_shared_start_has_one_window(epoch):
     config, ranks, _ = epoch
     for draw in of_all_ranks(config, ranks):
         for batch in draw.rollout_batches:
-            assert len({int(draw.windows[i // config.group_size]) for i in batch}) == 1
+            assert len({int(draw.first_steps[i // config.group_size]) for i in batch}) == 1
 
 
 def trained_rows(config: Config, draw, update: int, advantages) -> list[list[tuple[int, int]]]:

@@ -17,7 +17,7 @@ from helpers import EXAMPLES, fuzz
 from hypothesis import strategies as st
 
 from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
-from draws import draw_windows, noise_levels
+from draws import draw_first_steps, noise_levels
 from harness.batches import batch_plan, describe
 from harness.checkpoint import changed_fields
 from learner import learning_rate
@@ -91,7 +91,7 @@ def accepted_by_all_that_uses_it(config):
     assert math.isfinite(learning_rate(config, 1000))
     if config.num_steps > 100 or config.groups_per_epoch > 1000:
         return
-    first = draw_windows(config, 1)[:3]
+    first = draw_first_steps(config, 1)[:3]
     assert (first >= 0).all() and (first + plan.trained_steps <= config.num_steps).all()
     for dtype in (torch.float32, torch.float64):                                            # every trained step is stochastic
         start, levels = torch.zeros(len(first), 1, 1, 1, dtype=dtype), noise_levels(first, config)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import plain
 from config import parse_config
-from draws import GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_windows, epoch_prompt_indices
+from draws import GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_first_steps, epoch_prompt_indices
 from prompts import load_prompts, words
 from rewards import build_rewards
 
@@ -60,13 +60,13 @@ def train_plainly(arguments: list[str], epochs: int) -> tuple[dict, dict]:
     before = {name: value.clone() for name, value in get_peft_model_state_dict(pipe.transformer).items()}
     for epoch in range(1, epochs + 1):
         prompts = [known[i].text for i in epoch_prompt_indices(len(known), GROUPS, SEED, epoch - 1)]
-        windows = draw_windows(config, epoch).tolist()
+        first_steps = draw_first_steps(config, epoch).tolist()
         starts = draw_noise(SEED, GROUP_NOISE, epoch, groups, 1, shape)[0]                  # (G, C, H, W)
         # The trainer draws a start for each sample, which its group's replaces, and a noise for each step.
         drawn = draw_noise(SEED, TRAIN_NOISE, epoch, samples, 1 + plain.T, shape)[1:]      # (T, G K, C, H, W)
-        noise = torch.stack([drawn[windows[g]:windows[g] + plain.WINDOW, g * K:(g + 1) * K] for g in groups])
+        noise = torch.stack([drawn[first_steps[g]:first_steps[g] + plain.WINDOW, g * K:(g + 1) * K] for g in groups])
         noise = noise.transpose(1, 2).unsqueeze(3)                              # (G, K, WINDOW, 1, C, H, W)
-        plain.epoch(pipe, optimizer, reward, prompts, windows, starts[:, None].double(), noise.double())
+        plain.epoch(pipe, optimizer, reward, prompts, first_steps, starts[:, None].double(), noise.double())
     return before, get_peft_model_state_dict(pipe.transformer)
 
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 import distributed
 import train
 from config import parse_config
-from draws import EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_windows
+from draws import EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, draw_noise, draw_first_steps
 from harness.batches import batch_plan
 from harness.checkpoint import checkpoints
 from harness.run import make_rewards
@@ -344,18 +344,18 @@ def test_a_shared_prefix_saves_the_calls_that_arithmetic_says(model, monkeypatch
 
     monkeypatch.setattr(SD3Transformer2DModel, "forward", counted_forward)
     config, _, samples = sample_here(model, 2, **FROM_ONE_START)
-    windows = draw_windows(config, 2)
-    assert len(windows.unique()) > 1
-    saved = (config.group_size - 1) * int(windows.sum())
+    first_steps = draw_first_steps(config, 2)
+    assert len(first_steps.unique()) > 1
+    saved = (config.group_size - 1) * int(first_steps.sum())
     assert rows[0] == 2 * (len(samples.draw.indices) * config.num_steps - saved)                # 2: guidance
 
 
 def test_a_shared_prefix_changes_no_sample(model):
     """Each image all the way from its group's start noise, alone."""
     config, policy, samples = sample_here(model, 2, **FROM_ONE_START)
-    T, K, windows, sigmas = config.num_steps, config.group_size, draw_windows(config, 2), schedule_of(policy, config.num_steps)
+    T, K, first_steps, sigmas = config.num_steps, config.group_size, draw_first_steps(config, 2), schedule_of(policy, config.num_steps)
     for j, i in enumerate(samples.draw.indices):
-        first = int(windows[i // K])
+        first = int(first_steps[i // K])
         start = draw_noise(config.seed, GROUP_NOISE, 2, [i // K], 1, policy.latent_shape)[0].double()
         noise = draw_noise(config.seed, TRAIN_NOISE, 2, [i], T + 1, policy.latent_shape)[1:].double()
         levels = torch.zeros(T, dtype=torch.float64)
