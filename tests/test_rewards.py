@@ -563,7 +563,7 @@ def test_the_random_streams_are_untouched_by_rewards_that_seed_them_side_by_side
     assert stream_states() == before
 
 
-def test_the_random_streams_are_untouched_by_a_reward_that_fails_and_by_a_slower_one_beside_it():
+def test_the_random_streams_are_untouched_by_a_reward_that_fails_or_a_slower_one():
     ended = []
 
     def slow(*batch):
