@@ -133,7 +133,7 @@ def to_column(name: str, values: Any, count: int) -> np.ndarray:
         values = values.detach().cpu().double()
     column = np.asarray(values)
     if column.shape != (count,) or column.dtype.kind not in "biuf":
-        found = f"{type(values).__name__} {one_line(repr(values), 60)} of shape {column.shape}"
+        found = f"{one_line(repr(values), 60)}, a {type(values).__name__} of shape {column.shape}"
         if inspect.iscoroutine(values):
             values.close()  # because Python warns of a coroutine that nobody awaited
             found += " (write it with def, not async def)"

@@ -617,7 +617,7 @@ async def asynchronous(images, prompts, metadata):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("reward, named", [
     (lambda *batch: None, "'odd' is None"),
-    (lambda *batch: {"score": 1}, "'odd' is {'score': 1}"),
+    (lambda *batch: {"score": 1}, "'odd' is {'score': 1}, a dict of shape ()"),
     (lambda *batch: (np.zeros(3), {"metric": None}), "'odd/metric' is None"),
     (asynchronous, "'odd' is <coroutine object asynchronous"),
     (asynchronous, "(write it with def, not async def)"),
