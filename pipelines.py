@@ -37,10 +37,18 @@ def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
         if not index.get(name, [None])[0]:
             raise ValueError(f"--model {model!r} has no {name}: its model_index.json leaves it out; add it")
     check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
-    if guidance_scale != 1 and family.distilled(model, index):
+    if guidance_scale != 1 and is_distilled(model):
         raise ValueError(f"--guidance-scale is {guidance_scale:g}: {model} is distilled to go without "
                          "guidance; set it to 1, or train the model that it was distilled from")
     return family
+
+
+def is_distilled(model: str) -> bool:
+    """Whether a model that `check_model` takes is distilled to go without guidance."""
+    if model.startswith("random:"):
+        return False
+    index = read_index(model)
+    return FAMILIES[index["_class_name"]].distilled(model, index)
 
 
 def needed_parts(family: type[Family]) -> list[str]:
