@@ -33,8 +33,9 @@ from diffusers import DiffusionPipeline  # noqa: E402
 
 DIFFUSERS = "0.42.1"              # the version whose pipelines these classes follow
 # Embeddings (B, L, D), and what else the network takes: pooled embeddings (B, P), a mask (B, L) of bool, or
-# lengths (B,) of int64. A tensor of int64 stays on the host, because shapes depend on its values.
+# lengths (B,). Tensors of the dtype LENGTHS stay on the host, because shapes depend on their values.
 Text = tuple[Tensor, ...]
+LENGTHS = torch.int64
 # The autoencoder of SD3, FLUX.1 and Z-Image. They differ in its scaling and shift factors.
 KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
           block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
@@ -103,7 +104,8 @@ class Family:
         """Encode one prompt: B is 1. length: --max-sequence-length, tokens of T5 or a language model.
 
         Every prompt gets the same shapes, because prompts are stacked. Where a pipeline's embeddings are as
-        long as the prompt, pad them, and return a mask (QwenImage) or their length (ZImage) besides.
+        long as the prompt, pad them, and return a mask (QwenImage) or their length (ZImage) besides. Tensors
+        go to the device of the network, but for those of the dtype LENGTHS, which stay on the host.
         """
         raise NotImplementedError
 
@@ -352,10 +354,12 @@ class ZImage(Family):
         warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **chat), length)
         (embeds,), _ = self.pipe.encode_prompt(                                      # (its own length, D)
             prompt, device=device, max_sequence_length=length, do_classifier_free_guidance=False)
-        return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], torch.tensor([len(embeds)])
+        own_length = torch.tensor([len(embeds)], dtype=LENGTHS)
+        return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], own_length
 
     def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
-        return normal(1, length, self.pipe.transformer.config.cap_feat_dim), torch.tensor([length])
+        embeds = normal(1, length, self.pipe.transformer.config.cap_feat_dim)
+        return embeds, torch.tensor([length], dtype=LENGTHS)
 
     def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
                  guidance_scale: float) -> Tensor:
