@@ -162,6 +162,12 @@ class SD3(Family):
         return super().schedule(num_steps, tokens) | {"sigma_min": 1 / 1000 if dynamic else None}
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        clip, t5 = self.pipe.tokenizer, self.pipe.tokenizer_3
+        if t5:
+            warn_if_cut(self, prompt, len(t5(prompt).input_ids), length)
+        else:
+            tokens = len(clip(prompt).input_ids)
+            warn_if_cut(self, prompt, tokens, clip.model_max_length, limit="CLIP's limit")
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt, prompt, prompt, device=device, max_sequence_length=length,
             do_classifier_free_guidance=False)
@@ -189,6 +195,7 @@ class FLUX(Family):
         return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        warn_if_cut(self, prompt, len(self.pipe.tokenizer_2(prompt).input_ids), length)
         embeds, pooled, _ = self.pipe.encode_prompt(prompt, prompt, device=device, max_sequence_length=length)
         return embeds, pooled
 
@@ -424,12 +431,13 @@ def shift_of(config, mu: float) -> float:
     return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
 
-def warn_if_cut(family: Family, prompt: str, tokens: int, length: int) -> None:
+def warn_if_cut(family: Family, prompt: str, tokens: int, length: int, *,
+                limit: str = "--max-sequence-length") -> None:
     """Warn once of a prompt that has more tokens than the encoder is given."""
     if tokens > length and not family.has_warned:
         family.has_warned = True
-        tqdm.write(f"warning: the prompt {prompt[:60]!r} has {tokens} tokens and --max-sequence-length is "
-                   f"{length}: its end is left out, and the ends of others as long", file=sys.stderr)
+        tqdm.write(f"warning: the prompt {prompt[:60]!r} has {tokens} tokens and {limit} is {length}: "
+                   "its end is left out, and the ends of others as long", file=sys.stderr)
 
 
 FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage, FLUX2, FLUX2Dev, ZImage)}

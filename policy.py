@@ -90,6 +90,7 @@ class Policy:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+        diffusers_logging.set_verbosity_error()      # it would warn of each prompt that is cut, thrice
         self.model, self.device, self.dtype = model, device, DTYPES[dtype]
         # Latents and trained weights have this dtype.
         self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32
