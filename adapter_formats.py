@@ -49,6 +49,9 @@ def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if lost := tensors.keys() - {layer + part for layer in ranks for part in (A, B, ALPHA)}:
         raise ValueError(f"{min(lost)} is not lora_down, lora_up or alpha of a layer (perhaps of DoRA, LoHa "
                          "or LoKr), which is not converted")
+    for layer in ranks:
+        if layer + B not in tensors:
+            raise ValueError(f"{layer} has a lora_down and no lora_up: the file is not whole, fetch it again")
     rename = rename_sd3 if any("joint_blocks" in layer for layer in ranks) else rename_flux
     converted = run_converter(rename, tensors)
     # Find out which layer each new one comes from: numbers in place of the weights come out where they went.

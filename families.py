@@ -1,6 +1,17 @@
 """What differs between model families: one class per family.
 
-A new family is one more subclass of `Family`, listed in FAMILIES. sigma runs from 1 (noise) to 0 (data).
+A new family is one more subclass of `Family`, listed in FAMILIES. It may stand in a file of your own, which
+puts it there: FAMILIES["ToyPipeline"] = Toy. A program of four lines then takes the command line of train.py.
+tests/toy_family.py is such a file:
+
+    from harness.program import run_as_program      # this is train_toy.py, beside train.py
+    import toy_family
+    from train import main
+    run_as_program(main)
+
+    torchrun --nproc_per_node=2 train_toy.py toy --model DIR
+
+sigma runs from 1 (noise) to 0 (data). A velocity points from data to noise: it is d latents / d sigma.
 """
 
 import math
@@ -22,8 +33,9 @@ from diffusers import DiffusionPipeline  # noqa: E402
 
 DIFFUSERS = "0.42.1"              # the version whose pipelines these classes follow
 # Embeddings (B, L, D), and what else the network takes: pooled embeddings (B, P), a mask (B, L) of bool, or
-# lengths (B,) of int64. Whole numbers stay on the host, because shapes depend on them.
+# lengths (B,). Tensors of the dtype LENGTHS stay on the host, because shapes depend on their values.
 Text = tuple[Tensor, ...]
+LENGTHS = torch.int64
 # The autoencoder of SD3, FLUX.1 and Z-Image. They differ in its scaling and shift factors.
 KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
           block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
@@ -33,21 +45,32 @@ KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecod
 class Family:
     """The contract of a model family. `self.pipe` is a loaded pipeline.
 
-    Callers see latents as (B, C, H, W), whatever layout the network takes. A subclass defines:
+    The pipeline has parts of the names `transformer`, `vae`, `scheduler` and `text_encoder...`. Its class has
+    one of diffusers' LoRA mixins, because `save_lora_weights` saves the adapter. The transformer names its
+    blocks in `_no_split_modules` if --compile is to compile them. Callers see latents as (B, C, H, W),
+    whatever layout the network takes. A subclass defines the methods `tiling`, `encode` and `velocity`, and
 
-    pipeline, transformer, autoencoder   names of diffusers' classes
-    preset              the preset of config.py for such a model
-    published           {NAME: settings of the transformer} for `--model random:NAME`
-    vae, scheduler      settings in which a random pipeline departs from diffusers' defaults
+    pipeline            the pipeline's class: its name in diffusers, or a class of your own
+    preset              the preset of config.PRESETS for such a model, to which your file may add one
+
+    These have defaults, as the other methods have:
+
     embedded_guidance   whether the network takes the guidance scale as an input
     guidance_argument   how a call of the pipeline names the scale, and which one is no guidance to it
     may_lack            parts that a pipeline can do without
+    published           {NAME: settings of the transformer} for `--model random:NAME`
 
-    and the methods `tiling`, `encode` and `velocity`. The others have defaults.
+    A family without published sizes needs neither these nor `random_text`:
+
+    transformer, autoencoder   their classes, given as the pipeline's
+    vae, scheduler             settings in which a random pipeline departs from diffusers' defaults
+
+    A family is right if `sampler.rollout` without noise ends where the pipeline ends, for prompts of unequal
+    length, with and without guidance, at two numbers of steps: tests/test_toy_family.py compares them.
     """
 
     autoencoder = "AutoencoderKL"
-    vae, scheduler, may_lack = {}, {}, ()
+    published, vae, scheduler, may_lack = {}, {}, {}, ()
     embedded_guidance, guidance_argument = False, ("guidance_scale", 1)
 
     def __init__(self, pipe: DiffusionPipeline):
@@ -59,28 +82,47 @@ class Family:
         return False
 
     def tiling(self) -> tuple[int, int, int, int | None]:
-        """Return C, pixels on a latent's side, latents on a patch's side, and the most patches on a side."""
+        """Return C, pixels on a latent's side, latents on a patch's side, and the most patches on a side.
+
+        The last is None if any number will do. A resolution that patches do not tile is then refused.
+        """
         raise NotImplementedError
 
     def schedule(self, num_steps: int, tokens: int) -> dict[str, float | None]:
-        """Return keywords for `sampler.timestep_schedule`: the pipeline's own, for so many patches."""
+        """Return keywords for `sampler.timestep_schedule` that give the pipeline's own sigmas.
+
+        tokens: patches of an image. The default is right for a pipeline that hands the scheduler the sigmas
+        linspace(1, 1 / num_steps, num_steps), and a dynamic shift on the config's line, as FLUX.1's does. One
+        that hands it `num_inference_steps` alone needs SD3's `sigma_min`.
+        """
         config = self.pipe.scheduler.config
         dynamic = config.use_dynamic_shifting
         return {"shift": shift_of(config, linear_mu(config, tokens)) if dynamic else config.shift,
                 "sigma_min": 1 / num_steps, "shift_terminal": config.shift_terminal or None}
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
-        """Encode one prompt: B is 1. length: tokens of T5 or a language model. It alone decides shapes."""
+        """Encode one prompt: B is 1. length: --max-sequence-length, tokens of T5 or a language model.
+
+        Every prompt gets the same shapes, because prompts are stacked. Where a pipeline's embeddings are as
+        long as the prompt, pad them, and return a mask (QwenImage) or their length (ZImage) besides. Tensors
+        go to the device of the network, but for those of the dtype LENGTHS, which stay on the host.
+        """
         raise NotImplementedError
 
     def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
-        """Draw what `encode` would return. normal: draws a tensor of a shape."""
+        """Draw what `encode` would return, in its shapes. normal: draws a tensor of a shape."""
         config = self.pipe.transformer.config
         return normal(1, length, config.joint_attention_dim), normal(1, config.pooled_projection_dim)
 
     def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
                  guidance_scale: float) -> Tensor:
-        """Call the network: latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W). Gradients flow."""
+        """Call the network: latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W). Gradients flow.
+
+        network: `self.pipe.transformer` with its adapter, or the reference. sigma lies between 0 and 1, where
+        many networks take 1000 * sigma. text: what `encode` returned for B prompts. guidance_scale is for a
+        network with `embedded_guidance`. For others, B holds both branches and `guide` combines them.
+        Latents are at least float32, also in half precision, where autocast is on.
+        """
         raise NotImplementedError
 
     def guide(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
@@ -88,9 +130,12 @@ class Family:
         return unconditional + guidance_scale * (conditional - unconditional)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents (B, C, H, W) to images (B, 3, height, width) from -1 to 1."""
+        """Decode latents (B, C, H, W) to images (B, 3, height, width) from -1 to 1.
+
+        The default takes an autoencoder that states its scaling_factor and, perhaps, its shift_factor.
+        """
         vae = self.pipe.vae
-        return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+        return vae.decode(latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample
 
 
 class SD3(Family):
@@ -117,6 +162,12 @@ class SD3(Family):
         return super().schedule(num_steps, tokens) | {"sigma_min": 1 / 1000 if dynamic else None}
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        clip, t5 = self.pipe.tokenizer, self.pipe.tokenizer_3
+        if t5:
+            warn_if_cut(self, prompt, len(t5(prompt).input_ids), length)
+        else:
+            tokens = len(clip(prompt).input_ids)
+            warn_if_cut(self, prompt, tokens, clip.model_max_length, limit="CLIP's limit")
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompt, prompt, prompt, device=device, max_sequence_length=length,
             do_classifier_free_guidance=False)
@@ -144,6 +195,7 @@ class FLUX(Family):
         return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
+        warn_if_cut(self, prompt, len(self.pipe.tokenizer_2(prompt).input_ids), length)
         embeds, pooled, _ = self.pipe.encode_prompt(prompt, prompt, device=device, max_sequence_length=length)
         return embeds, pooled
 
@@ -309,10 +361,12 @@ class ZImage(Family):
         warn_if_cut(self, prompt, chat_tokens(self.pipe.tokenizer, **chat), length)
         (embeds,), _ = self.pipe.encode_prompt(                                      # (its own length, D)
             prompt, device=device, max_sequence_length=length, do_classifier_free_guidance=False)
-        return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], torch.tensor([len(embeds)])
+        own_length = torch.tensor([len(embeds)], dtype=LENGTHS)
+        return F.pad(embeds, (0, 0, 0, length - len(embeds)))[None], own_length
 
     def random_text(self, normal: Callable[..., Tensor], length: int) -> Text:
-        return normal(1, length, self.pipe.transformer.config.cap_feat_dim), torch.tensor([length])
+        embeds = normal(1, length, self.pipe.transformer.config.cap_feat_dim)
+        return embeds, torch.tensor([length], dtype=LENGTHS)
 
     def velocity(self, network: torch.nn.Module, latents: Tensor, sigma: Tensor, text: Text,
                  guidance_scale: float) -> Tensor:
@@ -324,8 +378,13 @@ class ZImage(Family):
 
 # ---- what several families share ---------------------------------------------------------------------------
 
-def diffusers_class(name: str) -> type:
-    """Return diffusers' class of that name. Raises ValueError if the installed version has none."""
+def diffusers_class(name: str | type) -> type:
+    """Return diffusers' class of that name, or a class as it is.
+
+    Raises ValueError if the installed version has none.
+    """
+    if isinstance(name, type):
+        return name
     if not hasattr(diffusers, name):
         raise ValueError(f"{name} is missing in diffusers {diffusers.__version__}, which is installed: "
                          f"it takes {DIFFUSERS}; pip install diffusers=={DIFFUSERS}")
@@ -372,12 +431,13 @@ def shift_of(config, mu: float) -> float:
     return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
 
-def warn_if_cut(family: Family, prompt: str, tokens: int, length: int) -> None:
+def warn_if_cut(family: Family, prompt: str, tokens: int, length: int, *,
+                limit: str = "--max-sequence-length") -> None:
     """Warn once of a prompt that has more tokens than the encoder is given."""
     if tokens > length and not family.has_warned:
         family.has_warned = True
-        tqdm.write(f"warning: the prompt {prompt[:60]!r} has {tokens} tokens and --max-sequence-length is "
-                   f"{length}: its end is left out, and the ends of others as long", file=sys.stderr)
+        tqdm.write(f"warning: the prompt {prompt[:60]!r} has {tokens} tokens and {limit} is {length}: "
+                   "its end is left out, and the ends of others as long", file=sys.stderr)
 
 
 FAMILIES = {family.pipeline: family for family in (SD3, FLUX, QwenImage, FLUX2, FLUX2Dev, ZImage)}

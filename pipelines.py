@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging as diffusers_logging
 
@@ -21,8 +22,8 @@ from families import FAMILIES, Family, Text, diffusers_class
 def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
     """Find the family of `model`: a pipeline's directory, a hub id or random:NAME. Loads no weights.
 
-    Raises ValueError in one line if the model is unknown, if its scheduler draws what training does not, or
-    if it is distilled to go without guidance and is given some.
+    Raises ValueError in one line if the model is unknown, if a package that it needs is missing, if its
+    scheduler draws what training does not, or if it is distilled to go without guidance and is given some.
     """
     if model.startswith("random:"):
         known = {f"random:{name}": family for family in FAMILIES.values() for name in family.published}
@@ -36,11 +37,24 @@ def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
     for name in needed_parts(family):
         if not index.get(name, [None])[0]:
             raise ValueError(f"--model {model!r} has no {name}: its model_index.json leaves it out; add it")
+        # Where packages are missing, transformers has a class of the same name that names them.
+        kind = str(index[name][-1])
+        if missing := getattr(getattr(transformers, kind, None), "_backends", ()):
+            raise ValueError(f"--model {model!r} has a {kind}, which needs {' and '.join(missing)}: "
+                             f"pip install {' '.join(missing)}")
     check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
-    if guidance_scale != 1 and family.distilled(model, index):
+    if guidance_scale != 1 and is_distilled(model):
         raise ValueError(f"--guidance-scale is {guidance_scale:g}: {model} is distilled to go without "
                          "guidance; set it to 1, or train the model that it was distilled from")
     return family
+
+
+def is_distilled(model: str) -> bool:
+    """Whether a model that `check_model` takes is distilled to go without guidance."""
+    if model.startswith("random:"):
+        return False
+    index = read_index(model)
+    return FAMILIES[index["_class_name"]].distilled(model, index)
 
 
 def needed_parts(family: type[Family]) -> list[str]:

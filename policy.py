@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from adapters import fit_adapter, load_adapter
-from families import Family, Text
+from families import LENGTHS, Family, Text
 from pipelines import check_model, compile_blocks, load_pipeline, random_pipeline, random_text, read_index
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -90,6 +90,7 @@ class Policy:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
+        diffusers_logging.set_verbosity_error()      # it would warn of each prompt that is cut, thrice
         self.model, self.device, self.dtype = model, device, DTYPES[dtype]
         # Latents and trained weights have this dtype.
         self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32
@@ -217,14 +218,17 @@ class Policy:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Text:
-        """Return embeddings (B, L, D) and the rest of `Text`. Each distinct prompt is encoded once."""
+        """Return embeddings (B, L, D) and the rest of `Text`, on the device. Each prompt is encoded once.
+
+        Lengths stay on the host, because shapes depend on them and the host would wait for the device.
+        """
         self._encode_missing(prompts)
         # Copy each prompt once, and repeat it on the device, because rows of one sample share their prompt.
         place = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompts))}
         kept = map(torch.stack, zip(*(self._text_cache[prompt] for prompt in place)))
         index = torch.tensor([place[prompt] for prompt in prompts])
         on_device = to_device(index, self.device)
-        text = tuple(part[index] if part.dtype == torch.int64 else to_device(part, self.device)[on_device]
+        text = tuple(part[index] if part.dtype == LENGTHS else to_device(part, self.device)[on_device]
                      for part in kept)
         most = TEXT_CACHE // sum(part.nbytes for part in self._text_cache[prompts[0]])       # prompts
         while len(self._text_cache) > max(most, self._text_kept):

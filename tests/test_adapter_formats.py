@@ -272,8 +272,9 @@ def place(layer: str) -> dict[str, torch.Tensor]:
     (place("lora_unet_joint_blocks_0_x_block_attn_proj") | place("lora_unet_context_embedder"), "lora_unet_context_embedder",
      "place in diffusers"),
     (place("lora_unet_single_blocks_0_linear1"), "FLUX.1's own layers in their own sizes", "AssertionError"),
-    ({f"{LAYER}.lora_down.weight": ONE}, f"{LAYER}.lora_up.weight", "KeyError"),
-    ({"lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight": ONE}, "lora_B", "KeyError"),
+    ({f"{LAYER}.lora_down.weight": ONE}, LAYER, "has a lora_down and no lora_up"),
+    ({"lora_unet_joint_blocks_0_x_block_attn_proj.lora_down.weight": ONE}, "joint_blocks_0_x_block_attn_proj has a lora_down",
+     "no lora_up"),
     ({f"{LAYER}.lora_up.weight": ONE}, f"{LAYER}.lora_B.weight", "is not converted")], ids=lambda value: str(value)[:40])
 def test_what_would_be_lost_of_a_file_is_refused_in_one_line(tmp_path, tensors, named, cause):
     save_file(tensors, tmp_path / "style.safetensors")

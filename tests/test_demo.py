@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from peft import LoraConfig, PeftModel
 from test_adapters import fresh_pipeline, written_by_peft
 from test_families import CPU, TOKENS, change, make_policy
+from tiny_models import save_flux2_klein
 
 from config import PRESETS, Config, to_dict
 from policy import Policy
@@ -341,6 +343,18 @@ def test_other_models_start_with_published_settings_and_without_rewards(model, f
         config, chosen = choose_settings(DemoOptions(model=directory, output_dir=str(tmp_path)))
         assert chosen == () and (config.model, config.eval_num_steps, config.guidance_scale) == (directory, steps, guidance_scale)
         assert config.rewards == () and config.resolution == (512, 512) and config.prompts == "ocr"
+
+
+def test_the_page_of_a_distilled_model_draws_without_guidance_and_asks_for_none(model, tmp_path):
+    gradio = pytest.importorskip("gradio")
+    distilled = save_flux2_klein(tmp_path, is_distilled=True)
+    for directory, scale in ((distilled, 1.0), (model, PRESETS["sd35m_ocr"].guidance_scale)):
+        config, _ = choose_settings(DemoOptions(model=directory, output_dir=str(tmp_path)))
+        assert config.guidance_scale == scale
+        parts = SimpleNamespace()
+        with gradio.Blocks():
+            demo.lay_out_settings(parts, plain(directory), config, 1)
+        assert parts.guidance.visible == parts.negative.visible == (scale != 1)
 
 
 # -------------------------------------------------------------------------------------------------------------------- text

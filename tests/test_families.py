@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,25 @@ def test_sd3_without_t5_draws_what_its_pipeline_draws(model, tmp_path):
     embeds, whole = policy.encode(PROMPTS)[0], untrained_policy(model).encode(PROMPTS)[0]
     assert torch.equal(embeds[:, :-TOKENS], whole[:, :-TOKENS])
     assert not embeds[:, -TOKENS:].any() and whole[:, -TOKENS:].any()
+
+
+def warnings_of_long_prompts(policy: Policy, capfd) -> list[str]:
+    policy.encode(["short"])
+    assert not capfd.readouterr().err
+    policy.encode(["x" * 60, "y" * 61])
+    policy.encode(["z" * 62])
+    return capfd.readouterr().err.splitlines()
+
+
+def test_a_prompt_that_is_too_long_is_one_warning_with_both_lengths(each_model, capfd):
+    said, = warnings_of_long_prompts(make_policy(each_model), capfd)
+    assert "x" * 60 in said and " has 62 tokens and --max-sequence-length is 12: its end is left out" in said
+
+
+def test_without_t5_a_prompt_that_is_too_long_for_clip_is_one_warning(model, tmp_path, capfd):
+    StableDiffusion3Pipeline.from_pretrained(model, text_encoder_3=None, tokenizer_3=None).save_pretrained(tmp_path)
+    said, = warnings_of_long_prompts(make_policy(str(tmp_path)), capfd)
+    assert re.search(r"x{60}' has \d+ tokens and CLIP's limit is 16: its end is left out", said)
 
 
 @pytest.mark.parametrize("family, part", [("sd3", "text_encoder"), ("sd3", "text_encoder_2"), ("sd3", "tokenizer"), ("sd3", "vae"),

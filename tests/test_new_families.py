@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -124,6 +125,11 @@ def test_a_rollout_without_noise_ends_where_the_pipeline_ends(name, directory, r
     assert_same_images(policy.decode(found), images)
 
 
+def test_flux2_dev_is_the_hubs_where_torchvision_is_with_its_processor(tmp_path):
+    pytest.importorskip("torchvision", reason="FLUX.2-dev's processor needs it; a tokenizer stands for it in the tests of this file")
+    assert type(fresh_pipeline(save_flux2_dev(tmp_path)).tokenizer).__name__ == "PixtralProcessor"
+
+
 def test_a_prompt_that_is_cut_is_cut_where_the_pipeline_cuts_it(name, directory):
     policy = make_policy(directory, length=48)
     noise = start_noise(policy)
@@ -221,17 +227,30 @@ def test_the_model_card_asks_the_pipeline_for_the_guidance_of_training(name, dir
     assert ("negative_prompt" in asked) == ("negative_prompt" in expected)
 
 
-@pytest.mark.slow
-def test_a_run_on_two_ranks_that_is_resumed_is_the_run_that_was_not(name, directory, command):
+@pytest.fixture(scope="module")
+def run_of(name, directory, command) -> Callable[..., Path]:
+    """`run_of(run_name, ranks, **changes)`: a run of two epochs by the real command, in float64; its directory."""
     settings = dict(
         model=directory, lora_targets=MODELS[name].targets, max_sequence_length=LENGTH, groups_per_epoch=1, num_steps=3,
-        window_size=2, window_range=(0, 3), eval_prompts=2, eval_images=2, updates_per_epoch=1)
-    whole = completed(command("whole_" + name, 2, **settings, epochs=2))
-    completed(command("halves_" + name, 2, **settings, epochs=1))
-    resumed = completed(command("halves_" + name, 2, **settings, epochs=2))
-    assert_same_run(whole, resumed)
+        window_size=2, window_range=(0, 3), eval_prompts=2, eval_images=2, updates_per_epoch=1, epochs=2)
+    return lambda run_name, ranks, **changes: completed(command(f"{run_name}_{name}", ranks, **{**settings, **changes}))
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(run_of) -> Path:
+    return run_of("whole", 2)
+
+
+def test_a_run_on_two_ranks_that_is_resumed_is_the_run_that_was_not(run_of, on_two_ranks):
+    run_of("halves", 2, epochs=1)
+    resumed = run_of("halves", 2)
+    assert_same_run(on_two_ranks, resumed)
     *_, last = metrics_of(resumed)
     assert last["epoch"] == 2 and last["grad_norm"] > 0 and last["ratio_deviation_before"] < 1e-5
+
+
+def test_three_ranks_with_other_micro_batches_do_what_two_do(run_of, on_two_ranks):
+    assert_same_run(on_two_ranks, run_of("three", 3, rollout_batch=2, train_batch=1))
 
 
 # ---- published sizes -----------------------------------------------------------------------------------------
@@ -265,6 +284,16 @@ def test_a_family_that_the_installed_diffusers_lacks_names_the_version(tmp_path,
     with pytest.raises(ValueError) as error:
         check_model(str(tmp_path))
     in_one_line(error, "QwenImage9Pipeline", "pip install diffusers==")
+
+
+@pytest.mark.skipif(bool(importlib.util.find_spec("torchvision")), reason="torchvision is installed")
+def test_flux2_devs_processor_names_the_package_that_it_needs(tmp_path):
+    directory = save_flux2_dev(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "PixtralProcessor"]}))
+    with pytest.raises(ValueError) as error:
+        check_model(directory)
+    in_one_line(error, "PixtralProcessor", "pip install torchvision")
 
 
 def test_an_unknown_pipeline_names_those_that_are_supported(tmp_path):

@@ -1,5 +1,6 @@
 """Small pipelines with random weights, of diffusers' and transformers' own classes, saved in the hub's format."""
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -91,16 +92,22 @@ def save_flux2_klein(directory: Path, is_distilled: bool = False) -> str:
 
 
 def save_flux2_dev(directory: Path) -> str:
-    """A tokenizer stands for the hub's PixtralProcessor, which needs torchvision and hands text to a tokenizer."""
+    """Its tokenizer is the hub's PixtralProcessor. Without torchvision, which that needs, the tokenizer in it stands for it."""
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer(SYSTEM_MESSAGE)
+    tokenizer.add_tokens(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], special_tokens=True)
     tokenizer.chat_template = ("{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}"
                                "{% endfor %}")
+    processor = tokenizer
+    if importlib.util.find_spec("torchvision"):
+        from transformers import PixtralImageProcessor, PixtralProcessor
+        processor = PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=tokenizer.chat_template)
     text = dict(SMALL_ENCODER, model_type="mistral", num_hidden_layers=30, vocab_size=len(tokenizer))
     vision = dict(model_type="pixtral", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                   image_size=32, patch_size=16)
-    encoder = Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=1))
-    return save_pipeline(Flux2Pipeline(text_encoder=encoder.eval(), tokenizer=tokenizer, **flux2_parts(True)), directory,
+    encoder = Mistral3ForConditionalGeneration(Mistral3Config(
+        text_config=text, vision_config=vision, image_token_index=tokenizer.convert_tokens_to_ids("[IMG]")))
+    return save_pipeline(Flux2Pipeline(text_encoder=encoder.eval(), tokenizer=processor, **flux2_parts(True)), directory,
                          ("context_embedder", "guidance_embedder"))
 
 

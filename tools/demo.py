@@ -28,7 +28,8 @@ import torch
 from config import PRESETS, Config, parse_options, refuse_unknown
 from harness.faults import is_out_of_memory
 from harness.program import run_as_program
-from policy import Policy, check_model
+from pipelines import check_model, is_distilled
+from policy import Policy
 from prompts import Prompt, load_prompts
 from rewards import RewardError, Rewards, build_rewards
 from tools.showcase import ROWS_CSS, new_pictures, rows_html, write_gallery
@@ -103,6 +104,8 @@ def choose_settings(options: DemoOptions) -> tuple[Config, tuple[str, ...]]:
         if not 1 <= (value := getattr(options, name)) <= most:
             raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be from 1 to {most}")
     check_model(config.model)
+    if is_distilled(config.model):
+        config = dataclasses.replace(config, guidance_scale=1.0)
     for adapter in adapters:
         locate(adapter)
     return config, adapters
@@ -200,7 +203,8 @@ def lay_out_settings(parts: SimpleNamespace, studio: Studio, config: Config, num
     """The lower part of the page: how it is drawn, and with which adapters."""
     import gradio as gr
 
-    guided = studio.policy.branches(2.0) == 2                # by classifier-free guidance
+    distilled = is_distilled(config.model)                   # it goes without guidance
+    guided = studio.policy.branches(2.0) == 2 and not distilled      # by classifier-free guidance
     with gr.Row():
         parts.strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Adapter strength", min_width=220,
                                    info="0 is the base, 1 as trained", elem_id="strength")
@@ -208,7 +212,7 @@ def lay_out_settings(parts: SimpleNamespace, studio: Studio, config: Config, num
                                 info="of the ODE", elem_id="steps")
         parts.guidance = gr.Slider(1, MOST_GUIDANCE, config.guidance_scale, step=0.1, label="Guidance",
                                    info="1 is none" if guided else "an input of this model", min_width=220,
-                                   elem_id="guidance")
+                                   visible=not distilled, elem_id="guidance")
     with gr.Row():
         parts.seed = gr.Number(1, label="First seed", precision=0, min_width=120, elem_id="seed")
         parts.num_seeds = gr.Number(num_seeds, label="Seeds", precision=0, min_width=120,
