@@ -159,11 +159,18 @@ class Estimate:
         except (OSError, ValueError):
             return len(due), 0
 
+    @property
+    def eval_times(self) -> dict[str, int]:
+        """Phase -> how often an image passes through it in an evaluation."""
+        # Drift calls the policy and its reference once, unless full fine-tuning keeps no reference.
+        drift = int(self.config.beta > 0 or not self.config.full_finetune)
+        return {"rollout": self.config.eval_num_steps + drift, "reference": drift, "decode": 1}
+
     @functools.cached_property
     def hours(self) -> float:
         """Hours of the whole recipe on its cards, evaluations included."""
         number, prompts = self.evaluations
-        image = self.config.eval_num_steps * self.seconds("rollout") + self.seconds("decode")
+        image = sum(times * self.seconds(phase) for phase, times in self.eval_times.items() if times)
         return (self.config.epochs * self.epoch + number * -(-prompts // self.gpus) * image) / 3600
 
 
@@ -184,8 +191,7 @@ def describe(e: Estimate) -> str:
     counts, plan, config = e.counts, e.plan, e.config
 
     def an_image_more(phase: str, **changes) -> str:
-        call = count(replace(config, **changes)).call(phase)
-        return f"{(call.two - call.one)[3] / GIB:.2f} GiB"
+        return f"{count(replace(config, **changes)).call(phase).more[3] / GIB:.2f} GiB"
 
     number, prompts = e.evaluations
     of_prompts = f"of {prompts:,} prompts" if prompts else f"(left out: {config.prompts!r} is not here)"
