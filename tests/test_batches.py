@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distributed
 from config import Config
 from harness import batches
-from harness.batches import choose_batches, fastest, largest_that_fits
+from harness.batches import available_memory, choose_batches, fastest, largest_that_fits
 from harness.faults import DoesNotFit, within_memory
 from rewards import RewardError
 
@@ -59,3 +60,39 @@ def test_other_errors_stay_what_they_are(error):
     with pytest.raises(type(error)) as caught, within_memory("lower --train-batch", "3 batches"):
         raise error
     assert caught.value is error
+
+
+# ---- a GPU that others use too -----------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def shared_gpu(monkeypatch):
+    """A GPU of 24 bytes, of which others hold 13. This process has reserved 1 and used `used` at the most."""
+    def pretend(used: int) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 24))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: used)
+    return pretend
+
+
+def test_what_others_hold_on_a_gpu_is_not_available(shared_gpu):
+    shared_gpu(used=0)
+    assert available_memory(SimpleNamespace(device=GPU, parameters=[])) == pytest.approx(0.8 * (10 + 1))
+    trained = torch.zeros(1, dtype=torch.float16)
+    assert available_memory(SimpleNamespace(device=GPU, parameters=[trained])) == pytest.approx(0.8 * (10 + 1) - 4 * 2)
+
+
+def test_a_single_image_passes_if_it_runs_and_more_only_if_they_leave_a_fifth(shared_gpu):
+    """The tensors are on a GPU without values."""
+    shared_gpu(used=10)
+    policy = SimpleNamespace(device=GPU, parameters=[], latent_shape=(1, 2, 2), compute_dtype=torch.float32,
+                             encode=lambda texts: texts, velocity=lambda text, scale: lambda latents, sigma: latents)
+    memory = available_memory(policy)
+    with FakeTensorMode():
+        trial = lambda size: batches.try_batch(policy, ["a"] * size, 1.0, training=False, memory=memory)
+        with pytest.raises(torch.OutOfMemoryError, match="2 images leave less than a fifth"):
+            trial(2)
+        assert largest_that_fits([1, 2], trial) == 1

@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, errors_in, launch_ranks
+from helpers import CHEAP, ROOT, completed, errors_in, launch_ranks
 
 import distributed
 import rewards
@@ -222,6 +222,27 @@ def test_each_thread_of_the_rewards_starts_with_what_start_thread_does():
     for scored in (built, rewards.Rewards({"a": 1.0}, built.components, built.start_thread)):
         scored(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}])
     assert set(started) == {"cuda:1"} and ran == ["cuda:1"] * 3
+
+
+FETCHES_A_MODEL = """
+import os, time
+def say(what):
+    with open("log", "a") as log:
+        log.write(f"rank {os.environ['RANK']} {what}\\n")
+def build(*, device):
+    say("fetches")
+    time.sleep(1)
+    say("has it")
+    return lambda images, prompts, metadata: say("scores") or [0.5] * len(images)
+"""
+
+
+def test_one_rank_of_a_machine_builds_and_tries_its_rewards_before_the_others(command, tmp_path):
+    """Engines may fetch a model into one directory without a lock."""
+    (tmp_path / "fetches.py").write_text(FETCHES_A_MODEL)
+    completed(command("fetches", 2, cwd=tmp_path, rewards=("fetches:build", 1), epochs=1, **CHEAP))
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said[:6] == [f"rank {rank} {what}" for rank in (0, 1) for what in ("fetches", "has it", "scores")]
 
 
 # ---- what a collective's error is --------------------------------------------------------------------------
