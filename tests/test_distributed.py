@@ -11,10 +11,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import CHEAP, ROOT, completed, errors_in, launch_ranks
+from helpers import CHEAP, ROOT, SMALL, completed, errors_in, flags, launch_ranks
 
 import distributed
 import rewards
+from config import parse_config
+from harness.run import make_policy, prepare
 
 RANKS = 3
 
@@ -201,6 +203,35 @@ def test_a_rank_has_the_gpu_of_its_local_rank_modulo_their_number(gpus, count, l
     """A launcher may show each process one GPU alone, which is number 0 there."""
     current = gpus(count, local_rank, local_ranks)
     assert distributed.own_device() == torch.device("cuda", number) == current[0]
+
+
+def test_attention_on_a_gpu_is_not_cudnns(gpus, monkeypatch):
+    gpus(1, 0, 1)
+    said = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+    distributed.own_device()
+    assert said == [False]
+
+
+def test_a_rewards_file_is_imported_when_the_ranks_gpu_is_the_current_one(monkeypatch, tmp_path):
+    """It may put a model on "cuda" as it is imported."""
+    (tmp_path / "at_import.py").write_text("open('log', 'a').write('imported ')\ndef score(*batch): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "own_device", lambda: open("log", "a").write("set ") and torch.device("cpu"))
+    prepare(["--rewards", "at_import:score", "1"])
+    assert (tmp_path / "log").read_text() == "set imported "
+
+
+def test_a_policy_is_made_with_its_gradient_sum_tried_and_forgotten(monkeypatch, model):
+    """NCCL takes its memory at the first sum, so that batches are chosen by what is left."""
+    summed, all_reduce = [], torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: (summed.append(tensor.numel()), all_reduce(tensor)))
+    device = distributed.setup()
+    try:
+        policy = make_policy(parse_config(flags(model=model, **SMALL))[1], device)
+    finally:
+        distributed.shutdown()
+    assert summed == [sum(p.numel() for p in policy.parameters)] and all(p.grad is None for p in policy.parameters)
 
 
 def test_more_processes_than_gpus_are_refused_with_both_numbers(gpus):
