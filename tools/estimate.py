@@ -196,12 +196,13 @@ def describe(e: Estimate) -> str:
     number, prompts = e.evaluations
     of_prompts = f"of {prompts:,} prompts" if prompts else f"(left out: {config.prompts!r} is not here)"
     rate = plan.samples_per_rank * e.image_flops / e.epoch / 1e12
-    calls = [f"{NAMES[phase]} {times:.3g} x ({e.flops(phase) / 1e12:.3g}, {1e3 * e.seconds(phase):.3g})"
-             for phase, times in e.times.items()]
+    calls = [f"{NAMES[phase]} {times:.3g} x ({e.flops(phase) / 1e12:.3g}, {1e3 * e.seconds(phase):.3g}, "
+             f"{counts.call(phase).two[2]:,.0f})" for phase, times in e.times.items()]
     return "\n".join([
         f"{config.model} in {config.dtype} at {config.resolution}, on {e.gpus} x {e.name} of "
         f"{e.card.memory} GiB; rewards and the encoding of text are left out",
-        f"an image, x (TFLOP, ms): {', '.join(calls)}; in all {e.image_flops / 1e12:.4g} TFLOP",
+        f"an image, x (TFLOP, ms, kernels of a call): {', '.join(calls)}; in all "
+        f"{e.image_flops / 1e12:.4g} TFLOP",
         f"weights: network {counts.network / GIB:.2f} GiB, autoencoder {counts.autoencoder / GIB:.2f}, "
         f"text encoders {counts.text_encoders / GIB:.2f}",
         f"trained weights: {counts.trained_weights:,}; gradient, moments and average "
