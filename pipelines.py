@@ -57,6 +57,28 @@ def is_distilled(model: str) -> bool:
     return FAMILIES[index["_class_name"]].distilled(model, index)
 
 
+def check_memory(model: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a model whose transformer alone is larger in `dtype` than the GPU's whole memory.
+
+    It reads the transformer's settings and no weights. Raises ValueError in one line, and OSError if there
+    are no settings.
+    """
+    if device.type != "cuda":
+        return
+    family = check_model(model)
+    kind, name = diffusers_class(family.transformer), model.removeprefix("random:")
+    random = model.startswith("random:")
+    settings = family.published[name] if random else kind.load_config(model, subfolder="transformer")
+    with torch.device("meta"):                   # shapes without values
+        weights = sum(p.numel() for p in kind.from_config(settings).parameters())
+    needed, (_, memory) = weights * dtype.itemsize, torch.cuda.mem_get_info(device)
+    if needed > memory:
+        half = ", or --dtype bfloat16" if dtype.itemsize > 2 else ""
+        raise ValueError(f"--model {model!r} does not fit: its transformer alone takes {needed / 2**30:.1f} "
+                         f"GiB in {str(dtype).removeprefix('torch.')}, and the GPU has {memory / 2**30:.1f} "
+                         f"GiB: choose a GPU with more memory or a smaller model{half}")
+
+
 def needed_parts(family: type[Family]) -> list[str]:
     """Name the parts that a pipeline of the family must have."""
     parameters = inspect.signature(diffusers_class(family.pipeline)).parameters.values()

@@ -15,7 +15,7 @@ import torch
 import distributed
 from config import Config
 from draws import batches
-from harness.faults import is_out_of_memory
+from harness.faults import is_out_of_memory, within_memory
 from policy import Policy
 from prompts import Prompt
 
@@ -103,7 +103,7 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     """Choose the batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest.
 
     In half precision the rollout takes the training's size, because both must run the same kernels for ratios
-    to start at 1.
+    to start at 1. Raises DoesNotFit if not one image fits.
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
     memory = available_memory(policy)
@@ -115,6 +115,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     def slowest_rank(seconds: float) -> float:
         return distributed.gather_vectors(torch.tensor([seconds])).max().item()
 
+    @within_memory("not one image fits: --gradient-checkpointing, --offload-text-encoders, or a lower "
+                   "--resolution", describe(config, 1))
     def choose(training: bool) -> int:
         sizes = sizes_to_try(plan, config, training)
         if policy.device.type == "cuda":

@@ -31,7 +31,8 @@ from harness.program import leave
 from harness.report import epoch_line, say, spread_shares, warn
 from harness.scoring import Scorer, check_reward_prompts, own_random_streams, probe
 from learner import Learner
-from policy import Policy, check_model
+from pipelines import check_memory, check_model
+from policy import DTYPES, Policy
 from prompts import Prompt, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_weights
 
@@ -101,7 +102,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     """
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
-    distributed.own_device()     # before a file with rewards is imported, because it may put a model there
+    # Set the device before a file with rewards is imported, because it may put a model there.
+    device = distributed.own_device()
     weights = dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0)
     with own_random_streams():
         check_reward_weights(weights, config.urls)
@@ -110,6 +112,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
                              config.urls)
     check_model(config.model, config.guidance_scale)
+    check_memory(config.model, DTYPES[config.dtype], device)
     if config.lora_path:
         read_adapter(config.lora_path)
     spec = importlib.util.find_spec("wandb") if config.wandb else None
@@ -183,9 +186,7 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     if goes_first:
         distributed.wait_for_all()
     policy = make_policy(config, device)
-    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
-                       describe(config, 1)):
-        config = choose_batches(policy, train_prompts, config)
+    config = choose_batches(policy, train_prompts, config)
     if is_main():
         write_settings(directory, config, preset)
     return Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,

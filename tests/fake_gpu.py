@@ -7,6 +7,7 @@ which it would wait. So a step of training can be walked through at its publishe
 """
 
 import dataclasses
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -71,6 +72,7 @@ def start() -> FakeGPU:
     torch.cuda._lazy_init = lambda: None
     torch._C._set_only_lift_cpu_tensors(True)       # torch.tensor(number, device="cuda") makes it on the CPU and copies it
     torch.cuda.is_bf16_supported = lambda *_: True
+    torch.cuda.reset_peak_memory_stats = lambda *_: None
     return FakeGPU()
 
 
@@ -102,9 +104,10 @@ FAULTS = {
 
 
 def walk(family: str, fault: str = "") -> None:
-    """Sample, decode, replay, reference and loss, all on the GPU, at the published size."""
+    """Try a batch; sample, decode, replay, reference, loss and drift, all on the GPU, at the published size."""
     from config import PRESETS
     from draws import noise_levels
+    from harness.batches import try_batch
     from policy import check_model
     from sampler import rollout, timestep_schedule
     from train import step_loss
@@ -130,7 +133,11 @@ def walk(family: str, fault: str = "") -> None:
                 rows = FAULTS[fault](rows)
             A = torch.ones(images).to(GPU)
             loss, watched = step_loss(policy, rows, text, A, config)
-            found = {"final": trajectory.final, "log_probs": trajectory.log_probs, "pictures": pictures, "loss": loss, **watched}
+            drift = policy.drift(text, noise[0], config.guidance_scale)
+            gpu.host_may_wait = True                            # a trial waits until its call is done
+            try_batch(policy, ["a", "b"], config.guidance_scale, training=False, memory=math.inf)
+            gpu.host_may_wait = False
+            found = {"drift": drift, "final": trajectory.final, "log_probs": trajectory.log_probs, "pictures": pictures, "loss": loss, **watched}
             assert all(value.device == GPU for value in found.values()), found
             assert loss.requires_grad and loss.shape == (images,) and loss.dtype == torch.float32
             assert pictures.shape == (images, 512, 512, 3) and pictures.dtype == torch.uint8

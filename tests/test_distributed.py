@@ -11,10 +11,12 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, errors_in, launch_ranks
+from helpers import CHEAP, ROOT, SMALL, completed, errors_in, flags, launch_ranks
 
 import distributed
 import rewards
+from config import parse_config
+from harness.run import make_policy, prepare
 
 RANKS = 3
 
@@ -203,6 +205,35 @@ def test_a_rank_has_the_gpu_of_its_local_rank_modulo_their_number(gpus, count, l
     assert distributed.own_device() == torch.device("cuda", number) == current[0]
 
 
+def test_attention_on_a_gpu_is_not_cudnns(gpus, monkeypatch):
+    gpus(1, 0, 1)
+    said = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", said.append)
+    distributed.own_device()
+    assert said == [False]
+
+
+def test_a_rewards_file_is_imported_when_the_ranks_gpu_is_the_current_one(monkeypatch, tmp_path):
+    """It may put a model on "cuda" as it is imported."""
+    (tmp_path / "at_import.py").write_text("open('log', 'a').write('imported ')\ndef score(*batch): pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "own_device", lambda: open("log", "a").write("set ") and torch.device("cpu"))
+    prepare(["--rewards", "at_import:score", "1"])
+    assert (tmp_path / "log").read_text() == "set imported "
+
+
+def test_a_policy_is_made_with_its_gradient_sum_tried_and_forgotten(monkeypatch, model):
+    """NCCL takes its memory at the first sum, so that batches are chosen by what is left."""
+    summed, all_reduce = [], torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: (summed.append(tensor.numel()), all_reduce(tensor)))
+    device = distributed.setup()
+    try:
+        policy = make_policy(parse_config(flags(model=model, **SMALL))[1], device)
+    finally:
+        distributed.shutdown()
+    assert summed == [sum(p.numel() for p in policy.parameters)] and all(p.grad is None for p in policy.parameters)
+
+
 def test_more_processes_than_gpus_are_refused_with_both_numbers(gpus):
     gpus(1, 0, 2)
     with pytest.raises(ValueError, match="2 processes but 1 GPUs here: lower --nproc_per_node"):
@@ -222,6 +253,27 @@ def test_each_thread_of_the_rewards_starts_with_what_start_thread_does():
     for scored in (built, rewards.Rewards({"a": 1.0}, built.components, built.start_thread)):
         scored(np.zeros((1, 8, 8, 3), np.uint8), [""], [{}])
     assert set(started) == {"cuda:1"} and ran == ["cuda:1"] * 3
+
+
+FETCHES_A_MODEL = """
+import os, time
+def say(what):
+    with open("log", "a") as log:
+        log.write(f"rank {os.environ['RANK']} {what}\\n")
+def build(*, device):
+    say("fetches")
+    time.sleep(1)
+    say("has it")
+    return lambda images, prompts, metadata: say("scores") or [0.5] * len(images)
+"""
+
+
+def test_one_rank_of_a_machine_builds_and_tries_its_rewards_before_the_others(command, tmp_path):
+    """Engines may fetch a model into one directory without a lock."""
+    (tmp_path / "fetches.py").write_text(FETCHES_A_MODEL)
+    completed(command("fetches", 2, cwd=tmp_path, rewards=("fetches:build", 1), epochs=1, **CHEAP))
+    said = (tmp_path / "log").read_text().splitlines()
+    assert said[:6] == [f"rank {rank} {what}" for rank in (0, 1) for what in ("fetches", "has it", "scores")]
 
 
 # ---- what a collective's error is --------------------------------------------------------------------------

@@ -11,10 +11,16 @@ from diffusers import SD3Transformer2DModel
 from helpers import ROOT
 from make_tiny_sd3 import make_pipeline
 
+import distributed
 from config import PRESETS, Config
 from families import FAMILIES
+from harness.run import make_policy, make_rewards
+from harness.scoring import Scorer
+from learner import Learner
+from prompts import load_prompts
 from tools import counts, estimate
 from tools.estimate import GIB, Estimate
+from train import evaluate_slice
 
 SD35M = PRESETS["sd35m_ocr"]
 # One epoch of 8 images in one batch, as it was measured.
@@ -73,8 +79,17 @@ def test_the_memory_of_a_training_batch_is_the_processs_within_15_percent(middle
 
 def test_a_row_of_sd35m_takes_the_flops_that_were_counted_on_a_gpu():
     call = counts.count(SD35M).call("rollout")
-    assert call.one[0] / 2 == pytest.approx(2.23e12, rel=0.02)          # two rows, because of guidance
-    assert call.two[0] == pytest.approx(2 * call.one[0], rel=1e-6)
+    assert call.on(1)[0] / 2 == pytest.approx(2.23e12, rel=0.02)        # two rows, because of guidance
+    assert call.on(2)[0] == pytest.approx(2 * call.on(1)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@pytest.mark.parametrize("phase", ["rollout", "training", "reference", "decode"])
+def test_many_images_take_what_a_few_foretell(guidance_scale, phase):
+    """Without guidance, one image is one row, which takes fewer kernels than several rows do."""
+    counted = counts.count(dataclasses.replace(PRESETS["tiny_ocr"], guidance_scale=guidance_scale))
+    flops, moved, kernels, peak = counted.tally(phase, 48)
+    assert list(counted.call(phase).on(48)) == [flops, pytest.approx(moved, rel=1e-3), kernels, pytest.approx(peak, rel=1e-3)]
 
 
 @pytest.mark.slow
@@ -83,14 +98,14 @@ def test_a_row_of_sd35m_takes_the_flops_that_were_counted_on_a_gpu():
     (PRESETS["flux_pickscore"], 0.57, 32.3, 16)])
 def test_memory_is_what_an_h200_took(config, gib_an_image, gib, images):
     call = counts.count(config).call("training")
-    assert (call.two - call.one)[3] / GIB == pytest.approx(gib_an_image, rel=0.1)
+    assert call.more[3] / GIB == pytest.approx(gib_an_image, rel=0.1)
     assert call.on(images)[3] / GIB == pytest.approx(gib, rel=0.04)
 
 
 @pytest.mark.slow
 def test_times_are_what_an_h200_took():
     e = Estimate(MEASURED, "H200")
-    assert e.counts.call("training").one[2] == pytest.approx(9454, rel=0.02)                # kernels
+    assert e.counts.call("training").on(1)[2] == pytest.approx(9454, rel=0.02)                # kernels
     assert e.plan.samples / e.epoch == pytest.approx(1.08, rel=0.03)                        # images a second
     assert e.plan.samples * e.image_flops / e.epoch / 665e12 == pytest.approx(0.289, rel=0.03)
     for phase, seconds in {"rollout": 0.181, "training": 0.434, "reference": 0.171}.items():
@@ -110,13 +125,37 @@ def test_every_preset_has_a_row_and_every_random_model_its_counts():
     for family in FAMILIES.values():
         for name in family.published:
             config = dataclasses.replace(SD35M, model=f"random:{name}", lora_targets="all-linear")
-            assert counts.count(config).call("rollout").one[0] > 1e12
+            assert counts.count(config).call("rollout").on(1)[0] > 1e12
 
 
 @pytest.mark.slow
 def test_text_encoders_that_visit_the_card_have_to_fit_beside_the_network():
     with pytest.raises(ValueError, match=r"--card H100 has 79.1 GiB, and \S+FLUX.2-dev with its text encoders needs 109.6"):
         Estimate(PRESETS["flux2_dev_pickscore"], "H100")
+
+
+@pytest.mark.parametrize("settings", [{}, {"full_finetune": True, "beta": 0.1}, {"full_finetune": True}])
+def test_an_evaluation_is_estimated_by_the_calls_that_the_trainer_makes(settings):
+    """Drift takes a call of the policy and one of the reference, which full fine-tuning without a KL lacks."""
+    config = dataclasses.replace(PRESETS["tiny_ocr"], eval_num_steps=3, rewards=(("jpeg_compressibility", 1.0),), **settings)
+    prompts, calls = load_prompts(config.prompts, "test")[:2], []
+    device = distributed.setup()
+    try:
+        policy = make_policy(config, device)
+        policy.cache_text([prompt.text for prompt in prompts], config.guidance_scale)
+        policy.before_call = lambda: calls.append(1)
+        scorer = Scorer(make_rewards(config, device), policy, config)
+        evaluate_slice(Learner(policy, config), scorer, prompts, [0, 1], config)
+        scorer.close()
+    finally:
+        distributed.shutdown()
+    estimated = Estimate(config).eval_times
+    assert len(calls) == estimated["rollout"] + estimated["reference"]
+
+
+def test_a_reference_that_full_finetuning_keeps_takes_memory():
+    without, kept = (counts.count(Config(full_finetune=True, beta=beta)) for beta in (0.0, 0.1))
+    assert kept.network == 2 * without.network
 
 
 def test_gpus_share_the_work_and_its_trajectories():

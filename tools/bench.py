@@ -39,7 +39,7 @@ from draws import rank_slice, training_batches
 from grpo import weighted_advantages
 from harness import signals
 from harness.batches import choose_batches, describe
-from harness.faults import DoesNotFit, TrainingError, within_memory
+from harness.faults import DoesNotFit, TrainingError
 from harness.program import run_as_program
 from harness.run import end_with, make_policy, make_rewards, prepare
 from harness.scoring import Scorer
@@ -161,9 +161,7 @@ class Setting:
         built = make_rewards(config, device)
         self.rewards = Rewards(dict(config.rewards), built.components, built.start_thread)
         self.policy = make_policy(config, device)
-        way_out = "not one image fits: --gradient-checkpointing, or a lower --resolution"
-        with within_memory(way_out, describe(config, 1)):
-            self.config = config = choose_batches(self.policy, self.prompts, config)
+        self.config = config = choose_batches(self.policy, self.prompts, config)
         self.learner = Learner(self.policy, config)
         self.scorer = KeepingScorer(self.rewards, self.policy, config)
         self.floor = Floor(self.policy, self.rewards, self.prompts, config)

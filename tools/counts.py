@@ -81,12 +81,21 @@ class Tally(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Call:
-    """A call on one image and on two: each [FLOPs, bytes moved, kernels, peak bytes]. More go on evenly."""
-    one: np.ndarray
+    """A call on two images and on three: each [FLOPs, bytes moved, kernels, peak bytes].
+
+    Other numbers of images lie on the line through both. One image is not counted, because PyTorch's linear
+    layer starts one kernel on a single row, and two on a part of several rows' tokens.
+    """
     two: np.ndarray
+    three: np.ndarray
+
+    @property
+    def more(self) -> np.ndarray:
+        """What an image more takes."""
+        return self.three - self.two
 
     def on(self, images: float) -> np.ndarray:
-        return self.one + (images - 1) * (self.two - self.one)
+        return self.two + (images - 2) * self.more
 
 
 # The settings on which counts depend.
@@ -96,7 +105,8 @@ COUNTED = ("model", "dtype", "resolution", "max_sequence_length", "guidance_scal
 
 def count(config: Config) -> "Counts":
     """Make the counts of a setting, or find those of an earlier one whose calls are the same."""
-    return _counts(Config(**{name: getattr(config, name) for name in COUNTED}))
+    kept = float(config.full_finetune and config.beta > 0)      # whether training keeps a copy as reference
+    return _counts(Config(**{name: getattr(config, name) for name in COUNTED}, beta=kept))
 
 
 class Counts:
@@ -114,7 +124,7 @@ class Counts:
             model, device, config.dtype, resolution=config.resolution,
             max_sequence_length=config.max_sequence_length, lora_rank=config.lora_rank,
             lora_targets=config.lora_targets, full_finetune=config.full_finetune,
-            gradient_checkpointing=config.gradient_checkpointing)
+            with_reference=config.beta > 0, gradient_checkpointing=config.gradient_checkpointing)
         policy.cache_text(["a"], config.guidance_scale)
         self.embeddings = sum(part.nbytes for part in policy.encode(["a"]))          # bytes of one prompt's
         encoders = [part for name, part in policy.pipe.components.items()
@@ -142,10 +152,11 @@ class Counts:
     def call(self, phase: str) -> Call:
         """Count a call of a phase, once."""
         if phase not in self.known:
-            self.known[phase] = Call(self._tally(phase, 1), self._tally(phase, 2))
+            self.known[phase] = Call(self.tally(phase, 2), self.tally(phase, 3))
         return self.known[phase]
 
-    def _tally(self, phase: str, images: int) -> np.ndarray:
+    def tally(self, phase: str, images: int) -> np.ndarray:
+        """Count a call of a phase on so many images."""
         call = self.phases[phase](images)          # its text has values, because lengths are read from it
         with self.fake, torch.no_grad(), Tally(self.alive) as counted:
             call()

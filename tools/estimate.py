@@ -159,11 +159,18 @@ class Estimate:
         except (OSError, ValueError):
             return len(due), 0
 
+    @property
+    def eval_times(self) -> dict[str, int]:
+        """Phase -> how often an image passes through it in an evaluation."""
+        # Drift calls the policy and its reference once, unless full fine-tuning keeps no reference.
+        drift = int(self.config.beta > 0 or not self.config.full_finetune)
+        return {"rollout": self.config.eval_num_steps + drift, "reference": drift, "decode": 1}
+
     @functools.cached_property
     def hours(self) -> float:
         """Hours of the whole recipe on its cards, evaluations included."""
         number, prompts = self.evaluations
-        image = self.config.eval_num_steps * self.seconds("rollout") + self.seconds("decode")
+        image = sum(times * self.seconds(phase) for phase, times in self.eval_times.items() if times)
         return (self.config.epochs * self.epoch + number * -(-prompts // self.gpus) * image) / 3600
 
 
@@ -184,18 +191,18 @@ def describe(e: Estimate) -> str:
     counts, plan, config = e.counts, e.plan, e.config
 
     def an_image_more(phase: str, **changes) -> str:
-        call = count(replace(config, **changes)).call(phase)
-        return f"{(call.two - call.one)[3] / GIB:.2f} GiB"
+        return f"{count(replace(config, **changes)).call(phase).more[3] / GIB:.2f} GiB"
 
     number, prompts = e.evaluations
     of_prompts = f"of {prompts:,} prompts" if prompts else f"(left out: {config.prompts!r} is not here)"
     rate = plan.samples_per_rank * e.image_flops / e.epoch / 1e12
-    calls = [f"{NAMES[phase]} {times:.3g} x ({e.flops(phase) / 1e12:.3g}, {1e3 * e.seconds(phase):.3g})"
-             for phase, times in e.times.items()]
+    calls = [f"{NAMES[phase]} {times:.3g} x ({e.flops(phase) / 1e12:.3g}, {1e3 * e.seconds(phase):.3g}, "
+             f"{counts.call(phase).two[2]:,.0f})" for phase, times in e.times.items()]
     return "\n".join([
         f"{config.model} in {config.dtype} at {config.resolution}, on {e.gpus} x {e.name} of "
         f"{e.card.memory} GiB; rewards and the encoding of text are left out",
-        f"an image, x (TFLOP, ms): {', '.join(calls)}; in all {e.image_flops / 1e12:.4g} TFLOP",
+        f"an image, x (TFLOP, ms, kernels of a call): {', '.join(calls)}; in all "
+        f"{e.image_flops / 1e12:.4g} TFLOP",
         f"weights: network {counts.network / GIB:.2f} GiB, autoencoder {counts.autoencoder / GIB:.2f}, "
         f"text encoders {counts.text_encoders / GIB:.2f}",
         f"trained weights: {counts.trained_weights:,}; gradient, moments and average "

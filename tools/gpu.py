@@ -15,25 +15,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import distributed
-from config import ATTENTION, FEED_FORWARD, PRESETS
+from config import PRESETS
 from harness.batches import choose_batches
 from harness.program import run_as_program
-from policy import Policy, to_device, to_host
+from policy import Policy, check_model, to_device, to_host
 from prompts import load_prompts
 from sampler import Trajectory, replay, rollout, timestep_schedule
 from tools.measure import Check, clear_gradients, make_policy, network_calls, network_speed
@@ -50,7 +47,7 @@ def section(name: str, needs: float) -> Callable:
     return add
 
 
-# ---- the machine and its attention -------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------------------
 
 @section("machine", 5)
 def machine(check: Check, name: str) -> None:
@@ -65,62 +62,21 @@ def machine(check: Check, name: str) -> None:
                objects=distributed.gather_objects("a"))
 
 
-@section("attention", 15)
-def attention(check: Check, name: str) -> None:
-    """Does a forward with gradients have the bits of one without? Are gradients finite?"""
-    kinds = {"default": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
-             "efficient": SDPBackend.EFFICIENT_ATTENTION}
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    for dtype in (torch.float16, torch.bfloat16):
-        for rows, length in ((1, 40),) if check.smoke else ((16, 1229), (2, 1229), (9, 1152)):
-            q, k, v = torch.randn(3, rows, 24, length, 64, device=check.device, dtype=dtype)
-            outs = {}
-            for kind, backend in kinds.items():
-                try:
-                    with sdpa_kernel(backend) if backend else nullcontext():
-                        outs[kind], found = attention_of_a_kind(check, q, k, v)
-                except RuntimeError as error:
-                    found = str(error)[:100]
-                check.note(name, **{f"{dtype} {rows}x{length} {kind}": found})
-            same = [kind for kind in outs if kind != "default" and torch.equal(outs[kind], outs["default"])]
-            check.note(name, **{f"{dtype} {rows}x{length} default is": same})
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def attention_of_a_kind(check: Check, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict]:
-    with torch.no_grad():
-        still = F.scaled_dot_product_attention(q, k, v)
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-    moving = F.scaled_dot_product_attention(*inputs)
-
-    def gradients(of_output: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(moving, inputs, of_output, retain_graph=True)
-
-    finite = {}
-    for size in (1.0, 1e-6, 1e-8):
-        finite[size] = all(bool(g.isfinite().all()) for g in gradients(torch.randn_like(moving) * size))
-    ones = torch.ones_like(moving)
-    repeats = all(torch.equal(x, y) for x, y in zip(gradients(ones), gradients(ones)))
-    alone = F.scaled_dot_product_attention(q[:1], k[:1], v[:1])
-    seconds, _ = check.timed(lambda: F.scaled_dot_product_attention(q, k, v), 20)
-    return still, {"no_grad equals grad": torch.equal(still, moving.detach()),
-                   "alone equals in batch": torch.equal(alone, still[:1]), "backward repeats": repeats,
-                   "finite at an output gradient of": finite, "ms": round(1e3 * seconds, 3)}
-
-
 # ---- the laws, on a full network ---------------------------------------------------------------------------
 
 def largest_deviation(policy: Policy, trajectory: Trajectory, prompts: list[str], guidance: float,
                       samples: list[int], grad: bool = True) -> float:
     """The largest |ratio - 1| at the first, middle and last trained step, in a batch of these samples."""
     velocity = policy.velocity(policy.encode([prompts[i] for i in samples]), guidance)
-    steps, worst = len(trajectory.log_probs), 0.0
-    for k in {0, steps // 2, steps - 1}:
-        rows = trajectory.rows(k, samples)
+
+    def deviation(step: int) -> float:           # a function, so that its graph is freed before the next
+        rows = trajectory.rows(step, samples)
         with torch.set_grad_enabled(grad):
             log_prob, _, _ = replay(velocity, rows)
-        worst = max(worst, (log_prob.detach() - rows.log_prob).expm1().abs().max().item())
-    return worst
+        return (log_prob.detach() - rows.log_prob).expm1().abs().max().item()
+
+    steps = len(trajectory.log_probs)
+    return max(map(deviation, {0, steps // 2, steps - 1}))
 
 
 def sample(check: Check, policy: Policy, images: int, steps: int, trained: int,
@@ -274,13 +230,13 @@ def kill_and_resume(check: Check, name: str) -> None:
     """A killed run goes on after its last whole epoch, and one that is told to stop saves first."""
     words = [*check.run_words, "--run-name", "killed"]
     first = check.start("killed", words)
-    came = check.wait_for("killed", first, "epoch 1/3:", 100)
-    time.sleep(0.3 if check.smoke else 4)
+    saved = check.runs / "killed" / "checkpoints" / "epoch_00001"
+    came = check.wait_for(first, saved.exists, 100)
     os.kill(first.pid, signal.SIGKILL)                     # the launcher, with which its worker must end
     check.wait("killed", first, 20)
-    check.note(name, first_epoch_came=came, lines=check.said("killed", *SPOKEN))
+    check.note(name, first_epoch_saved=came, lines=check.said("killed", *SPOKEN))
     second = check.start("resumed", words)
-    check.wait_for("resumed", second, "epoch 2/3:", 90)
+    check.wait_for(second, lambda: check.said("resumed", "epoch 2/3:"), 90)
     second.send_signal(signal.SIGTERM)
     asked = time.time()
     code = check.wait("resumed", second, 60)
@@ -305,7 +261,6 @@ def bench(check: Check, name: str) -> None:
 
 @section("levers", 30)
 def levers(check: Check, name: str) -> None:
-    rate(check, name)
     policy = make_policy(check, "float16", **check.network)
     images, guidance = check.sampling["images"], check.sampling["guidance"]
 
@@ -336,19 +291,6 @@ def levers(check: Check, name: str) -> None:
         check.note(name, **{f"profile, {what}": {"launches": launches, "ms": longest}})
 
 
-def rate(check: Check, name: str) -> None:
-    """What the card can do: matrix products and copies."""
-    size = 256 if check.smoke else 8192
-    for dtype in (torch.float16, torch.bfloat16):
-        a, b = (torch.randn(size, size, device=check.device, dtype=dtype) for _ in range(2))
-        a @ b
-        seconds, _ = check.timed(lambda: a @ b, 10)
-        check.note(name, **{f"{dtype} product TFLOP/s": round(2 * size**3 / seconds / 1e12, 1)})
-    a = torch.randn(size, size, 4, device=check.device)
-    seconds, _ = check.timed(lambda: a.clone(), 10)
-    check.note(name, copy_TB_s=round(2 * a.nbytes / seconds / 1e12, 2))
-
-
 @section("compile", 110)
 def compile(check: Check, name: str) -> None:
     """Seconds of a compiled network's calls, and the ratio, which must be exactly 1."""
@@ -371,20 +313,29 @@ def compile(check: Check, name: str) -> None:
 
 # ---- other networks, ranks and precisions ------------------------------------------------------------------
 
-@section("flux bfloat16", 60)
-def flux_bfloat16(check: Check, name: str) -> None:
+def other_family(check: Check, name: str) -> None:
+    """The laws and the speed of a family's smallest model that a card holds, checkpointed."""
     if check.smoke:
         return check.note(name, skipped="too large for a CPU")
+    model = f"random:{name.split()[0]}"
+    preset = PRESETS[check_model(model).preset]
     policy, *_ = check_laws(
-        check, name, "bfloat16", dict(images=4, steps=6, trained=5, guidance=3.5),
-        dict(model="random:flux", targets=ATTENTION + FEED_FORWARD, rank=64, with_reference=False,
+        check, name, "bfloat16", dict(images=4, steps=6, trained=5, guidance=preset.guidance_scale),
+        dict(model=model, targets=preset.lora_targets, rank=64, length=preset.max_sequence_length,
              gradient_checkpointing=True))
-    network_speed(check, name, policy, 3.5, (4, 16))
+    network_speed(check, name, policy, preset.guidance_scale, (4, 16))
+
+
+section("flux bfloat16", 60)(other_family)
 
 
 @section("sd35m bfloat16", 45)
 def sd35m_bfloat16(check: Check, name: str) -> None:
     check_laws(check, name, "bfloat16", check.sampling, check.network)
+
+
+for smallest in ("z_image", "flux2_klein_4b", "qwen_image"):
+    section(f"{smallest} bfloat16", 60)(other_family)
 
 
 TWO_RANKS = """import os, runpy, sys, torch.distributed as dist
@@ -408,7 +359,7 @@ def two_ranks(check: Check, name: str) -> None:
     check.require(name, "the trainer ends with 0", code == 0)
 
 
-@section("tiny in half precision", 60)
+@section("tiny in half precision", 180)
 def tiny_in_half_precision(check: Check, name: str) -> None:
     """The bundled recipe ends with about the same score in each precision; all three run at once."""
     words = check.run_words if check.smoke else ["tiny_ocr", *check.to_here]

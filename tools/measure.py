@@ -120,7 +120,7 @@ class Check:
     def wait(self, name: str, process: subprocess.Popen, seconds: float) -> int:
         """Its exit code, below 0 if it had to be killed. The log joins the others."""
         try:
-            process.wait(min(seconds, max(1.0, self.left() - 5)) if not self.smoke else 300)
+            process.wait(min(seconds, max(1.0, self.left() - 5)) if not self.smoke else 900)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -128,12 +128,12 @@ class Check:
             log.write("\n".join([f"===== {name}: {process.returncode}", *self.said(name)[-200:], ""]))
         return process.returncode
 
-    def wait_for(self, name: str, process: subprocess.Popen, words: str, seconds: float) -> bool:
-        """Wait until a trainer says `words`; whether it did."""
+    def wait_for(self, process: subprocess.Popen, came: Callable, seconds: float) -> bool:
+        """Wait until `came()` is true, but not beyond the end of the process; whether it is true then."""
         end = time.time() + seconds
-        while time.time() < end and process.poll() is None and not self.said(name, words):
+        while time.time() < end and process.poll() is None and not came():
             time.sleep(0.2)
-        return bool(self.said(name, words))
+        return bool(came())
 
 
 def make_policy(check: Check, dtype: str, *, model: str, targets, rank: int, resolution=(512, 512),
