@@ -27,11 +27,12 @@ import torch
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from harness.faults import is_out_of_memory
+from harness.gallery import ASSETS
 from harness.program import run_as_program
 from policy import Policy, check_model
 from prompts import Prompt, load_prompts
 from rewards import RewardError, Rewards, build_rewards
-from tools.showcase import ROWS_CSS, new_pictures, rows_html, write_gallery
+from tools.showcase import new_pictures, rows_html, write_gallery
 from tools.studio import (
     MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, PictureRequest, Studio, locate, newest_run, read_config,
     run_containing)
@@ -128,23 +129,6 @@ def one_line(error: Exception) -> str:
 
 # ---- HTML --------------------------------------------------------------------------------------------------
 
-CSS = ROWS_CSS + """
-h1 { font-size: 1.5rem; font-weight: 700; margin: 8px 0 2px; }
-#draw, #another, #add { align-self: center; }
-.gradio-container .block .html-container { padding: 0; }
-@media (max-width: 600px) { #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
-  #examples .gallery-item { flex: 0 0 auto; max-width: 70vw; } }
-.drawn { opacity: 0.75; margin: 0 2px; overflow-wrap: anywhere; white-space: pre-wrap; }
-.note, .problem { margin: 0; padding: 10px 14px; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); border-left-width: 5px;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-#status > :not(.hide) ~ div .drawn { visibility: hidden; }    /* beneath a progress bar */
-.drawn + .problem { margin-top: 8px; }
-.problem { border-left-color: #d33; }
-.problem::before { content: "Error: "; font-weight: 600; }
-"""
-
-
 def message_html(kind: str, text: str) -> str:
     return f'<p class="{kind}" role="{"alert" if kind == "problem" else "note"}">{escape(text)}</p>'
 
@@ -171,7 +155,8 @@ def build_page(studio: Studio, config: Config, num_seeds: int, notes: list[str])
     page.queue(max_size=32)
     font = ("ui-sans-serif", "system-ui", "sans-serif")      # the reader's own, because nothing is fetched
     theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
-    return page, dict(css=CSS, theme=theme, footer_links=[], run_history=False, ssr_mode=False, quiet=True)
+    return page, dict(css_paths=[ASSETS / "rows.css", ASSETS / "demo.css"], theme=theme, footer_links=[],
+                      run_history=False, ssr_mode=False, quiet=True)
 
 
 def lay_out_pictures(studio: Studio, config: Config, notes: list[str]) -> SimpleNamespace:
