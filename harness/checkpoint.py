@@ -144,9 +144,12 @@ def write_settings(directory: Path, config: Config, preset: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replace a file's content so that it is never found half written, also after a loss of power."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    sync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)          # it may be what fills the disk
     sync(path.parent)
 
 
