@@ -16,11 +16,9 @@ and scores.
 """
 
 import argparse
-import html
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -30,6 +28,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from config import refuse_repeated
@@ -37,6 +36,7 @@ from harness.checkpoint import read_metrics, write_whole
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
+TEMPLATES = Environment(loader=FileSystemLoader(ASSETS), autoescape=select_autoescape(), trim_blocks=True)
 THUMBNAIL = 256          # pixels of the longer side
 POINTS = 2000            # of a curve on the page; no screen shows more
 
@@ -193,15 +193,12 @@ def write_page(runs: list[Path], output: Path) -> None:
     names = [run.absolute().name for run in runs]
     names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}
-    parts = {
-        "title": html.escape(" and ".join(names)),
-        "chart_style": (UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
-        "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
+    write_whole(output, TEMPLATES.get_template("gallery.html").render(
+        title=" and ".join(names),
+        chart_style=(UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
+        chart_script=(UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
         # No prompt may end the script.
-        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")}
-    template = (ASSETS / "gallery.html").read_text(encoding="utf-8")
-    # One pass, because what is put in must not be searched for places.
-    write_whole(output, re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template))
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")))
 
 
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:

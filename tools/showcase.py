@@ -15,17 +15,15 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 from tqdm import tqdm
 
 from harness.checkpoint import write_whole
-from harness.gallery import ASSETS
+from harness.gallery import TEMPLATES
 from rewards import picture_file
 from tools.studio import Picture, PictureRequest, Studio
 
 MARK = '<meta name="generator" content="nano-flow-grpo, tools.demo">'      # tells our index.html from others
-TEMPLATES = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, trim_blocks=True)
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
