@@ -180,9 +180,7 @@ def try_batch(policy: Policy, texts: list[str], guidance_scale: float, training:
 
 
 def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
-    """The last of the rising `sizes` before one for which `trial` runs out of memory. The first one must
-    fit.
-    """
+    """The last of the rising `sizes` before `trial` runs out of memory. The first one must fit."""
     fitting = sizes[0]
     trial(fitting)
     try:

@@ -215,7 +215,6 @@ class Setting:
         self.floor.pictures = self.scorer.pictures
         return seconds
 
-
     def report(self) -> dict:  # all ranks
         """Everything measured: the slowest rank's floor, means of the ranks' phases, sums over ranks."""
         slowest = max(distributed.gather_objects(self.floor.seconds()), key=lambda floor: sum(floor.values()))
