@@ -15,7 +15,7 @@ import torch
 import distributed
 from config import Config
 from draws import batches
-from harness.faults import is_out_of_memory
+from harness.faults import is_out_of_memory, within_memory
 from policy import Policy
 from prompts import Prompt
 
@@ -103,7 +103,7 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     """Choose the batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest.
 
     In half precision the rollout takes the training's size, because both must run the same kernels for ratios
-    to start at 1.
+    to start at 1. Raises DoesNotFit if not one image fits.
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
     memory = available_memory(policy)
@@ -124,8 +124,10 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     rollout_batch, train_batch = config.rollout_batch, config.train_batch
     if half:
         rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
-    train_batch = train_batch or choose(training=True)
-    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
+    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
+                       describe(config, 1)):
+        train_batch = train_batch or choose(training=True)
+        rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
     rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
     return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 

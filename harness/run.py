@@ -183,9 +183,7 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     if goes_first:
         distributed.wait_for_all()
     policy = make_policy(config, device)
-    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
-                       describe(config, 1)):
-        config = choose_batches(policy, train_prompts, config)
+    config = choose_batches(policy, train_prompts, config)
     if is_main():
         write_settings(directory, config, preset)
     return Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,

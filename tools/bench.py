@@ -39,7 +39,7 @@ from draws import rank_slice, training_batches
 from grpo import weighted_advantages
 from harness import signals
 from harness.batches import choose_batches, describe
-from harness.faults import DoesNotFit, TrainingError, within_memory
+from harness.faults import DoesNotFit, TrainingError
 from harness.program import run_as_program
 from harness.run import end_with, make_policy, make_rewards, prepare
 from harness.scoring import Scorer
@@ -161,9 +161,7 @@ class Setting:
         built = make_rewards(config, device)
         self.rewards = Rewards(dict(config.rewards), built.components, built.start_thread)
         self.policy = make_policy(config, device)
-        way_out = "not one image fits: --gradient-checkpointing, or a lower --resolution"
-        with within_memory(way_out, describe(config, 1)):
-            self.config = config = choose_batches(self.policy, self.prompts, config)
+        self.config = config = choose_batches(self.policy, self.prompts, config)
         self.learner = Learner(self.policy, config)
         self.scorer = KeepingScorer(self.rewards, self.policy, config)
         self.floor = Floor(self.policy, self.rewards, self.prompts, config)
@@ -183,8 +181,6 @@ class Setting:
             torch.cuda.reset_peak_memory_stats(self.device)
         distributed.wait_for_all()
         started = time.perf_counter()
-        if config.updates_per_epoch > 1:
-            learner.begin_updates(self.epoch - 1)
         samples = train.sample(self.policy, self.scorer, self.prompts, config, self.epoch)
         scores = distributed.gather_scores(samples.scores, samples.draw.indices, self.images)
         group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
