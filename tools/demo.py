@@ -9,6 +9,7 @@ prompts and rewards are those of its run. The picture of a seed is the one that 
 the adapter's weights and `generator=torch.Generator().manual_seed(seed)`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -31,7 +32,7 @@ from harness.gallery import ASSETS
 from harness.program import run_as_program
 from policy import Policy, check_model
 from prompts import Prompt, load_prompts
-from rewards import RewardError, Rewards, build_rewards
+from rewards import RewardError, build_rewards
 from tools.showcase import new_pictures, rows_html, write_gallery
 from tools.studio import (
     MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, PictureRequest, Studio, locate, newest_run, read_config,
@@ -300,39 +301,25 @@ def draw_rows(studio: Studio, make_requests: Callable[[], list[PictureRequest]],
 
 # ---- program -----------------------------------------------------------------------------------------------
 
-def make_rewards(options: DemoOptions, config: Config,
-                 device: torch.device) -> tuple[Rewards | None, list[str]]:
-    """The rewards, and a note for the page if those of the run cannot be built here.
+@contextlib.contextmanager
+def noting(notes: list[str], asked: bool, text: str) -> Iterator[None]:
+    """Within, what is of a run and cannot be had here is a note for the page, `text` with the error in it.
 
-    Rewards that the command line asks for raise what `build_rewards` raises.
+    asked: whether the command line asks for it, so that the error is raised.
     """
-    if not config.rewards:
-        return None, []
-    weights = dict(config.rewards)
-    urls = {name: place for name, place in config.urls.items() if name in weights}
     try:
-        return build_rewards(weights, device=str(device), models=dict(config.reward_models), urls=urls,
-                             deadline=REWARD_DEADLINE), []
+        yield
     except (ValueError, ImportError, OSError) as error:
-        if options.rewards:
+        if asked:
             raise
-        return None, [f"The run's rewards cannot be had, so nothing is scored: {error}. "
-                      "Others: --rewards name weight"]
+        notes.append(text.format(error))
 
 
-def load_examples(options: DemoOptions, config: Config) -> tuple[list[Prompt], list[str]]:
-    """Prompts from all over the test split, and a note for the page if those of the run are not here.
-
-    Prompts that the command line asks for raise what `load_prompts` raises.
-    """
-    try:
-        prompts = load_prompts(config.prompts, "test")
-    except (ValueError, OSError) as error:
-        if options.prompts:
-            raise
-        return [], [f"The run's prompts cannot be had: {error}. Others: --prompts SET"]
+def load_examples(options: DemoOptions, config: Config) -> list[Prompt]:
+    """Prompts from all over the test split. Raises what `load_prompts` raises."""
+    prompts = load_prompts(config.prompts, "test")
     count = min(options.num_prompts, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)], []
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...]) -> tuple[Studio, list[str]]:
@@ -341,9 +328,15 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    rewards, notes = make_rewards(options, config, device)
-    examples, without_examples = load_examples(options, config)
-    notes += without_examples
+    rewards, examples, notes = None, [], []
+    weights = dict(config.rewards)
+    with noting(notes, bool(options.rewards), "The run's rewards cannot be had, so nothing is scored: {}. "
+                                              "Others: --rewards name weight"):
+        rewards = build_rewards(
+            weights, device=str(device), models=dict(config.reward_models), deadline=REWARD_DEADLINE,
+            urls={name: url for name, url in config.urls.items() if name in weights}) if weights else None
+    with noting(notes, bool(options.prompts), "The run's prompts cannot be had: {}. Others: --prompts SET"):
+        examples = load_examples(options, config)
     policy = Policy(config.model, device, dtype, resolution=config.resolution, lora_rank=0,
                     max_sequence_length=config.max_sequence_length,
                     offload_text_encoders=options.offload_text_encoders)
