@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from config import Config
@@ -99,7 +100,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, epoch)
         if is_main() and self.config.updates_per_epoch > 1:
-            self._before = on_host(self.state(epoch - 1))
+            self._before = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), self.state(epoch - 1))
 
     def end_updates(self) -> None:
         self._before, self._changed = None, False
@@ -124,15 +125,6 @@ class Learner:
         """The averaged weights, for use."""
         with self.average.applied():
             self.policy.save(directory)
-
-
-def on_host(value):
-    """A copy of tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    return [on_host(item) for item in value] if isinstance(value, list) else value
 
 
 class WeightAverage:
