@@ -110,7 +110,7 @@ def choose_settings(options: DemoOptions) -> tuple[Config, tuple[str, ...]]:
     return config, adapters
 
 
-# ---- errors ------------------------------------------------------------------------------------------------
+# ---- what is said ------------------------------------------------------------------------------------------
 
 def is_for_user(error: Exception) -> bool:
     """Whether the error tells the user something. Other errors are the programmer's, and get a traceback."""
@@ -127,8 +127,6 @@ def one_line(error: Exception) -> str:
     line = " ".join(str(error).split())
     return line.replace("--lora-path", "adapter").replace("--resolution", "size (height, width)")
 
-
-# ---- HTML --------------------------------------------------------------------------------------------------
 
 def message_html(kind: str, text: str) -> str:
     return f'<p class="{kind}" role="{"alert" if kind == "problem" else "note"}">{escape(text)}</p>'

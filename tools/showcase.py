@@ -26,8 +26,6 @@ from tools.studio import Picture, PictureRequest, Studio
 MARK = '<meta name="generator" content="nano-flow-grpo, tools.demo">'      # tells our index.html from others
 
 
-# ---- scores ------------------------------------------------------------------------------------------------
-
 def mean_scores(pictures: list[dict[str, float]]) -> dict[str, float]:
     """The mean of each score over those pictures that have it. A total of one reward is left out."""
     names = dict.fromkeys(name for scores in pictures for name in scores
@@ -44,8 +42,6 @@ def score_texts(pictures: list[dict[str, float]], of_base: list[dict[str, float]
     return {name: f"{value:.3f} ({gain:+.3f})" if gain else f"{value:.3f}"
             for name, (value, gain) in gains.items()}
 
-
-# ---- rows of pictures --------------------------------------------------------------------------------------
 
 def png_url(picture: Picture, request: PictureRequest) -> str:
     """A picture as a data: URL, lossless."""
@@ -74,8 +70,6 @@ def rows_html(rows: dict[str, list[Picture]], requests: list[PictureRequest],
     return TEMPLATES.get_template("rows.html").render(rows=[row(*item) for item in rows.items()],
                                                       height=height, width=width)
 
-
-# ---- the gallery -------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def new_pictures(directory: Path) -> Iterator[Path]:
