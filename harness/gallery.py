@@ -228,7 +228,6 @@ def read_evaluation(folder: Path, page_folder: Path) -> dict:
     else:                                        # an early run, which kept neither prompts nor scores
         size = Image.open(pictures[0]).size if pictures else None
         known = {"size": size, "prompts": [None] * len(pictures), "scores": {}}
-    known["scores"] = {name: [plain(value) for value in values] for name, values in known["scores"].items()}
     relative = Path(os.path.relpath(folder.absolute(), page_folder)).as_posix()
     return {"epoch": epoch_of(folder), "folder": quote(relative), "count": len(pictures),
             "thumbnails": (folder / "000.webp").exists(), **known}
