@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from config import Config
@@ -55,13 +56,10 @@ class Learner:
                 "average": self.average.average, "average_steps": self.average.steps, "skipped": self.skipped,
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
-    @torch.no_grad()
     def restore(self, state: dict) -> int:
         """Put everything back; the number of epochs done."""
-        for p, value in zip(self.policy.parameters, state["trained"], strict=True):
-            p.copy_(value)
-        for value, kept in zip(self.average.average, state["average"], strict=True):
-            value.copy_(kept)
+        torch._foreach_copy_(self.average.weights, state["trained"])
+        torch._foreach_copy_(self.average.average, state["average"])
         self.average.steps = state["average_steps"]
         self.optimizer.state.clear()                             # the old moments go before the new ones come
         self.optimizer.load_state_dict(state["optimizer"])
@@ -102,7 +100,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, epoch)
         if is_main() and self.config.updates_per_epoch > 1:
-            self._before = on_host(self.state(epoch - 1))
+            self._before = tree_map_only(Tensor, lambda t: t.to("cpu", copy=True), self.state(epoch - 1))
 
     def end_updates(self) -> None:
         self._before, self._changed = None, False
@@ -129,42 +127,28 @@ class Learner:
             self.policy.save(directory)
 
 
-def on_host(value):
-    """A copy of tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: on_host(item) for key, item in value.items()}
-    return [on_host(item) for item in value] if isinstance(value, list) else value
-
-
 class WeightAverage:
     """Moving average of trained weights, decay min((1 + n) / (10 + n), decay) after n optimizer steps."""
 
     def __init__(self, parameters: list[torch.nn.Parameter], decay: float, every: int):
-        self.parameters, self.decay, self.every = parameters, decay, every
+        self.decay, self.every = decay, every
         self.steps = 0                           # optimizer steps seen
-        self.average = [p.detach().clone() for p in parameters]
+        self.weights = [p.detach() for p in parameters]          # the same memory, without gradients
+        self.average = [weight.clone() for weight in self.weights]
 
-    @torch.no_grad()
     def step(self) -> None:
         """Call once after each optimizer step."""
         self.steps += 1
         if self.steps % self.every == 0:
             decay = min((1 + self.steps) / (10 + self.steps), self.decay)
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            torch._foreach_lerp_(self.average, self.weights, 1 - decay)
 
     @contextlib.contextmanager
     def applied(self):
         """Within, the trained weights are the average; afterwards they are themselves again."""
-        kept = [p.detach().clone() for p in self.parameters]
-        self._copy(self.average)
+        kept = [weight.clone() for weight in self.weights]
+        torch._foreach_copy_(self.weights, self.average)
         try:
             yield
         finally:
-            self._copy(kept)
-
-    @torch.no_grad()
-    def _copy(self, values: list[Tensor]) -> None:
-        for p, value in zip(self.parameters, values):
-            p.copy_(value)
+            torch._foreach_copy_(self.weights, kept)

@@ -101,6 +101,7 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
 
 
 def _metadata_prompt(line: str, place: str) -> Prompt:
+    """A line as a prompt. A reward that reads more of the object checks it, such as engines/geneval.py."""
     def refuse(reason: str) -> NoReturn:
         raise ValueError(f"{place}: {reason}") from None
 
@@ -117,21 +118,7 @@ def _metadata_prompt(line: str, place: str) -> Prompt:
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
         refuse(f'{_shortened(line)} is not an object with a non-empty string "prompt"; add one')
-    for clause in ("include", "exclude"):
-        entries = metadata.get(clause, [])
-        if not isinstance(entries, list):
-            refuse(f'"{clause}" is {_shortened(json.dumps(entries))}; make it a list of objects')
-        for entry in entries:
-            if not _is_object_count(entry):
-                refuse(f'"{clause}" entry {_shortened(json.dumps(entry))} needs a "class" (a name) and a '
-                       '"count" (a whole number, at least 1)')
     return Prompt(text.strip(), metadata)
-
-
-def _is_object_count(entry: object) -> bool:
-    # Compare the count's type exactly, because isinstance(True, int) holds.
-    return (isinstance(entry, dict) and isinstance(entry.get("class"), str) and entry["class"].strip() != ""
-            and type(entry.get("count")) is int and entry["count"] >= 1)
 
 
 def _shortened(text: str) -> str:

@@ -126,8 +126,10 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     rollout_batch, train_batch = config.rollout_batch, config.train_batch
     if half:
         rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
-    train_batch = train_batch or choose(training=True)
-    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
+    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
+                       describe(config, 1)):
+        train_batch = train_batch or choose(training=True)
+        rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
     rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
     return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 
@@ -182,9 +184,7 @@ def try_batch(policy: Policy, texts: list[str], guidance_scale: float, training:
 
 
 def largest_that_fits(sizes: list[int], trial: Callable[[int], float]) -> int:
-    """The last of the rising `sizes` before one for which `trial` runs out of memory. The first one must
-    fit.
-    """
+    """The last of the rising `sizes` before `trial` runs out of memory. The first one must fit."""
     fitting = sizes[0]
     trial(fitting)
     try:

@@ -8,9 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from adapters import find_file, is_hub_id
 from config import Config
 from families import FAMILIES
-
-LOAD = {"adapter": 'pipe.load_lora_weights("{}")',
-        "transformer": 'pipe.transformer = pipe.transformer.from_pretrained("{}").to("cuda")'}
+from harness.gallery import TEMPLATES
 
 
 def find_license(model: str) -> dict[str, str]:
@@ -43,21 +41,10 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
     weights = dict.fromkeys(config.eval_rewards, 0.0) | dict(config.rewards)
     rows = [(name, f"{weight:g}", f"eval/{name}") for name, weight in weights.items()]
     rows += [("total", "", "eval/total"), ("spread of mean colours, of 255", "", "spread/eval")]
-    table = [("held-out prompts", "weight", *(f"epoch {m['epoch']}" for m in shown)), "-" * (2 + len(shown))]
-    table += [(title, weight, *("-" if m.get(name) is None else f"{m[name]:.4f}" for m in shown))
-              for title, weight, name in rows]
-    lines = [
-        "---", data.to_yaml(), "---", f"# {config.model}, trained by Flow-GRPO", "",
-        *([f"To fill in above before this is published: {' and '.join(missing)}.", ""] if missing else []),
-        f"Epoch {epoch} of training (arXiv 2505.05470) on prompts `{config.prompts}`, by the command", "",
-        "```bash", re.sub(r"//[^/@\s]*@", "//", command), "```", "",      # without the passwords of URLs
-        "Epoch 0 is before training." if shown else "No scores: this run was not evaluated.", "",
-        *(f"| {' | '.join(row)} |" for row in table), "",
-        "```python", f"from diffusers import {pipeline}",
-        f'pipe = {pipeline}.from_pretrained("{config.model}").to("cuda")', LOAD[folder.name].format(place),
-        'image = pipe("a prompt", height={}, width={}, {}={:g}, num_inference_steps={}, '
-        "max_sequence_length={}).images[0]\n```\n".format(
-            *config.resolution, argument, config.guidance_scale - 1 + none, config.eval_num_steps,
-            config.max_sequence_length)]
+    card = TEMPLATES.get_template("card.md").render(
+        card_data=data.to_yaml(), missing=missing, config=config, epoch=epoch, shown=shown, rows=rows,
+        command=re.sub(r"//[^/@\s]*@", "//", command),                   # without the passwords of URLs
+        pipeline=pipeline, place=place, is_adapter=folder.name == "adapter",
+        guidance=f"{argument}={config.guidance_scale - 1 + none:g}")
     # A path in the command may hold bytes that are no text.
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

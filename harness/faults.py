@@ -161,13 +161,13 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
     first batch that is not finite row by row.
     """
     def finite(positions: list[int], steps: list[int]) -> bool:
-        learner.optimizer.zero_grad(set_to_none=True)
         watched = torch.stack([value.double().sum() for value in backward((positions, steps)).values()])
         gradients = [p.grad for p in learner.policy.parameters if p.grad is not None]
+        learner.optimizer.zero_grad(set_to_none=True)
         return bool(watched.isfinite().all()) and (
             quantity == "loss" or all(g.isfinite().all() for g in gradients))
 
-    found = None
+    learner.optimizer.zero_grad(set_to_none=True)                # of the update that failed
     for positions, steps in batches:
         if signals.stop_asked():         # the next collective of all ranks raises Interrupted
             break
@@ -179,14 +179,11 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
             with torch.no_grad():
                 log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
             indices = [samples.draw.indices[j] for j in positions]
-            path = save_debug_tensors(
+            return samples.prompts[worst].text, save_debug_tensors(
                 config, where.partition(",")[0], prompts, samples=torch.tensor(indices),
                 steps=torch.tensor(steps), advantages=advantages[indices], **tensors_of(rows),
                 log_prob_again=log_prob, mean_again=mean)
-            found = samples.prompts[worst].text, path
-            break
-    learner.optimizer.zero_grad(set_to_none=True)
-    return found
+    return None
 
 
 def tensors_of(record) -> dict[str, Tensor]:

@@ -16,11 +16,9 @@ and scores.
 """
 
 import argparse
-import html
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import sys
@@ -30,13 +28,15 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from config import refuse_repeated
-from harness.checkpoint import read_metrics
+from harness.checkpoint import read_metrics, write_whole
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
+TEMPLATES = Environment(loader=FileSystemLoader(ASSETS), autoescape=select_autoescape(), trim_blocks=True)
 THUMBNAIL = 256          # pixels of the longer side
 POINTS = 2000            # of a curve on the page; no screen shows more
 
@@ -53,12 +53,10 @@ class Display:
 
     def __init__(self, directory: Path, first_epoch: int | None, wandb: bool = False):
         self.directory, self.failed, self.events, self.wandb_run = directory, set(), None, None
-        if first_epoch is None:
-            return
-        self.attempt("removing old pictures", self._drop_pictures, first_epoch)
-        self.attempt("TensorBoard", self._start_tensorboard, first_epoch)
-        if wandb:
-            self.attempt("W&B", self._start_wandb)
+        if first_epoch is not None:
+            self.attempt("removing old pictures", self._drop_pictures, first_epoch)
+            self.events = self.attempt("TensorBoard", EventFile, directory / "tensorboard", first_epoch)
+            self.wandb_run = self.attempt("W&B", self._start_wandb) if wandb else None
 
     def attempt(self, what: str, task: Callable, *arguments):
         """Return what `task` returns, or None if it fails, with a warning the first time."""
@@ -99,16 +97,13 @@ class Display:
             if epoch_of(folder) >= first_epoch:
                 shutil.rmtree(folder)
 
-    def _start_tensorboard(self, first_epoch: int) -> None:
-        self.events = EventFile(self.directory / "tensorboard", first_epoch)
-
-    def _start_wandb(self) -> None:
+    def _start_wandb(self):
         """Start W&B under an id that the run keeps, so that W&B drops what a continued run brings again."""
         import wandb
         identity = self.directory / "wandb_id"
         if not identity.exists():
             identity.write_text(secrets.token_hex(8))
-        self.wandb_run = wandb.init(
+        return wandb.init(
             project="nano-flow-grpo", name=self.directory.name, id=identity.read_text(), resume="allow",
             dir=str(self.directory), config=json.loads((self.directory / "config.json").read_text()))
 
@@ -198,21 +193,12 @@ def write_page(runs: list[Path], output: Path) -> None:
     names = [run.absolute().name for run in runs]
     names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}
-    parts = {
-        "title": html.escape(" and ".join(names)),
-        "chart_style": (UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
-        "chart_script": (UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
+    write_whole(output, TEMPLATES.get_template("gallery.html").render(
+        title=" and ".join(names),
+        chart_style=(UPLOT / "uPlot.min.css").read_text(encoding="utf-8"),
+        chart_script=(UPLOT / "uPlot.iife.min.js").read_text(encoding="utf-8"),
         # No prompt may end the script.
-        "data": json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")}
-    template = (ASSETS / "gallery.html").read_text(encoding="utf-8")
-    # One pass, because what is put in must not be searched for places.
-    page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], template)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)                          # it may be what fills the disk
+        data=json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")))
 
 
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
@@ -242,7 +228,6 @@ def read_evaluation(folder: Path, page_folder: Path) -> dict:
     else:                                        # an early run, which kept neither prompts nor scores
         size = Image.open(pictures[0]).size if pictures else None
         known = {"size": size, "prompts": [None] * len(pictures), "scores": {}}
-    known["scores"] = {name: [plain(value) for value in values] for name, values in known["scores"].items()}
     relative = Path(os.path.relpath(folder.absolute(), page_folder)).as_posix()
     return {"epoch": epoch_of(folder), "folder": quote(relative), "count": len(pictures),
             "thumbnails": (folder / "000.webp").exists(), **known}

@@ -21,9 +21,7 @@ GONE = (errno.EPIPE, errno.EIO)              # no reader of the pipe, or no term
 
 
 class Unfailing:
-    """A text stream that never raises when it is written to. What its encoding lacks is written as an
-    escape.
-    """
+    """A text stream whose writes never raise. What its encoding lacks is written as an escape."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -54,9 +52,7 @@ class Unfailing:
             pass
 
     def let_go(self) -> None:
-        """Send what is written from now on, and what is still in a buffer, to nowhere, also what libraries
-        in C write.
-        """
+        """Send what is still in a buffer, and what anybody writes from now on, to nowhere."""
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -78,9 +74,7 @@ def keep_printing_from_failing() -> None:
 
 
 def run_as_program(main: Callable[[], int | None]) -> None:
-    """Run `main` and end the process with what it returns; on a fault of this program, with its traceback
-    and 1.
-    """
+    """Run `main` and end the process with what it returns, or with a traceback and 1 after a fault."""
     keep_printing_from_failing()
     try:
         code = main() or 0

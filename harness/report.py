@@ -26,10 +26,9 @@ class Statistics:
     NAMES = ("policy_loss", "kl", "approx_kl", "clip_fraction_high", "clip_fraction_low", "ratio")
 
     def __init__(self):
-        self.epoch, self.rows_trained = dict.fromkeys(self.NAMES, 0.0), 0
-        self.grad_norms, self.overflows, self.skipped = [], 0, 0
+        self.updates: list[dict[str, float]] = []                # of each: means over its rows, and its norm
+        self.skipped = 0
         self.before: float | None = None    # largest |ratio - 1| before the weights change
-        self.deviations = []                                     # largest |ratio - 1| of each update
         self._start_update()
 
     def _start_update(self) -> None:
@@ -57,9 +56,9 @@ class Statistics:
         *sums, counted, _, stop = every_rank.sum(0).tolist()
         if stop:
             raise Interrupted
-        self._averages = {name: value / rows for name, value in zip(self.NAMES, sums)}
-        self._averages["ratio"] += (rows - counted) / rows
-        self._deviation, self._all_rows = every_rank[:, -2].max().item(), rows
+        self._update = {name: value / rows for name, value in zip(self.NAMES, sums)}
+        self._update["ratio"] += (rows - counted) / rows
+        self._update |= {"rows": rows, "ratio_deviation": every_rank[:, -2].max().item()}
         if not np.isfinite(sums).all():
             raise NonFiniteUpdate("loss")
 
@@ -67,14 +66,7 @@ class Statistics:
         """The optimizer stepped. may_overflow: a norm that is not finite is float16's loss scale's doing."""
         if not np.isfinite(grad_norm) and not may_overflow:
             raise NonFiniteUpdate("gradient")
-        if np.isfinite(grad_norm):
-            self.grad_norms.append(grad_norm)
-        else:
-            self.overflows += 1
-        for name, value in self._averages.items():
-            self.epoch[name] += value * self._all_rows
-        self.rows_trained += self._all_rows
-        self.deviations.append(self._deviation)
+        self.updates.append(self._update | {"grad_norm": grad_norm})
         self._start_update()
 
     def leave_out_update(self) -> None:
@@ -88,23 +80,26 @@ class Statistics:
         Call it before the weights change. first: whether it is this process's first update, which gets a line
         in any case.
         """
+        self.before = self._update["ratio_deviation"]
         if first:
-            say(f"before the first update, max |ratio - 1| is {self._deviation:.1e}; "
+            say(f"before the first update, max |ratio - 1| is {self.before:.1e}; "
                 f"clip_range is {config.clip_range:g}")
-        if self._deviation > config.clip_range:
-            warn(f"before the first update of epoch {epoch} a ratio is {self._deviation:.1e} from 1, more "
+        if self.before > config.clip_range:
+            warn(f"before the first update of epoch {epoch} a ratio is {self.before:.1e} from 1, more "
                  f"than clip_range {config.clip_range:g}; usual causes: batches of other sizes in training "
                  "than in the rollout, above all in half precision; another dtype here than there; dropout")
-        self.before = self._deviation
 
     def metrics(self) -> dict[str, float]:
         """Means over the epoch's rows, gradient norms, and how many updates overflowed or were left out."""
         known = {} if self.before is None else {"ratio_deviation_before": self.before}
-        if self.rows_trained:
-            known |= {name: value / self.rows_trained for name, value in self.epoch.items()}
-            known["ratio_deviation"] = max(self.deviations)
-        return known | {"grad_norm": float(np.mean(self.grad_norms)) if self.grad_norms else 0.0,
-                        "overflows": self.overflows, "skipped_updates": self.skipped}
+        if self.updates:
+            rows = [update["rows"] for update in self.updates]
+            known |= {name: float(np.average([update[name] for update in self.updates], weights=rows))
+                      for name in self.NAMES}
+            known["ratio_deviation"] = max(update["ratio_deviation"] for update in self.updates)
+        norms = [update["grad_norm"] for update in self.updates if np.isfinite(update["grad_norm"])]
+        return known | {"grad_norm": float(np.mean(norms)) if norms else 0.0,
+                        "overflows": len(self.updates) - len(norms), "skipped_updates": self.skipped}
 
 
 def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:

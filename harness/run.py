@@ -225,16 +225,13 @@ class Run:
         state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
         self.done = self.learner.restore(state) if checkpoint else 0        # epochs
         self.whole = state["metrics"]                                       # metrics of the last whole epoch
-        history = []                             # stays empty on other ranks than the main one
-        if is_main() and not config.eval_only:
-            history = cut_metrics(self.directory, self.done if checkpoint else -1)
+        keeps = is_main() and not config.eval_only           # the record; on other ranks it stays empty
+        history = cut_metrics(self.directory, self.done if checkpoint else -1) if keeps else []
         self.record = Record(self.directory, self.done, history, config.keep_checkpoints)
         # The first epoch that is not in the history
-        missing = self.done + bool(history and history[-1]["epoch"] == self.done)
-        self.display = None
-        self.license = find_license(config.model) if is_main() and not config.eval_only else {}
-        if is_main():
-            self.display = Display(self.directory, None if config.eval_only else missing, config.wandb)
+        missing = self.done + bool(history and history[-1]["epoch"] == self.done) if keeps else None
+        self.display = Display(self.directory, missing, config.wandb) if is_main() else None
+        self.license = find_license(config.model) if keeps else {}
         say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
             f"{sum(p.numel() for p in self.policy.parameters):,} trained weights, "
             f"{len(self.prompts)} prompts, {len(self.test_prompts)} for evaluation, "
@@ -356,7 +353,7 @@ class Run:
         metrics = {"epoch": self.done, **self.evaluate(self.done)}
         if is_main():
             if not (self.directory / "metrics.jsonl").exists():
-                write_metrics(self.directory, metrics)
+                write_metrics(self.directory, [metrics])
             self.display.page()
             say(f"images: {self.directory / 'index.html'}")
 

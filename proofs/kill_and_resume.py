@@ -47,9 +47,9 @@ PHASES = {
     "half a line of metrics": ("harness.checkpoint", "write_metrics", False, True, 3),
     "saving the adapter": ("policy", "Policy.save", True, True, 2),
     "half a state": ("harness.checkpoint", "torch.save", False, True, 2),
-    "syncing a checkpoint": ("harness.checkpoint", "sync", True, True, 9),
-    "before a rename": ("harness.checkpoint", "os.replace", False, True, 6),
-    "after a rename": ("harness.checkpoint", "os.replace", True, True, 6),
+    "syncing a checkpoint": ("harness.checkpoint", "sync", True, True, 20),
+    "before a rename": ("harness.checkpoint", "os.replace", False, True, 11),
+    "after a rename": ("harness.checkpoint", "os.replace", True, True, 11),
     "pruning": ("harness.checkpoint", "Path.unlink", True, True, 2),
 }
 
@@ -252,7 +252,7 @@ def ranks(bench: Bench) -> None:
 
 def signals(bench: Bench) -> None:
     # A phase that takes two seconds, so that the signal meets it; scoring takes minutes, and must not hold up the end.
-    cases = [("syncing a checkpoint", 6, 0, "sleep-2"), ("sampling", 3, 0, "sleep-2"), ("scoring", 4, 1, "sleep-120"),
+    cases = [("syncing a checkpoint", 18, 0, "sleep-2"), ("sampling", 3, 0, "sleep-2"), ("scoring", 4, 1, "sleep-120"),
              ("training", 3, 0, "sleep-2"), ("training", 4, 1, "sleep-2"), ("summing gradients", 3, 0, "sleep-2"),
              ("evaluation", 1, 1, "sleep-2")]
     run = 1

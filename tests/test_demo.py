@@ -243,16 +243,16 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded(capsys):
 
 def test_examples_come_from_all_over_the_test_split_of_the_runs_prompts():
     texts = [prompt.text for prompt in load_prompts("words", "test")]
-    examples, notes = load_examples(DemoOptions(num_prompts=4), Config(prompts="words"))
-    assert [texts.index(example.text) for example in examples] == [0, 32, 64, 96] and not notes
-    assert len(load_examples(DemoOptions(num_prompts=1000), Config(prompts="words"))[0]) == 128
+    examples = load_examples(DemoOptions(num_prompts=4), Config(prompts="words"))
+    assert [texts.index(example.text) for example in examples] == [0, 32, 64, 96]
+    assert len(load_examples(DemoOptions(num_prompts=1000), Config(prompts="words"))) == 128
 
 
-def test_a_run_whose_prompts_are_gone_has_no_examples_and_a_note_says_so(tmp_path):
-    gone = Config(prompts=str(tmp_path / "gone.txt"))
-    examples, notes = load_examples(DemoOptions(), gone)
-    assert not examples and "gone.txt" in notes[0]
-    refusal(load_examples, DemoOptions(prompts=gone.prompts), gone)
+def test_a_run_whose_prompts_are_gone_has_no_examples_and_a_note_says_so(model, tmp_path):
+    gone = Config(model=model, resolution=(16, 32), rewards=(), prompts=str(tmp_path / "gone.txt"))
+    studio, notes = make_studio(DemoOptions(), gone, ())
+    assert not studio.examples and "gone.txt" in notes[0]
+    refusal(make_studio, DemoOptions(prompts=gone.prompts), gone, ())
 
 
 def test_seeds_follow_the_first_and_a_count_that_cannot_be_is_refused_in_one_line():

@@ -1,5 +1,6 @@
 """What an update changes is one state: saved, restored, undone."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from helpers import equal
 
 from config import parse_config
-from learner import Learner, WeightAverage, learning_rate, on_host
+from learner import Learner, WeightAverage, learning_rate
 
 
 @pytest.fixture
@@ -26,9 +27,9 @@ def step(learner: Learner, gradient: float) -> float:
 
 def test_the_same_steps_from_a_restored_state_end_at_the_same_bits(learner):
     step(learner, 0.5)
-    kept = on_host(learner.state(7))
+    kept = copy.deepcopy(learner.state(7))
     step(learner, -0.3)
-    expected = on_host(learner.state(8))
+    expected = copy.deepcopy(learner.state(8))
     assert not equal(kept["trained"], expected["trained"]) and not equal(kept["average"], expected["average"])
     assert learner.restore(kept) == 7 and equal(learner.state(7), kept)
     step(learner, -0.3)
@@ -37,7 +38,7 @@ def test_the_same_steps_from_a_restored_state_end_at_the_same_bits(learner):
 
 def test_undone_updates_leave_nothing_and_ended_ones_stay(learner):
     step(learner, 0.5)
-    before = on_host(learner.state(1))
+    before = copy.deepcopy(learner.state(1))
     learner.begin_updates(1)
     step(learner, 0.5)
     assert learner.undo_updates() and equal(learner.state(1), before)
@@ -59,7 +60,7 @@ def test_changed_weights_whose_state_was_not_kept_are_not_called_whole(learner):
 
 def test_a_gradient_that_is_not_finite_changes_nothing(learner):
     step(learner, 0.5)
-    before = on_host(learner.state(1))
+    before = copy.deepcopy(learner.state(1))
     assert not torch.tensor(step(learner, float("nan"))).isfinite() and equal(learner.state(1), before)
     assert all(p.grad is None for p in learner.policy.parameters)
 

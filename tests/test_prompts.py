@@ -15,6 +15,7 @@ import pytest
 
 import prompts
 from draws import epoch_prompt_indices
+from engines.geneval import check_prompt
 from prompts import BUILT_IN, Prompt, load_prompts
 
 ROOT = Path(prompts.__file__).parent
@@ -337,22 +338,17 @@ def test_invalid_utf8_is_named_by_file_line_and_byte(tmp_path, name):
     ('{"prompt": 3}', '"prompt"'),
     ('{"prompt": null}', '"prompt"'),
     ('{"prompt": "  "}', '"prompt"'),
-    ('{"prompt": "a cat", "include": {"class": "cat", "count": 1}}', '"include"'),
-    ('{"prompt": "a cat", "include": ["cat"]}', '"include"'),
-    ('{"prompt": "a cat", "include": [{"count": 1}]}', '"class"'),
-    ('{"prompt": "a cat", "include": [{"class": "", "count": 1}]}', '"class"'),
-    ('{"prompt": "a cat", "include": [{"class": "cat", "count": 1}, {"class": "dog"}]}', '{"class": "dog"}'),
-    ('{"prompt": "a cat", "include": [{"class": "cat", "count": "1"}]}', '"count"'),
-    ('{"prompt": "a cat", "include": [{"class": "cat", "count": 0}]}', '"count"'),
-    ('{"prompt": "a cat", "include": [{"class": "cat", "count": true}]}', '"count"'),
-    ('{"prompt": "a cat", "include": [{"class": "cat", "count": NaN}]}', '"count"'),
-    ('{"prompt": "a cat", "exclude": [{"class": "cat"}]}', '"exclude"'),
-    ('{"prompt": "a cat", "exclude": null}', '"exclude"'),
 ])
 def test_bad_metadata_is_named_by_file_line_and_key(tmp_path, line, complaint):
     path = write(tmp_path / "a.jsonl", '{"prompt": "fine"}\n\n' + line + "\n")
     message = error(ValueError, path)
     assert message.startswith(f"{path}:3: ") and complaint in message
+
+
+def test_an_object_with_a_null_field_as_the_library_datasets_writes_it_is_a_prompt(tmp_path):
+    metadata = {"prompt": "a photo of a cat", "tag": "single_object", "include": [{"class": "cat", "count": 1}], "exclude": None}
+    (prompt,) = load_prompts(str(write(tmp_path / "a.jsonl", json.dumps(metadata))), "train")
+    assert prompt.metadata == metadata and check_prompt(prompt.text, prompt.metadata) is None
 
 
 def test_a_long_bad_line_is_shortened_in_its_message(tmp_path):

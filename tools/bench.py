@@ -181,8 +181,6 @@ class Setting:
             torch.cuda.reset_peak_memory_stats(self.device)
         distributed.wait_for_all()
         started = time.perf_counter()
-        if config.updates_per_epoch > 1:
-            learner.begin_updates(self.epoch - 1)
         samples = train.sample(self.policy, self.scorer, self.prompts, config, self.epoch)
         scores = distributed.gather_scores(samples.scores, samples.draw.indices, self.images)
         group_ids = torch.arange(config.groups_per_epoch).repeat_interleave(config.group_size)
@@ -212,7 +210,6 @@ class Setting:
                            "decode": mine, "reward": mine}
         self.floor.pictures = self.scorer.pictures
         return seconds
-
 
     def report(self) -> dict:  # all ranks
         """Everything measured: the slowest rank's floor, means of the ranks' phases, sums over ranks."""

@@ -9,6 +9,7 @@ prompts and rewards are those of its run. The picture of a seed is the one that 
 the adapter's weights and `generator=torch.Generator().manual_seed(seed)`.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -27,12 +28,13 @@ import torch
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from harness.faults import is_out_of_memory
+from harness.gallery import ASSETS
 from harness.program import run_as_program
 from pipelines import check_model, is_distilled
 from policy import Policy
 from prompts import Prompt, load_prompts
-from rewards import RewardError, Rewards, build_rewards
-from tools.showcase import ROWS_CSS, new_pictures, rows_html, write_gallery
+from rewards import RewardError, build_rewards
+from tools.showcase import new_pictures, rows_html, write_gallery
 from tools.studio import (
     MOST_GUIDANCE, MOST_STEPS, MOST_STRENGTH, PictureRequest, Studio, locate, newest_run, read_config,
     run_containing)
@@ -111,7 +113,7 @@ def choose_settings(options: DemoOptions) -> tuple[Config, tuple[str, ...]]:
     return config, adapters
 
 
-# ---- errors ------------------------------------------------------------------------------------------------
+# ---- what is said ------------------------------------------------------------------------------------------
 
 def is_for_user(error: Exception) -> bool:
     """Whether the error tells the user something. Other errors are the programmer's, and get a traceback."""
@@ -127,25 +129,6 @@ def one_line(error: Exception) -> str:
                 "--dtype bfloat16")
     line = " ".join(str(error).split())
     return line.replace("--lora-path", "adapter").replace("--resolution", "size (height, width)")
-
-
-# ---- HTML --------------------------------------------------------------------------------------------------
-
-CSS = ROWS_CSS + """
-h1 { font-size: 1.5rem; font-weight: 700; margin: 8px 0 2px; }
-#draw, #another, #add { align-self: center; }
-.gradio-container .block .html-container { padding: 0; }
-@media (max-width: 600px) { #examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
-  #examples .gallery-item { flex: 0 0 auto; max-width: 70vw; } }
-.drawn { opacity: 0.75; margin: 0 2px; overflow-wrap: anywhere; white-space: pre-wrap; }
-.note, .problem { margin: 0; padding: 10px 14px; border-radius: 8px;
-  border: 1px solid var(--border-color-primary); border-left-width: 5px;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-#status > :not(.hide) ~ div .drawn { visibility: hidden; }    /* beneath a progress bar */
-.drawn + .problem { margin-top: 8px; }
-.problem { border-left-color: #d33; }
-.problem::before { content: "Error: "; font-weight: 600; }
-"""
 
 
 def message_html(kind: str, text: str) -> str:
@@ -174,7 +157,8 @@ def build_page(studio: Studio, config: Config, num_seeds: int, notes: list[str])
     page.queue(max_size=32)
     font = ("ui-sans-serif", "system-ui", "sans-serif")      # the reader's own, because nothing is fetched
     theme = gr.themes.Default(font=font, font_mono=("ui-monospace", "monospace"))
-    return page, dict(css=CSS, theme=theme, footer_links=[], run_history=False, ssr_mode=False, quiet=True)
+    return page, dict(css_paths=[ASSETS / "rows.css", ASSETS / "demo.css"], theme=theme, footer_links=[],
+                      run_history=False, ssr_mode=False, quiet=True)
 
 
 def lay_out_pictures(studio: Studio, config: Config, notes: list[str]) -> SimpleNamespace:
@@ -319,39 +303,25 @@ def draw_rows(studio: Studio, make_requests: Callable[[], list[PictureRequest]],
 
 # ---- program -----------------------------------------------------------------------------------------------
 
-def make_rewards(options: DemoOptions, config: Config,
-                 device: torch.device) -> tuple[Rewards | None, list[str]]:
-    """The rewards, and a note for the page if those of the run cannot be built here.
+@contextlib.contextmanager
+def noting(notes: list[str], asked: bool, text: str) -> Iterator[None]:
+    """Within, what is of a run and cannot be had here is a note for the page, `text` with the error in it.
 
-    Rewards that the command line asks for raise what `build_rewards` raises.
+    asked: whether the command line asks for it, so that the error is raised.
     """
-    if not config.rewards:
-        return None, []
-    weights = dict(config.rewards)
-    urls = {name: place for name, place in config.urls.items() if name in weights}
     try:
-        return build_rewards(weights, device=str(device), models=dict(config.reward_models), urls=urls,
-                             deadline=REWARD_DEADLINE), []
+        yield
     except (ValueError, ImportError, OSError) as error:
-        if options.rewards:
+        if asked:
             raise
-        return None, [f"The run's rewards cannot be had, so nothing is scored: {error}. "
-                      "Others: --rewards name weight"]
+        notes.append(text.format(error))
 
 
-def load_examples(options: DemoOptions, config: Config) -> tuple[list[Prompt], list[str]]:
-    """Prompts from all over the test split, and a note for the page if those of the run are not here.
-
-    Prompts that the command line asks for raise what `load_prompts` raises.
-    """
-    try:
-        prompts = load_prompts(config.prompts, "test")
-    except (ValueError, OSError) as error:
-        if options.prompts:
-            raise
-        return [], [f"The run's prompts cannot be had: {error}. Others: --prompts SET"]
+def load_examples(options: DemoOptions, config: Config) -> list[Prompt]:
+    """Prompts from all over the test split. Raises what `load_prompts` raises."""
+    prompts = load_prompts(config.prompts, "test")
     count = min(options.num_prompts, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)], []
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...]) -> tuple[Studio, list[str]]:
@@ -360,9 +330,15 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
     dtype = options.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    rewards, notes = make_rewards(options, config, device)
-    examples, without_examples = load_examples(options, config)
-    notes += without_examples
+    rewards, examples, notes = None, [], []
+    weights = dict(config.rewards)
+    with noting(notes, bool(options.rewards), "The run's rewards cannot be had, so nothing is scored: {}. "
+                                              "Others: --rewards name weight"):
+        rewards = build_rewards(
+            weights, device=str(device), models=dict(config.reward_models), deadline=REWARD_DEADLINE,
+            urls={name: url for name, url in config.urls.items() if name in weights}) if weights else None
+    with noting(notes, bool(options.prompts), "The run's prompts cannot be had: {}. Others: --prompts SET"):
+        examples = load_examples(options, config)
     policy = Policy(config.model, device, dtype, resolution=config.resolution, lora_rank=0,
                     max_sequence_length=config.max_sequence_length,
                     offload_text_encoders=options.offload_text_encoders)

@@ -1,5 +1,6 @@
 """The floor of an epoch: the bare calls that the algorithm needs, each as fast as this machine makes it."""
 
+import functools
 import math
 import os
 import statistics
@@ -52,40 +53,33 @@ class Floor:
         """Piece -> batch size -> one call of it on that many images."""
         policy, guidance_scale = self.policy, self.config.guidance_scale
 
-        def inputs(batch: int) -> tuple:
-            latents = torch.randn(batch, *policy.latent_shape, dtype=policy.compute_dtype,
-                                  device=policy.device)
-            return latents, latents.new_full((batch,), 0.5)
+        def latents(batch: int) -> torch.Tensor:
+            return torch.randn(batch, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
 
         def prompts(batch: int) -> list:
             return [self.prompts[i % len(self.prompts)] for i in range(batch)]
 
-        def velocity(batch: int, make: Callable) -> Callable:
-            return make(policy.encode([p.text for p in prompts(batch)]), guidance_scale)
-
-        def rollout(batch: int):
-            call, x = velocity(batch, policy.velocity), inputs(batch)
-            return torch.no_grad()(lambda: call(*x))
+        def network(velocity: Callable, batch: int) -> Callable:
+            call = velocity(policy.encode([p.text for p in prompts(batch)]), guidance_scale)
+            x = latents(batch)
+            sigma = x.new_full((batch,), 0.5)
+            return lambda: call(x, sigma)
 
         def replay(batch: int):
-            call, x = velocity(batch, policy.velocity), inputs(batch)
-            gradient = torch.full_like(x[0], 1e-6)
-            return lambda: torch.autograd.backward(call(*x), gradient)
-
-        def reference(batch: int):
-            call, x = velocity(batch, policy.reference_velocity), inputs(batch)
-            return lambda: call(*x)
+            forward, gradient = network(policy.velocity, batch), torch.full_like(latents(batch), 1e-6)
+            return lambda: torch.autograd.backward(forward(), gradient)
 
         def decode(batch: int):
-            latents, _ = inputs(batch)
-            return lambda: policy.decode(latents)
+            x = latents(batch)
+            return lambda: policy.decode(x)
 
         def reward(batch: int):
             pictures = np.take(self.pictures.cpu().numpy(), range(batch), axis=0, mode="wrap")
             drawn = prompts(batch)
             return lambda: self.rewards(pictures, [p.text for p in drawn], [p.metadata for p in drawn])
 
-        return {"rollout": rollout, "replay": replay, "reference": reference, "decode": decode,
+        return {"rollout": lambda batch: torch.no_grad()(network(policy.velocity, batch)), "replay": replay,
+                "reference": functools.partial(network, policy.reference_velocity), "decode": decode,
                 "reward": reward}
 
     def rate(self, piece: str, batch: int, threads: int, seconds: float) -> float:  # all ranks

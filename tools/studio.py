@@ -1,5 +1,6 @@
 """Pictures of a base model and of its adapters, scored: what the demo shows, without its page."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -43,16 +44,14 @@ def newest_run(output_dir: str, model: str = "") -> Path | None:
 
     A run of Flow-GRPO's authors does not say what it trained, and counts if a model is given.
     """
-    def trained_model(run: Path) -> str | None:
-        try:
-            return read_config(run).model if (run / "config.json").exists() else model or None
-        except (ValueError, OSError):            # no run, or one that is torn: not the one to show
-            return None
-
     runs = [(weights.stat().st_mtime, run) for run in Path(output_dir).glob("*")
             if (weights := newest_weights(run))]
-    return next((run for _, run in sorted(runs, reverse=True)
-                 if trained_model(run) and model in ("", trained_model(run))), None)
+    for _, run in sorted(runs, reverse=True):
+        with contextlib.suppress(ValueError, OSError):           # of a run that is torn: not the one to show
+            trained = read_config(run).model if (run / "config.json").exists() else model
+            if trained and model in ("", trained):
+                return run
+    return None
 
 
 def run_containing(adapter: str) -> Path | None:
