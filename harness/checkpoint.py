@@ -7,6 +7,7 @@ Everything is written whole or not at all, and is on the disk before what relies
 main rank calls these functions, except `load_state`, which every rank calls.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -281,13 +282,22 @@ def load_state(path: Path) -> dict:
 
 # ----------------------------------------------------------------------------- metrics
 
-def write_metrics(directory: Path, history: list[dict]) -> None:
-    """Write a line for each epoch. Raises OSError, and leaves the lines before as they were."""
+def write_metrics(directory: Path, metrics: dict) -> None:
+    """Append an epoch's line. If the disk takes only a part of it, remove that part and raise OSError."""
     # JSON knows no infinity, and a number that is not finite must not keep a run from being saved.
-    finite = [{name: None if isinstance(value, float) and not math.isfinite(value) else value
-               for name, value in metrics.items()} for metrics in history]
-    lines = [json.dumps(metrics, allow_nan=False) + "\n" for metrics in finite]
-    write_whole(directory / "metrics.jsonl", "".join(lines))
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+              for name, value in metrics.items()}
+    line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+    with open(directory / "metrics.jsonl", "ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while line:
+                line = line[file.write(line):]
+            sync(directory / "metrics.jsonl")
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -310,7 +320,7 @@ def read_metrics(path: Path) -> list[dict]:
 def cut_metrics(directory: Path, epochs: int) -> list[dict]:
     """Drop the lines after `epochs` epochs, which a resumed run writes again. Returns the others."""
     metrics = [m for m in read_metrics(directory / "metrics.jsonl") if m["epoch"] <= epochs]
-    write_metrics(directory, metrics)
+    write_whole(directory / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in metrics))
     return metrics
 
 
@@ -322,14 +332,19 @@ class Record:
     def __init__(self, directory: Path, saved: int, history: list[dict], kept: int):
         """saved: epoch of the newest checkpoint; history: all metrics; kept: how many stay whole."""
         self.directory, self.saved, self.history, self.kept = directory, saved, history, kept
+        self._waiting: list[dict] = []
 
     def add(self, metrics: dict) -> None:
         """Write an epoch's line as soon as there is room for it."""
         self.history.append(metrics)
+        self._waiting.append(metrics)
         self._write_lines()
 
     def _write_lines(self) -> bool:
-        return try_write("metrics.jsonl", write_metrics, self.directory, self.history)
+        line = "a line of metrics.jsonl"
+        while self._waiting and try_write(line, write_metrics, self.directory, self._waiting[0]):
+            self._waiting.pop(0)
+        return not self._waiting
 
     def save(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
         """Write a checkpoint, but not before its line of metrics, and reduce older ones."""

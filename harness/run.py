@@ -353,7 +353,7 @@ class Run:
         metrics = {"epoch": self.done, **self.evaluate(self.done)}
         if is_main():
             if not (self.directory / "metrics.jsonl").exists():
-                write_metrics(self.directory, [metrics])
+                write_metrics(self.directory, metrics)
             self.display.page()
             say(f"images: {self.directory / 'index.html'}")
 

@@ -119,13 +119,13 @@ def test_a_disk_that_fills_up_during_a_checkpoint_is_a_warning_and_the_old_one_s
 
 
 def test_a_line_of_metrics_is_written_whole_or_not_at_all_when_the_disk_is_full(small_disk):
-    write_metrics(small_disk, [{"epoch": 0}])
+    write_metrics(small_disk, {"epoch": 0})
     (small_disk / "filler").write_bytes(bytes((1 << 20) - 2 * 4096))                   # a page is left besides the line's
     with pytest.raises(OSError, match="No space left"):
-        write_metrics(small_disk, [{"epoch": 0}, {"epoch": 1, "long": "x" * 20_000}])           # of which a part still fits
+        write_metrics(small_disk, {"epoch": 1, "long": "x" * 20_000})                          # of which a part still fits
     assert (small_disk / "metrics.jsonl").read_text() == '{"epoch": 0}\n'
     (small_disk / "filler").unlink()
-    write_metrics(small_disk, [{"epoch": 0}, {"epoch": 1}])
+    write_metrics(small_disk, {"epoch": 1})
     assert [json.loads(line)["epoch"] for line in (small_disk / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
@@ -139,7 +139,8 @@ def test_only_the_disk_is_forgiven():
 @pytest.mark.parametrize("tail, warns", [(b'{"epoch": 4, "rew', False), (b"", False), (b"\0\0\0\n", True), (b"\xff\xfe\n", True),
                                          (b"5\n", True), (b"{}\n", True)])
 def test_what_a_crash_left_and_epochs_that_will_be_done_again_are_dropped_from_the_metrics(tmp_path, capsys, tail, warns):
-    write_metrics(tmp_path, [{"epoch": epoch} for epoch in range(4)])
+    for epoch in range(4):
+        write_metrics(tmp_path, {"epoch": epoch})
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write(tail)
     assert cut_metrics(tmp_path, 2) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2}]
@@ -150,10 +151,10 @@ def test_what_a_crash_left_and_epochs_that_will_be_done_again_are_dropped_from_t
 def test_lines_that_found_no_room_are_written_in_their_order_before_the_next_checkpoint_and_the_best_is_kept(tmp_path, monkeypatch):
     record, room = Record(tmp_path, 0, [], 1), [True]
 
-    def write(directory: Path, history: list[dict]) -> None:
+    def write(directory: Path, metrics: dict) -> None:
         if not room[0]:
             raise OSError(28, "No space left on device")
-        write_metrics(directory, history)
+        write_metrics(directory, metrics)
 
     def add_and_save(epoch: int, score: float) -> list[int]:
         """The epochs whose lines are there."""
@@ -192,7 +193,7 @@ def started(place: Path, *words: str, begun: bool = True) -> Config:
     directory, lock, config = open_run(config)
     write_settings(directory, config, preset)
     if begun:
-        write_metrics(directory, [{"epoch": 0}])
+        write_metrics(directory, {"epoch": 0})
     lock.close()
     return config
 
@@ -256,5 +257,5 @@ def test_a_disk_that_fails_is_no_file_system_without_locks(tmp_path, monkeypatch
 
 
 def test_a_metric_that_is_not_finite_is_null_and_keeps_nothing_from_being_written(tmp_path):
-    write_metrics(tmp_path, [{"epoch": 1, "ratio": math.inf, "reward/total": 0.5}])
+    write_metrics(tmp_path, {"epoch": 1, "ratio": math.inf, "reward/total": 0.5})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"epoch": 1, "ratio": None, "reward/total": 0.5}]
