@@ -11,7 +11,12 @@ none. The gradient is that of the mean over all samples, not the mean of the ran
 
 import contextlib
 import functools
+import itertools
 import os
+import pickle
+import sys
+import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -21,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer, which was there before its workers
+MEETING_SECONDS = 50.0       # for ranks that have all started to connect; then, a rank that has not is named
 DRIVER = "/proc/driver/nvidia/version"       # exists if a driver of NVIDIA's is installed
 launcher_store: dist.Store   # the launcher's key-value store, which outlives its workers
 around_collective = contextlib.nullcontext   # every collective runs within one of these: a place to measure
@@ -60,39 +66,58 @@ def own_device() -> torch.device:
 def setup(timeout: float = 3600.0) -> torch.device:
     """Join the process group that torchrun announced, or make one of one process. Returns this rank's device.
 
-    timeout: seconds that a rank waits for the others in a collective.
-    Raises ValueError as `own_device` does and if no network interface is up, and LostRank if the launcher
-    does not answer.
+    timeout: seconds that a rank waits for the others in a collective. The first one, in which they connect,
+    has MEETING_SECONDS from when all have started.
+    Raises ValueError as `own_device` does, if no network interface is up, and if the ranks cannot connect.
+    Raises LostRank if the launcher does not answer or a rank has not started within the timeout.
     """
     global launcher_store
     device = own_device()
+    launcher_store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        # Without an agent, rank 0 makes the store, perhaps later than this rank asks for it.
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        patience = timedelta(seconds=LAUNCHER_SECONDS if agent else timeout)
-        try:
-            launcher_store, rank, size = next(dist.rendezvous("env://", timeout=patience))
-        except dist.DistNetworkError as error:
-            raise LostRank("no launcher at {MASTER_ADDR}:{MASTER_PORT}".format(**os.environ)) from error
-        launcher_store.set_timeout(timedelta(seconds=timeout))
-    else:
-        launcher_store, rank, size = dist.HashStore(), 0, 1
-    # torchrun's store survives --max-restarts, so each attempt gets its own key prefix. Not on several nodes,
-    # because their launchers can count different attempts, and their ranks would then never find each other.
-    store = launcher_store
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        launcher_store = find_store(rank, timeout)
+        launcher_store.set_timeout(timedelta(seconds=timeout))       # NCCL's ranks meet there after loading
+    store = dist.PrefixStore(meet(launcher_store, rank, size, timeout), launcher_store)
+    patience = timedelta(seconds=min(timeout, MEETING_SECONDS))
+    # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
+    # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+                                rank=rank, world_size=size, timeout=patience)
+        wait_for_all()
     except RuntimeError as error:
-        if "Unable to find" not in str(error):
-            raise
-        name = os.environ.get("GLOO_SOCKET_IFNAME")
-        raise ValueError("gloo finds no network interface for processes to talk through: bring one up, such "
-                         "as the loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is "
-                         f"{name!r}") from error
+        name = repr(os.environ.get("GLOO_SOCKET_IFNAME"))
+        if "Unable to find" in str(error):
+            raise ValueError(
+                "gloo finds no network interface for processes to talk through: bring one up, such as the "
+                f"loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is {name}") from error
+        raise ValueError(
+            f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each other "
+            f"(`ip -brief address` lists a node's; GLOO_SOCKET_IFNAME is {name}), and let no firewall close "
+            "ports between nodes; or one of the processes has ended since") from error
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
     return device
+
+
+def find_store(rank: int, timeout: float) -> dist.Store:
+    """The key-value store of the launcher, or rank 0's if the launcher has none. Raises LostRank."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    what, told, failure = "launcher" if agent else "rank 0 yet", "", None
+    # Without an agent, rank 0 makes the store, perhaps later than this rank asks for it.
+    for patience in (LAUNCHER_SECONDS,) if agent else (MEETING_SECONDS, timeout):
+        if told:
+            print(f"warning: rank {rank}: {told}", file=sys.stderr, flush=True)
+        try:
+            return dist.TCPStore(address, port, is_master=not agent and rank == 0, wait_for_workers=False,
+                                 timeout=timedelta(seconds=patience))
+        except dist.DistNetworkError as error:
+            told = f"no {what} at {address}:{port}: MASTER_ADDR has to be an address that all nodes reach"
+            failure = error
+    raise LostRank(told) from failure
 
 
 def shutdown() -> None:
@@ -136,6 +161,44 @@ def collective(function: Callable) -> Callable:
 
 
 @collective
+def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all ranks
+    """Wait until all ranks have started. Returns the name that rank 0 gave to this start.
+
+    The store may hold what an earlier start wrote, because torchrun's outlives its workers. An earlier start
+    has another name, and no rank joins one that is complete.
+    Says which rank has not started after MEETING_SECONDS. Raises LostRank if it does not within `timeout`.
+    """
+    began, told, pause, name = time.monotonic(), False, 0.01, uuid.uuid4().hex if rank == 0 else ""
+    others = [f"{name}/{r}" for r in range(1, size)] if rank == 0 else []
+    if rank == 0:
+        store.set("start", name)
+    while True:
+        if rank == 0 and (not others or store.check(others)):
+            store.set(f"{name}/complete", "")
+        elif rank and store.check(["start"]):
+            latest = store.get("start").decode()
+            if latest != name and not store.check([f"{latest}/complete"]):
+                name = latest
+                store.set(f"{name}/{rank}", "")
+        if name and store.check([f"{name}/complete"]):
+            return name
+        waited = time.monotonic() - began
+        if waited > min(timeout, MEETING_SECONDS) and not told:
+            told = True
+            absent = [key.rpartition("/")[2] for key in others if not store.check([key])][:9]
+            late = (f"rank {' '.join(absent) or 0} of {size} has not started {waited:.0f} s after rank {rank}"
+                    " did: see what its node says, and whether that runs the same command")
+            if rank and name:                    # rank 0 is here, and names the other one
+                late = f"not all {size} ranks have started"
+            else:
+                print(f"warning: {late}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
+        if waited > timeout:
+            raise LostRank(late)
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+@collective
 def broadcast_object(value):  # all ranks
     """Rank 0's `value` (picklable, from this program's own processes), on every rank."""
     box = [value]
@@ -144,32 +207,47 @@ def broadcast_object(value):  # all ranks
 
 
 @collective
+def all_gather(own: Tensor, sizes: list[int]) -> Tensor:  # all ranks
+    """Every rank's flat CPU tensor one after the other, of which rank r's has sizes[r] > 0 numbers.
+
+    Bruck's algorithm (doi 10.1109/71.642949). Each round doubles what a rank holds, so all of it is there
+    after ceil(log2(ranks)) rounds. Gloo's own all-gather and all-reduce are rings of at least ranks - 1.
+    """
+    rank, ranks, held, whole = dist.get_rank(), world_size(), 1, own
+    # A rank's whole begins with its own numbers, and those of the next ranks follow. ends[k]: of k ranks.
+    ends = [0, *itertools.accumulate(sizes[(rank + k) % ranks] for k in range(ranks))]
+    while held < ranks:
+        more = min(held, ranks - held)
+        received = own.new_empty(ends[held + more] - ends[held])
+        sending = dist.isend(whole[:ends[more]], (rank - held) % ranks)
+        dist.irecv(received, (rank + held) % ranks).wait()
+        sending.wait()
+        whole, held = torch.cat([whole, received]), held + more
+    return whole.roll(sum(sizes[:rank]))                         # so that rank 0's are the first
+
+
+def gather_vectors(values: Tensor) -> Tensor:  # all ranks
+    """Every rank's CPU vector (n,), as (ranks, n). All ranks compute the same of them, so all act alike."""
+    return all_gather(values, [len(values)] * world_size()).view(-1, len(values))
+
+
 def gather_objects(value) -> list:  # all ranks
     """Every rank's `value` (picklable, from this program's own processes), in the order of the ranks."""
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+    own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = gather_vectors(torch.tensor([len(own)])).flatten().tolist()
+    return [pickle.loads(part.numpy()) for part in all_gather(own, sizes).split(sizes)]
 
 
 def wait_for_all() -> None:  # all ranks
-    gather_objects(None)
+    gather_vectors(torch.zeros(1))
 
 
-@collective
 def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all ranks
     """The whole (total, ...) CPU tensor, of which this rank has `rows`. The ranks hold each row once."""
     whole = torch.zeros(total, *values.shape[1:], dtype=values.dtype)
-    whole[rows] = values
-    dist.all_reduce(whole)                                       # every other rank adds 0
+    for part, at in gather_objects((values.numpy(), rows)):
+        whole[at] = torch.from_numpy(part)
     return whole
-
-
-@collective
-def gather_vectors(values: Tensor) -> Tensor:  # all ranks
-    """Every rank's CPU vector (n,), as (ranks, n). All ranks compute the same of them, so all act alike."""
-    vectors = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(vectors, values)
-    return torch.stack(vectors)
 
 
 def gather_scores(scores: dict[str, np.ndarray], rows: list[int],
@@ -178,11 +256,12 @@ def gather_scores(scores: dict[str, np.ndarray], rows: list[int],
 
     A metric that a rank says nothing about is NaN there.
     """
-    own = [(name, values.shape[1:]) for name, values in scores.items()]
     whole = {}
-    for name, shape in dict(item for rank in gather_objects(own) for item in rank).items():
-        values = scores.get(name, np.full((len(rows), *shape), np.nan, np.float32))
-        whole[name] = gather_rows(torch.from_numpy(values), rows, total)
+    for part, at in gather_objects((scores, rows)):
+        for name, values in part.items():
+            if name not in whole:
+                whole[name] = torch.full((total, *values.shape[1:]), torch.nan)
+            whole[name][at] = torch.from_numpy(values)
     return whole
 
 

@@ -22,6 +22,7 @@ import distributed
 LAUNCHER = os.getppid()
 GRACE = 20.0                 # seconds from a signal to a safe point; torchrun kills after 30
 REPEATED = 1.0               # seconds in which a signal counts once, as two senders may be at work
+UNANSWERED = 5.0             # seconds for the store to answer, which may be on a node whose network is gone
 URGENT = (signal.SIGTERM, signal.SIGINT)
 # The terminal was closed, or a scheduler says that a job's time is nearly up.
 NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -114,10 +115,11 @@ def stopping_on_signals(to_go_on: str = "") -> Iterator[None]:  # all ranks
             signal.signal(number, handler)
         _handlers.clear()
         os.write(writing, END)
-        watcher.join()
+        watcher.join(UNANSWERED)
         _pipe = ()
-        os.close(writing)
-        os.close(reading)
+        if not watcher.is_alive():
+            os.close(writing)
+            os.close(reading)
 
 
 def _watch(reading: int, key: str, to_go_on: str) -> None:

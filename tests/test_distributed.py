@@ -1,12 +1,16 @@
 """Processes: who holds what, and what all of them know."""
 
+import concurrent.futures
+import contextlib
 import functools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -143,6 +147,166 @@ def test_the_cores_of_a_rank_are_its_share_of_those_that_are_granted(monkeypatch
     if ranks:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     assert distributed.cores() == cores
+
+
+# ---- how ranks find each other -----------------------------------------------------------------------------
+
+FORKED = """
+import os, signal, sys, time
+import torch
+import distributed as d
+ranks, port = int(sys.argv[1]), sys.argv[2]
+rank = next((r for r in range(1, ranks) if not os.fork()), 0)
+os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+"""
+GATHERS = """
+d.setup(100)
+sent, isend = [], torch.distributed.isend
+torch.distributed.isend = lambda *arguments: (sent.append(arguments), isend(*arguments))[1]
+assert d.gather_vectors(torch.tensor([rank, -rank])).tolist() == [[r, -r] for r in range(ranks)]
+assert len(sent) == int(sys.argv[3]), sent
+assert d.gather_objects("x" * rank * 1000) == ["x" * r * 1000 for r in range(ranks)]
+d.wait_for_all()
+d.shutdown()
+if not rank:
+    assert [os.wait()[1] for _ in range(1, ranks)] == [0] * (ranks - 1)
+"""
+# Rank 1 comes late, or never, or comes and does not connect.
+LATE = """
+d.MEETING_SECONDS = 1
+if rank:
+    time.sleep(3)
+d.setup(100)
+d.shutdown()
+"""
+NEVER = """
+d.MEETING_SECONDS = 1
+if rank == int(sys.argv[3]):
+    os._exit(0)
+d.setup(3)
+"""
+NO_WAY = """
+d.MEETING_SECONDS = 2
+if rank:
+    d.meet(d.find_store(rank, 100), rank, ranks, 100)
+    time.sleep(6)
+    os._exit(0)
+d.setup(1000)
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def forked(script: str, ranks: int, *words) -> subprocess.CompletedProcess:
+    """Run the script in so many processes, rank 0 the parent, without a launcher."""
+    command = [sys.executable, "-c", FORKED + script, str(ranks), free_port(), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("ranks, rounds", [(2, 1), (6, 3), (9, 4)])
+def test_a_gather_takes_rounds_as_the_logarithm_of_the_ranks(ranks, rounds):
+    done = forked(GATHERS, ranks, rounds)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rank_that_starts_late_is_named_and_waited_for():
+    done = forked(LATE, 2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: rank 1 of 2 has not started 1 s after rank 0 did: see what its node says") == 1
+
+
+def test_a_rank_that_never_starts_is_a_lost_rank():
+    done = forked(NEVER, 3, 1)
+    assert done.returncode and "LostRank: rank 1 of 3 has not started" in done.stderr
+
+
+def test_ranks_without_rank_0_name_its_address_and_end():
+    done = subprocess.run([sys.executable, "-c", "import distributed as d\nd.MEETING_SECONDS = 1\nd.setup(2)"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (port := free_port())})
+    assert done.returncode and f"LostRank: no rank 0 yet at 127.0.0.1:{port}: MASTER_ADDR has to be" in done.stderr
+    assert f"warning: rank 1: no rank 0 yet at 127.0.0.1:{port}" in done.stderr
+
+
+def test_ranks_that_cannot_connect_name_the_variables_long_before_the_timeout():
+    started = time.monotonic()
+    done = forked(NO_WAY, 2)
+    (line,) = [line for line in done.stderr.splitlines() if "ValueError: all 2 processes have started" in line]
+    assert "rank 0 cannot connect to the others: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in line
+    assert time.monotonic() - started < 60
+
+
+def test_a_start_does_not_take_an_earlier_ones_ranks_for_its_own():
+    """torchrun's store outlives its workers: another start finds in it what an earlier one wrote, whole or not."""
+    store = torch.distributed.HashStore()
+    store.set("start", "broken off")
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        names = set()
+        for _ in range(3):
+            early = threads.submit(distributed.meet, store, 1, 2, 60.0)
+            time.sleep(0.3)
+            assert not early.done()
+            name = distributed.meet(store, 0, 2, 60.0)
+            assert early.result(10) == name
+            names.add(name)
+    assert len(names) == 3
+
+
+DIES = """
+import os, sys, time
+from pathlib import Path
+import distributed as d
+d.setup(60)
+died = Path(sys.argv[1], "died")
+if d.rank() == 1 and not died.exists():
+    died.touch()
+    os.kill(os.getpid(), 9)
+try:
+    d.wait_for_all()
+except d.LostRank:
+    sys.exit(1)
+Path(sys.argv[1], f"met-{d.rank()}").touch()
+d.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_launchers_start_their_ranks_again_after_one_died(tmp_path):
+    """Without an agreed name for a start, a rank reads the addresses of the start before, and waits for the timeout."""
+    (tmp_path / "dies.py").write_text(DIES)
+    port, environment = free_port(), {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    launchers = [subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1", "--rdzv-id=dies",
+         "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", tmp_path / "dies.py", tmp_path],
+        env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for launcher in launchers:
+        _, err = launcher.communicate(timeout=120)
+        assert launcher.returncode == 0, err[-3000:]
+    assert {path.name for path in tmp_path.glob("met-*")} == {"met-0", "met-1"}
+
+
+# ---- two nodes ---------------------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_nodes_that_offer_their_loopbacks_say_which_variables_to_set():
+    """As gloo does where the name of a host is 127.0.1.1."""
+    from proofs.node_lost import ADDRESSES, two_nodes
+    script = "import distributed as d\nd.MEETING_SECONDS = 5\nd.setup()"
+    with contextlib.ExitStack() as held:
+        try:
+            nodes = held.enter_context(two_nodes())
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no network namespaces can be made here ({getattr(error, 'stderr', None) or error})")
+        ranks = [subprocess.Popen(
+            nodes.command(rank, [sys.executable, "-c", script]), cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500",
+                 "GLOO_SOCKET_IFNAME": "lo"}) for rank in range(2)]
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert all("cannot connect to the others: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in error for error in errors), errors
 
 
 # ---- the device --------------------------------------------------------------------------------------------
