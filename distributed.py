@@ -79,13 +79,12 @@ def setup(timeout: float = 3600.0) -> torch.device:
         launcher_store = find_store(rank, timeout)
         launcher_store.set_timeout(timedelta(seconds=timeout))       # NCCL's ranks meet there after loading
     store = dist.PrefixStore(meet(launcher_store, rank, size, timeout), launcher_store)
-    patience = timedelta(seconds=min(timeout, MEETING_SECONDS))
     # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
     # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=size, timeout=patience)
+                                rank=rank, world_size=size, timeout=timedelta(seconds=MEETING_SECONDS))
         wait_for_all()
     except RuntimeError as error:
         name = repr(os.environ.get("GLOO_SOCKET_IFNAME"))
@@ -166,7 +165,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
 
     The store may hold what an earlier start wrote, because torchrun's outlives its workers. An earlier start
     has another name, and no rank joins one that is complete.
-    Says which rank has not started after MEETING_SECONDS. Raises LostRank if it does not within `timeout`.
+    Says which rank has not started after MEETING_SECONDS. Raises LostRank if it has not after `timeout`.
     """
     began, told, pause, name = time.monotonic(), False, 0.01, uuid.uuid4().hex if rank == 0 else ""
     others = [f"{name}/{r}" for r in range(1, size)] if rank == 0 else []
@@ -183,7 +182,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
         if name and store.check([f"{name}/complete"]):
             return name
         waited = time.monotonic() - began
-        if waited > min(timeout, MEETING_SECONDS) and not told:
+        if waited > MEETING_SECONDS and not told:
             told = True
             absent = [key.rpartition("/")[2] for key in others if not store.check([key])][:9]
             late = (f"rank {' '.join(absent) or 0} of {size} has not started {waited:.0f} s after rank {rank}"
@@ -192,7 +191,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
                 late = f"not all {size} ranks have started"
             else:
                 print(f"warning: {late}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
-        if waited > timeout:
+        if waited > max(timeout, MEETING_SECONDS):       # because imports take ranks unequal times
             raise LostRank(late)
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
