@@ -15,6 +15,7 @@ import itertools
 import os
 import pickle
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -26,9 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 LAUNCHER_SECONDS = 60.0      # for the launcher's store to answer, which was there before its workers
-MEETING_SECONDS = 50.0       # for ranks that have all started to connect; then, a rank that has not is named
+MEETING_SECONDS = 50.0       # until a rank that has not started or connected is told of
 DRIVER = "/proc/driver/nvidia/version"       # exists if a driver of NVIDIA's is installed
 launcher_store: dist.Store   # the launcher's key-value store, which outlives its workers
+patience = timedelta(seconds=MEETING_SECONDS)  # of a gather: gloo does not give it the group's timeout
 around_collective = contextlib.nullcontext   # every collective runs within one of these: a place to measure
 
 
@@ -66,54 +68,81 @@ def own_device() -> torch.device:
 def setup(timeout: float = 3600.0) -> torch.device:
     """Join the process group that torchrun announced, or make one of one process. Returns this rank's device.
 
-    timeout: seconds that a rank waits for the others in a collective. The first one, in which they connect,
-    has MEETING_SECONDS from when all have started.
-    Raises ValueError as `own_device` does, if no network interface is up, and if the ranks cannot connect.
-    Raises LostRank if the launcher does not answer or a rank has not started within the timeout.
+    timeout: seconds that a rank waits for the others, to start and in a collective. What keeps them from
+    starting or connecting is told after MEETING_SECONDS.
+    Raises ValueError as `own_device` does, if torchrun's variables are not whole, if no network interface is
+    up, and if the ranks cannot connect. Raises LostRank if the launcher does not answer or a rank does not
+    start.
     """
-    global launcher_store
+    global launcher_store, patience
     device = own_device()
     launcher_store, rank, size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
+        if missing := {"WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+            raise ValueError(f"RANK is set, and {', '.join(sorted(missing))} not: start with torchrun, or "
+                             "unset RANK")
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         launcher_store = find_store(rank, timeout)
         launcher_store.set_timeout(timedelta(seconds=timeout))       # NCCL's ranks meet there after loading
     store = dist.PrefixStore(meet(launcher_store, rank, size, timeout), launcher_store)
-    # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
-    # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
-    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=size, timeout=timedelta(seconds=MEETING_SECONDS))
-        wait_for_all()
-    except RuntimeError as error:
-        name = repr(os.environ.get("GLOO_SOCKET_IFNAME"))
-        if "Unable to find" in str(error):
-            raise ValueError(
-                "gloo finds no network interface for processes to talk through: bring one up, such as the "
-                f"loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is {name}") from error
-        raise ValueError(
-            f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
-            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each other "
-            f"(`ip -brief address` lists a node's; GLOO_SOCKET_IFNAME is {name}), and let no firewall close "
-            "ports between nodes; or one of the processes has ended since") from error
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+    patience = timedelta(seconds=MEETING_SECONDS)
+    connect(device, store, rank, size)
+    patience = timedelta(seconds=timeout)
+    dist.distributed_c10d._set_pg_timeout(patience)
     return device
 
 
+def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> None:  # all ranks
+    """Make the process group and its connections. Raises ValueError if the ranks cannot connect."""
+    interface = repr(os.environ.get("GLOO_SOCKET_IFNAME"))
+    problem = (
+        f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each other "
+        f"(`ip -brief address` lists a node's; GLOO_SOCKET_IFNAME is {interface}), and let no firewall close "
+        "ports between nodes; or one of the processes has ended since")
+    # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
+    # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    # A timer tells of the problem, because gloo tries an address that does not answer for several timeouts.
+    late = threading.Timer(MEETING_SECONDS, print, [f"warning: {problem}"], dict(file=sys.stderr, flush=True))
+    late.daemon = True
+    late.start()
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=size, timeout=patience)
+        wait_for_all()
+    except RuntimeError as error:
+        if "Unable to find" in str(error):
+            raise ValueError(
+                "gloo finds no network interface for processes to talk through: bring one up, such as the "
+                f"loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is {interface}"
+            ) from error
+        if not isinstance(error, (LostRank, dist.DistError)) and "gloo" not in str(error):
+            raise
+        raise ValueError(problem) from error
+    finally:
+        late.cancel()
+
+
 def find_store(rank: int, timeout: float) -> dist.Store:
-    """The key-value store of the launcher, or rank 0's if the launcher has none. Raises LostRank."""
+    """The key-value store of the launcher, or rank 0's if the launcher has none.
+
+    Raises LostRank if it does not answer, and ValueError if rank 0 cannot make it.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    what, told, failure = "launcher" if agent else "rank 0 yet", "", None
+    what, told = "launcher" if agent else "rank 0 yet", ""
     # Without an agent, rank 0 makes the store, perhaps later than this rank asks for it.
-    for patience in (LAUNCHER_SECONDS,) if agent else (MEETING_SECONDS, timeout):
+    for seconds in (LAUNCHER_SECONDS,) if agent else (MEETING_SECONDS, timeout):
         if told:
             print(f"warning: rank {rank}: {told}", file=sys.stderr, flush=True)
         try:
             return dist.TCPStore(address, port, is_master=not agent and rank == 0, wait_for_workers=False,
-                                 timeout=timedelta(seconds=patience))
+                                 timeout=timedelta(seconds=seconds), multi_tenant=True)
         except dist.DistNetworkError as error:
+            if not agent and rank == 0:
+                taken = f"rank 0 cannot listen at {address}:{port}: choose another MASTER_PORT"
+                raise ValueError(taken) from error
             told = f"no {what} at {address}:{port}: MASTER_ADDR has to be an address that all nodes reach"
             failure = error
     raise LostRank(told) from failure
@@ -165,10 +194,20 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
 
     The store may hold what an earlier start wrote, because torchrun's outlives its workers. An earlier start
     has another name, and no rank joins one that is complete.
-    Says which rank has not started after MEETING_SECONDS. Raises LostRank if it has not after `timeout`.
+    Tells of ranks that have not started after MEETING_SECONDS. Raises LostRank if they have not after
+    `timeout`, which counts as MEETING_SECONDS at least, because imports take ranks unequal times.
     """
     began, told, pause, name = time.monotonic(), False, 0.01, uuid.uuid4().hex if rank == 0 else ""
     others = [f"{name}/{r}" for r in range(1, size)] if rank == 0 else []
+
+    def late() -> str:
+        if rank and name:                        # rank 0 is here, and names the others
+            return f"not all {size} ranks have started"
+        absent = [key.rpartition("/")[2] for key in others if not store.check([key])][:9] or ["0"]
+        return (f"of {size} ranks, {', '.join(absent)} {'has' if len(absent) == 1 else 'have'} not started "
+                f"{time.monotonic() - began:.0f} s after rank {rank} did: see what the other nodes say, and "
+                "whether they run the same command")
+
     if rank == 0:
         store.set("start", name)
     while True:
@@ -182,17 +221,11 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
         if name and store.check([f"{name}/complete"]):
             return name
         waited = time.monotonic() - began
-        if waited > MEETING_SECONDS and not told:
+        if waited > max(timeout, MEETING_SECONDS):
+            raise LostRank(late())
+        if waited > MEETING_SECONDS and not told and not (rank and name):
             told = True
-            absent = [key.rpartition("/")[2] for key in others if not store.check([key])][:9]
-            late = (f"rank {' '.join(absent) or 0} of {size} has not started {waited:.0f} s after rank {rank}"
-                    " did: see what its node says, and whether that runs the same command")
-            if rank and name:                    # rank 0 is here, and names the other one
-                late = f"not all {size} ranks have started"
-            else:
-                print(f"warning: {late}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
-        if waited > max(timeout, MEETING_SECONDS):       # because imports take ranks unequal times
-            raise LostRank(late)
+            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
 
@@ -219,8 +252,8 @@ def all_gather(own: Tensor, sizes: list[int]) -> Tensor:  # all ranks
         more = min(held, ranks - held)
         received = own.new_empty(ends[held + more] - ends[held])
         sending = dist.isend(whole[:ends[more]], (rank - held) % ranks)
-        dist.irecv(received, (rank + held) % ranks).wait()
-        sending.wait()
+        dist.irecv(received, (rank + held) % ranks).wait(patience)
+        sending.wait(patience)
         whole, held = torch.cat([whole, received]), held + more
     return whole.roll(sum(sizes[:rank]))                         # so that rank 0's are the first
 

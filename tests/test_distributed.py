@@ -216,12 +216,12 @@ def test_a_gather_takes_rounds_as_the_logarithm_of_the_ranks(ranks, rounds):
 def test_a_rank_that_starts_late_is_named_and_waited_for():
     done = forked(LATE, 2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: rank 1 of 2 has not started 1 s after rank 0 did: see what its node says") == 1
+    assert done.stderr.count("warning: of 2 ranks, 1 has not started 1 s after rank 0 did: see what the other nodes say") == 1
 
 
 def test_a_rank_that_never_starts_is_a_lost_rank():
     done = forked(NEVER, 3, 1)
-    assert done.returncode and "LostRank: rank 1 of 3 has not started" in done.stderr
+    assert done.returncode and "LostRank: of 3 ranks, 1 has not started" in done.stderr
 
 
 def test_ranks_without_rank_0_name_its_address_and_end():
@@ -238,6 +238,57 @@ def test_ranks_that_cannot_connect_name_the_variables_long_before_the_timeout():
     (line,) = [line for line in done.stderr.splitlines() if "ValueError: all 2 processes have started" in line]
     assert "rank 0 cannot connect to the others: set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in line
     assert time.monotonic() - started < 60
+
+
+# After all have met, one rank is slower than the meeting's patience, in every kind of collective.
+SLOW = """
+d.MEETING_SECONDS = 1
+d.setup(60)
+parameter = torch.nn.Parameter(torch.zeros(3))
+parameter.grad = torch.ones(3)
+for wait in (d.wait_for_all, lambda: d.gather_objects(rank), lambda: d.sum_gradients([parameter]), lambda: d.broadcast_object(1)):
+    if rank:
+        time.sleep(2)
+    wait()
+d.shutdown()
+"""
+# Rank 1 publishes where it listens, and never answers there.
+SILENT = """
+d.MEETING_SECONDS = 2
+if rank:
+    d.wait_for_all = lambda: time.sleep(30)
+d.setup(1000)
+"""
+
+
+def test_a_rank_may_take_longer_than_the_meeting_once_all_have_met():
+    done = forked(SLOW, 2)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_address_that_does_not_answer_is_told_of_before_gloo_gives_up():
+    done = forked(SILENT, 2)
+    assert "warning: all 2 processes have started, but rank 0 cannot connect to the others: set GLOO" in done.stderr
+    assert "ValueError: all 2 processes have started, but rank 0 cannot connect" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_variables_of_torchrun_that_are_not_whole_are_named(monkeypatch, missing):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ValueError, match=f"RANK is set, and {missing} not: start with torchrun, or unset RANK"):
+        distributed.setup(1)
+
+
+def test_a_port_that_is_taken_is_named_by_rank_0(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="rank 0 cannot listen at 127.0.0.1:.*: choose another MASTER_PORT"):
+            distributed.setup(1)
 
 
 def test_a_start_does_not_take_an_earlier_ones_ranks_for_its_own():
