@@ -57,15 +57,14 @@ def is_distilled(model: str) -> bool:
     return FAMILIES[index["_class_name"]].distilled(model, index)
 
 
-def check_memory(model: str, dtype: torch.dtype, device: torch.device) -> None:
+def check_memory(family: type[Family], model: str, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse a model whose transformer alone is larger in `dtype` than the GPU's whole memory.
 
-    It reads the transformer's settings and no weights. Raises ValueError in one line, and OSError if there
-    are no settings.
+    It reads the transformer's settings and no weights. A family that names no transformer is not looked at.
+    Raises ValueError in one line, and OSError if there are no settings.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not hasattr(family, "transformer"):
         return
-    family = check_model(model)
     kind, name = diffusers_class(family.transformer), model.removeprefix("random:")
     random = model.startswith("random:")
     settings = family.published[name] if random else kind.load_config(model, subfolder="transformer")

@@ -106,7 +106,7 @@ def main():
     torch.set_num_threads(1)                                                # one image is too small to share
     (pipe, optimizer), reward = load(), build_rewards({"rapidocr_line": 1.0})
     score, before = evaluate(pipe, reward)
-    for _ in (bar := tqdm(range(EPOCHS), "epochs")):
+    for _ in (bar := tqdm(range(EPOCHS), f"held-out score {score:.3f}; epochs")):
         prompts = [f'the word "{WORDS[i]}"' for i in torch.randperm(len(WORDS) - 32)[:GROUPS]]
         first_steps = torch.randint(FIRST[0], FIRST[1] + 1, (GROUPS,)).tolist()
         starts, noise = torch.randn(GROUPS, *LATENT), torch.randn(GROUPS, K, WINDOW, *LATENT)

@@ -74,7 +74,8 @@ class Rewards:
                  start_thread: Callable | None = None) -> None:
         """`components` holds a reward for each name of `weights`; their threads call `start_thread` first."""
         self.weights = {name: float(weight) for name, weight in weights.items()}
-        self.components, self.start_thread = {name: components[name] for name in weights}, start_thread
+        self.components = {name: components[name] for name in weights}
+        self.start_thread = start_thread or (lambda: None)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Columns:
         """Return each component's scores by name, its metrics as "name/metric", and their "total".
@@ -88,11 +89,15 @@ class Rewards:
         if not 1 <= len(images) == len(prompts) == len(metadata):
             counts = f"{len(images)} images, {len(prompts)} prompts, {len(metadata)} metadata"
             raise ValueError(f"a batch needs at least 1 image, as many prompts and metadata, not {counts}")
-        calls, scores = [(*item, images, prompts, metadata) for item in self.components.items()], {}
-        with ThreadPool(len(calls), self.start_thread) as threads:
+
+        def score(name: str) -> Columns:
+            self.start_thread()
+            return score_and_check(name, self.components[name], images, prompts, metadata)
+
+        with ThreadPool(len(self.components)) as threads:
             # Wait for all, also if one fails, because no reward may still run when the next call begins.
-            for columns in threads.starmap(score_and_check, calls, chunksize=1):
-                scores |= columns
+            columns = threads.map(score, self.components, chunksize=1)
+        scores = {column: values for part in columns for column, values in part.items()}
         # total = sum_i weight_i score_i
         scores["total"] = sum(self.weights[name] * scores[name] for name in self.components)
         return scores
@@ -288,7 +293,7 @@ URL = (r"(?P<scheme>pickle\+|openai\+|)(?P<address>https?://(?:[^\s/?#@]*@)?"
 
 def without_user(url: str) -> str:
     """Return a URL without "user:password@", to be shown."""
-    return re.sub(r"//[^/]*@", "//", url)
+    return re.sub(r"^(\w[\w+.-]*:/*)?[^/]*@", r"\1", url)
 
 
 # ---------------------------------------------------------------- the worked example: JPEG
@@ -357,7 +362,8 @@ def ask_server(name: str, url: str, send: Callable, images: np.ndarray, prompts:
     if (served := response.headers.get("X-Reward", name)) != name:
         raise RewardError(f"{without_user(url)} serves the reward {served!r}, not {name!r}")
     with one_line_errors(f"{without_user(url)} answered something else than scores of each picture"):
-        return read_answer(len(images), **response.json())
+        answer = response.json()
+        return read_answer(len(images), answer["scores"], answer["metrics"])
 
 
 def read_answer(count: int, scores: Sequence, metrics: dict[str, Sequence]) -> tuple[np.ndarray, Columns]:

@@ -133,7 +133,8 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
 
     def ask(images: np.ndarray, prompts: list[str], temperature: float) -> list[str]:
         with ThreadPool(min(64, len(images))) as threads:  # daemons, for which no program's end waits
-            return threads.starmap(ask_one, zip(images, prompts, [temperature] * len(images)), chunksize=1)
+            pictures = zip(images, prompts)
+            return list(threads.imap(lambda picture: ask_one(*picture, temperature), pictures))
 
     return ask
 

@@ -376,7 +376,7 @@ def serve(name: str, host: str, port: int, max_request_mb: int, max_waiting: int
                    token=token, check=check)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
-    flag = f"train.py --reward-urls {name} {address}"
+    flag = f"train.py --rewards {name} 1 --reward-urls {name} {address}"
     print(f"serving {name} at {address}: {flag}; form and trial: {address}/docs")
     if not token and host not in ("127.0.0.1", "localhost", "::1"):
         print("warning: whoever reaches this port can use it; set REWARD_TOKEN here and where you train")

@@ -84,8 +84,9 @@ class Servers:
 
     def check(self, part: Part) -> None:
         """Ask each server for one picture, so that one of another reward is found now and not after hours."""
-        for server in self.servers:
-            server.requests += 1
+        with self.lock:
+            for server in self.servers:
+                server.requests += 1
         jobs = {in_thread(self.request, server, part): server for server in self.servers}
         for job in as_completed(jobs):
             if not job.exception():
@@ -93,7 +94,8 @@ class Servers:
         # Once one has answered, a server that stays silent does not hold up the others.
         done, silent = wait(jobs, timeout=SLOW)
         for job in silent:
-            jobs[job].slow = True
+            with self.lock:
+                jobs[job].slow = jobs[job].requests > 0  # unless it answered since
             self.say(jobs[job], f"has not answered {SLOW:g} s after another did; they go on")
         for job in done:
             if not isinstance(error := job.exception(), Unanswered | None):

@@ -126,10 +126,8 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
     rollout_batch, train_batch = config.rollout_batch, config.train_batch
     if half:
         rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
-    with within_memory("not one image fits: --gradient-checkpointing, or a lower --resolution",
-                       describe(config, 1)):
-        train_batch = train_batch or choose(training=True)
-        rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
+    train_batch = train_batch or choose(training=True)
+    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
     rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
     return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 

@@ -111,8 +111,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     for prompts in (train_prompts, test_prompts):
         check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
                              config.urls)
-    check_model(config.model, config.guidance_scale)
-    check_memory(config.model, DTYPES[config.dtype], device)
+    family = check_model(config.model, config.guidance_scale)
+    check_memory(family, config.model, DTYPES[config.dtype], device)
     if config.lora_path:
         read_adapter(config.lora_path)
     spec = importlib.util.find_spec("wandb") if config.wandb else None

@@ -14,7 +14,7 @@ from harness import batches
 from harness.batches import available_memory, choose_batches, fastest, largest_that_fits
 from harness.faults import DoesNotFit, within_memory
 from harness.run import prepare
-from pipelines import check_memory
+from pipelines import check_memory, check_model
 from prompts import Prompt
 from rewards import RewardError
 
@@ -121,10 +121,10 @@ def test_a_transformer_larger_than_the_gpu_is_refused_and_one_just_as_large_is_n
     """Stable Diffusion 3.5 Medium has 2.24 billion weights."""
     dtype, weights = getattr(torch, dtype), 2_243_171_520
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, weights * dtype.itemsize))
-    check_memory("random:sd35m", dtype, GPU)
+    check_memory(check_model("random:sd35m"), "random:sd35m", dtype, GPU)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, weights * dtype.itemsize - 1))
     with pytest.raises(ValueError, match=f"'random:sd35m' does not fit: .* {gib}, .*: choose a GPU with more"):
-        check_memory("random:sd35m", dtype, GPU)
+        check_memory(check_model("random:sd35m"), "random:sd35m", dtype, GPU)
 
 
 def test_a_run_on_a_gpu_too_small_for_the_model_ends_before_weights_are_loaded(monkeypatch, model, tmp_path):

@@ -30,7 +30,8 @@ import distributed
 from config import PRESETS
 from harness.batches import choose_batches
 from harness.program import run_as_program
-from policy import Policy, check_model, to_device, to_host
+from pipelines import check_model
+from policy import Policy, to_device, to_host
 from prompts import load_prompts
 from sampler import Trajectory, replay, rollout, timestep_schedule
 from tools.measure import Check, clear_gradients, make_policy, network_calls, network_speed
