@@ -85,6 +85,13 @@ def train_with(phase: str, count: int, rank: int, deed: str) -> None:
     """The `count`-th call of a phase on a rank, in the launcher's first attempt, meets with the deed."""
     import distributed
     from harness import program
+    leave = program.leave
+
+    def leave_and_tell(code: int) -> None:
+        print(f"rank {distributed.rank()} exits {code}", file=sys.stderr)
+        leave(code)
+
+    program.leave = leave_and_tell                           # before harness.run takes it, which train.py imports
     module, attribute, after, _, _ = PHASES[phase]
     owner = importlib.import_module(module)                  # before train.py takes the function from it
     *path, name = attribute.split(".")
@@ -103,13 +110,6 @@ def train_with(phase: str, count: int, rank: int, deed: str) -> None:
         return result if after else original(*arguments, **options)
 
     setattr(owner, name, faulty)
-    leave = program.leave
-
-    def leave_and_tell(code: int) -> None:
-        print(f"rank {distributed.rank()} exits {code}", file=sys.stderr)
-        leave(code)
-
-    program.leave = leave_and_tell
     import train
     sys.argv[0] = str(ROOT / "train.py")
     program.run_as_program(train.main)
