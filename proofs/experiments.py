@@ -50,14 +50,14 @@ def read_run(directory: Path) -> list[dict]:
 
 def is_whole(directory: Path, command: str) -> bool:
     lines = read_run(directory)
-    return bool(lines) and lines[-1]["epoch"] == parse_config(command.split())[1].epochs
+    return bool(lines) and lines[-1]["epoch"] >= parse_config(command.split())[1].epochs
 
 
 def train(directory: Path, command: str) -> None:
     """Run train.py until its last epoch. Raises CalledProcessError, after which its log says why."""
     directory.mkdir(parents=True, exist_ok=True)
     arguments = [*command.split(), "--output-dir", str(directory.parent), "--run-name", directory.name]
-    with open(directory.with_suffix(".log"), "a") as log:
+    with open(f"{directory}.log", "a") as log:
         subprocess.run([sys.executable, ROOT / "train.py", *arguments], stdout=log, stderr=log, check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
