@@ -102,8 +102,9 @@ def test_text_goes_on_where_a_full_disk_has_room_again(tmp_path):
 def test_ctrl_c_while_loading_ends_it_without_a_traceback(tmp_path):
     (tmp_path / "loads.py").write_text("import time\nfrom harness.program import run_as_program\ndef main():\n"
                                        "    print('loading', flush=True)\n    time.sleep(600)\nrun_as_program(main)\n")
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)         # a shell's background jobs ignore it
     process = subprocess.Popen([sys.executable, tmp_path / "loads.py"], env={**os.environ, "PYTHONPATH": str(ROOT)},
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
