@@ -345,6 +345,7 @@ def test_other_models_start_with_published_settings_and_without_rewards(model, f
         assert config.rewards == () and config.resolution == (512, 512) and config.prompts == "ocr"
 
 
+@pytest.mark.slow
 def test_the_page_of_a_distilled_model_draws_without_guidance_and_asks_for_none(model, tmp_path):
     gradio = pytest.importorskip("gradio")
     distilled = save_flux2_klein(tmp_path, is_distilled=True)

@@ -207,23 +207,27 @@ def forked(script: str, ranks: int, *words) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, rounds", [(2, 1), (6, 3), (9, 4)])
 def test_a_gather_takes_rounds_as_the_logarithm_of_the_ranks(ranks, rounds):
     done = forked(GATHERS, ranks, rounds)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_starts_late_is_named_and_waited_for():
     done = forked(LATE, 2)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: of 2 ranks, 1 has not started 1 s after rank 0 did: see what the other nodes say") == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_starts_is_a_lost_rank():
     done = forked(NEVER, 3, 1)
     assert done.returncode and "LostRank: of 3 ranks, 1 has not started" in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_without_rank_0_name_its_address_and_end():
     done = subprocess.run([sys.executable, "-c", "import distributed as d\nd.MEETING_SECONDS = 1\nd.setup(2)"], cwd=ROOT,
                           capture_output=True, text=True, timeout=120,
@@ -232,6 +236,7 @@ def test_ranks_without_rank_0_name_its_address_and_end():
     assert f"warning: rank 1: no rank 0 yet at 127.0.0.1:{port}" in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_connect_name_the_variables_long_before_the_timeout():
     started = time.monotonic()
     done = forked(NO_WAY, 2)
@@ -261,11 +266,13 @@ d.setup(1000)
 """
 
 
+@pytest.mark.slow
 def test_a_rank_may_take_longer_than_the_meeting_once_all_have_met():
     done = forked(SLOW, 2)
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_an_address_that_does_not_answer_is_told_of_before_gloo_gives_up():
     done = forked(SILENT, 2)
     assert "warning: all 2 processes have started, but rank 0 cannot connect to the others: set GLOO" in done.stderr
@@ -383,6 +390,7 @@ def test_without_a_driver_or_with_no_gpu_wanted_the_device_is_the_cpu(monkeypatc
     assert distributed.own_device() == torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isolated", [True, False])
 def test_without_a_network_interface_a_run_ends_in_one_line_with_the_way_out(tmp_path, isolated):
     """In a network of its own a process has a loopback that is down."""

@@ -59,6 +59,7 @@ def test_collapse_is_told_once(capsys):
     assert capsys.readouterr().err.count("differ by 30%") == 1 and "differ by 20%" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds, least, most", [(0.0, 0.0, 0.3), (0.7, 0.7, 1.4 + 0.3)])
 def test_reward_wait_is_what_a_reward_adds_beyond_the_sampling(train_here, tmp_path, monkeypatch, seconds, least, most):
     """Two batches of an epoch: the first may be scored beside the sampling of the second, the last one cannot."""

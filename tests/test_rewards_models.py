@@ -746,6 +746,7 @@ def test_a_judge_that_never_gave_a_score_stops_with_its_last_answer():
     one_line(error, "'unifiedreward'", "2 of the last 2", "I cannot say. 0")
 
 
+@pytest.mark.slow
 def test_more_than_the_allowed_share_of_pictures_without_a_score_stops_however_many_went_well_before():
     with judge(by_grey) as peer:
         reward = ask(peer, max_unanswered=0.1)
