@@ -14,6 +14,7 @@ from harness import batches
 from harness.batches import available_memory, choose_batches, fastest, largest_that_fits
 from harness.faults import DoesNotFit, within_memory
 from harness.run import prepare
+from families import Family
 from pipelines import check_memory, check_model
 from prompts import Prompt
 from rewards import RewardError
@@ -134,3 +135,7 @@ def test_a_run_on_a_gpu_too_small_for_the_model_ends_before_weights_are_loaded(m
     with pytest.raises(ValueError, match="does not fit: .* or a smaller model, or --dtype bfloat16") as caught:
         prepare(["--model", str(tmp_path / "model"), "--rewards", "jpeg_compressibility", "1"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_family_of_ones_own_that_names_no_transformer_is_taken_on_a_gpu():
+    check_memory(type("Own", (Family,), {}), "no/such/model", torch.float32, GPU)

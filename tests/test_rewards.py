@@ -724,3 +724,11 @@ def test_an_infinite_metric_says_nothing_and_an_infinite_score_is_an_error():
     assert np.isnan(columns["own/psnr"][[0, 2]]).all() and columns["own/psnr"][1] == 2
     with pytest.raises(rewards.NonFiniteScore):
         rewards.Rewards({"own": 1}, {"own": lambda i, p, m: [math.inf] * len(p)})(IMAGES, PROMPTS, METADATA)
+
+
+def test_a_thread_that_cannot_start_raises_and_hangs_nothing():
+    def broken():
+        raise RuntimeError("no device")
+
+    with pytest.raises(RuntimeError, match="no device"):
+        rewards.Rewards({"a": 1.0}, {"a": lambda *batch: np.zeros(3)}, broken)(IMAGES, PROMPTS, METADATA)
