@@ -279,7 +279,8 @@ def parse_config(arguments: list[str], quiet: bool = False) -> tuple[str, Config
     if arguments and not arguments[0].startswith("-"):
         preset, *arguments = arguments
     if preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}{_closest(preset, PRESETS)}, of {', '.join(PRESETS)}")
+        known = f"{_closest(preset, PRESETS)}; presets: {', '.join(PRESETS)}"
+        raise ConfigError(f"unknown preset {preset!r}{known}")
     about = f"{Config.__doc__} These are the values of {preset}; the presets are {', '.join(PRESETS)}."
     config, unknown = parse_options(PRESETS[preset], arguments, "train.py [PRESET]", about, quiet)
     if unknown and unknown[0] in PRESETS:
@@ -358,8 +359,9 @@ def refuse_unknown(arguments: list[str], kind: type) -> None:
 
 
 def _closest(word: str, known) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
+    names = {name.lstrip("-"): name for name in known}          # "--lr" shares with "--kl" its dashes alone
+    close = difflib.get_close_matches(word.lstrip("-"), names, n=1)
+    return f" (did you mean {names[close[0]]!r}?)" if close else ""
 
 
 def validate(config: Config) -> None:

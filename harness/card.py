@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from adapters import find_file, is_hub_id
 from config import Config
 from families import FAMILIES
-from harness.gallery import TEMPLATES
+from harness.templates import TEMPLATES
 
 
 def find_license(model: str) -> dict[str, str]:
@@ -44,6 +44,8 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
     card = TEMPLATES.get_template("card.md").render(
         card_data=data.to_yaml(), missing=missing, config=config, epoch=epoch, shown=shown, rows=rows,
         command=re.sub(r"//[^/@\s]*@", "//", command),                   # without the passwords of URLs
+        # A family of one's own has the class itself, and diffusers' have its name there.
+        module=getattr(FAMILIES[pipeline].pipeline, "__module__", "diffusers"),
         pipeline=pipeline, place=place, is_adapter=folder.name == "adapter",
         guidance=f"{argument}={config.guidance_scale - 1 + none:g}")
     # A path in the command may hold bytes that are no text.

@@ -28,15 +28,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image
 
 from config import refuse_repeated
 from harness.checkpoint import read_metrics, write_whole
+from harness.templates import ASSETS, TEMPLATES
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
-TEMPLATES = Environment(loader=FileSystemLoader(ASSETS), autoescape=select_autoescape(), trim_blocks=True)
 THUMBNAIL = 256          # pixels of the longer side
 POINTS = 2000            # of a curve on the page; no screen shows more
 

@@ -14,16 +14,18 @@ from test_families import load_pipeline, start_noise, untrained_policy
 
 import adapters
 from config import Config
+from families import FAMILIES, Family
 from harness.card import find_license, write_card
 
 HISTORY = [{"epoch": 0, "eval/total": 0.25, "eval/ocr": 0.5, "spread/eval": 70.0}, {"epoch": 1},
            {"epoch": 2, "eval/total": 0.75, "eval/ocr": 1.5, "spread/eval": None}, {"epoch": 4, "eval/total": 9.0}]
 
 
-def card_of(folder: Path, kind: str = "adapter", history=(), license=None, command="train.py", **settings) -> ModelCard:
+def card_of(folder: Path, kind: str = "adapter", history=(), license=None, command="train.py", pipeline="FluxPipeline",
+            **settings) -> ModelCard:
     (folder / kind).mkdir(exist_ok=True)
     config = Config(**{"rewards": (("ocr", 0.5),), "model": "someone/model", **settings})
-    write_card(folder / kind, Path("/runs/a") / kind, config, "FluxPipeline", command=command, license=license or {},
+    write_card(folder / kind, Path("/runs/a") / kind, config, pipeline, command=command, license=license or {},
                history=list(history), epoch=3)
     return ModelCard.load(folder / kind / "README.md")
 
@@ -49,6 +51,13 @@ def test_scores_are_those_before_training_and_the_last_up_to_the_checkpoint(tmp_
     assert "| held-out prompts | weight | epoch 0 | epoch 2 |" in text and "9.0" not in text
     assert "| ocr | 0.5 | 0.5000 | 1.5000 |" in text and "| total |  | 0.2500 | 0.7500 |" in text
     assert "| pickscore | 0 | - | - |" in text and "| spread of mean colours, of 255 |  | 70.0000 | - |" in text
+
+
+def test_a_pipeline_of_ones_own_is_imported_from_its_own_module(tmp_path, monkeypatch):
+    own = type("OwnPipeline", (), {"__module__": "my_models"})
+    monkeypatch.setitem(FAMILIES, "OwnPipeline", type("Own", (Family,), {"pipeline": own}))
+    assert "from my_models import OwnPipeline" in card_of(tmp_path, pipeline="OwnPipeline").text
+    assert "from diffusers import FluxPipeline" in card_of(tmp_path).text
 
 
 def test_a_run_without_evaluation_has_no_scores_and_says_so(tmp_path):

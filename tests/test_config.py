@@ -233,3 +233,10 @@ def test_presets_train_as_many_steps_as_the_published_fraction(num_steps, traine
                                            ("sd35m_ocr_guard", 4), ("flux_pickscore", 6), ("flux_geneval_fast", 6)])
 def test_the_average_of_a_preset_decays_as_that_of_the_published_weights(preset, power):
     assert PRESETS[preset].ema_decay == pytest.approx(0.9**power) and PRESETS[preset].ema_every == 8
+
+
+@pytest.mark.parametrize("word, hint", [("--learning-rat", " (did you mean '--learning-rate'?)"), ("--lr", "")])
+def test_an_option_that_is_unknown_names_one_that_is_like_it_beyond_its_dashes(word, hint):
+    with pytest.raises(ConfigError) as error:
+        parse_config([word, "1"])
+    assert str(error.value) == f"unknown option {word!r}{hint}: --help lists them all"

@@ -83,6 +83,7 @@ def test_a_row_of_sd35m_takes_the_flops_that_were_counted_on_a_gpu():
     assert call.on(2)[0] == pytest.approx(2 * call.on(1)[0], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
 @pytest.mark.parametrize("phase", ["rollout", "training", "reference", "decode"])
 def test_many_images_take_what_a_few_foretell(guidance_scale, phase):

@@ -28,7 +28,7 @@ import torch
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from harness.faults import is_out_of_memory
-from harness.gallery import ASSETS
+from harness.templates import ASSETS
 from harness.program import run_as_program
 from pipelines import check_model, is_distilled
 from policy import Policy

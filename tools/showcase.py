@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.checkpoint import write_whole
-from harness.gallery import TEMPLATES
+from harness.templates import TEMPLATES
 from rewards import picture_file
 from tools.studio import Picture, PictureRequest, Studio
 
