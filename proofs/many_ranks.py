@@ -220,7 +220,7 @@ def measure(ranks: int, folder: Path, model: Path) -> dict:
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 def row(name: str, values) -> None:
-    print(f"{name:<44}" + "".join(f"{value:>14}" for value in values), flush=True)
+    print(f"{name:<44}" + "".join(f"  {value:>20}" for value in values), flush=True)
 
 
 def report(of: dict[int, dict]) -> bool:
