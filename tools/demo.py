@@ -28,8 +28,8 @@ import torch
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from harness.faults import is_out_of_memory
-from harness.templates import ASSETS
 from harness.program import run_as_program
+from harness.templates import ASSETS
 from pipelines import check_model, is_distilled
 from policy import Policy
 from prompts import Prompt, load_prompts
