@@ -57,8 +57,9 @@ def train(directory: Path, command: str) -> None:
     """Run train.py until its last epoch. Raises CalledProcessError, after which its log says why."""
     directory.mkdir(parents=True, exist_ok=True)
     arguments = [*command.split(), "--output-dir", str(directory.parent), "--run-name", directory.name]
+    cores = ["-m", "proofs.tensor_cores"] if "float16" in arguments else []
     with open(f"{directory}.log", "a") as log:
-        subprocess.run([sys.executable, ROOT / "train.py", *arguments], stdout=log, stderr=log, check=True,
+        subprocess.run([sys.executable, *cores, ROOT / "train.py", *arguments], stdout=log, stderr=log, check=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 

@@ -1,6 +1,7 @@
 """Claims about tools/bench.py: what it counts is what the plan says, and its phases are the whole epoch."""
 
 import contextlib
+import sys
 
 import pytest
 import torch
@@ -30,13 +31,26 @@ def test_the_rows_counted_are_the_plans_and_the_phases_add_up_to_the_epoch(setti
         "decode": plan.samples, "reward": plan.samples}
     phases = {phase: value for phase, (value,) in setting.phases.items()}
     assert 0.9 * seconds < sum(phases.values()) < 1.1 * seconds
-    assert min(phases[phase] for phase in bench.PHASES if phase not in ("reward exposed", "waiting")) > 0
+    assert min(phases[phase] for phase in bench.PHASES if phase not in ("reward_wait", "waiting")) > 0
     assert distributed.around_collective is contextlib.nullcontext and "velocity" not in vars(setting.policy)
 
     measured = setting.floor.rate("replay", 2, 1, 0.0)
     assert 0 < measured < seconds and all(p.grad is None for p in setting.policy.parameters)
     flops = setting.floor.flops()
     assert flops["replay"] > 1.5 * flops["rollout"] > 1.5 * flops["reference"] > 0
+
+
+def test_the_phase_reward_wait_is_the_metric_of_that_name(model, tmp_path, monkeypatch):
+    """Rewards that sleep .2 s a batch hold up an epoch of two batches by that at least."""
+    (tmp_path / "sleeps.py").write_text(
+        "import time\ndef score(images, prompts, metadata):\n    time.sleep(0.2)\n    return [1] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    slow = bench.Setting(["--model", model, "--rewards", "sleeps:score", "1", *FLAGS[3:]], distributed.setup())
+    slow.watch()
+    distributed.shutdown()
+    (phase,) = slow.phases["reward_wait"]
+    assert 0.2 <= slow.scorer.waited <= phase < slow.scorer.waited + 0.1
 
 
 def test_settings_whose_rows_cost_the_same_share_their_rates_and_others_do_not(setting, model):

@@ -49,9 +49,9 @@ from rewards import RewardError, Rewards
 from tools import estimate
 from tools.floor import NETWORK, PIECES, Floor, matrix_product_rate, synchronize
 
-PHASES = ("text", "rollout", "decode", "reward exposed", "replay", "reference", "optimizer", "gather",
+PHASES = ("text", "rollout", "decode", "reward_wait", "replay", "reference", "optimizer", "gather",
           "waiting", "other")
-NEEDED = ("rollout", "decode", "reward exposed", "replay", "reference")      # network, VAE and rewards
+NEEDED = ("rollout", "decode", "reward_wait", "replay", "reference")      # network, VAE and rewards
 
 
 # ---- phases ------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class Clock:
         wrapped = [(policy, "velocity", counted_velocity)]
         for owner, name, phase in [
                 (policy, "cache_text", "text"), (policy, "encode", "text"), (policy, "decode", "decode"),
-                (scorer, "submit", "reward exposed"), (scorer, "collect", "reward exposed"),
+                (scorer, "submit", "reward_wait"), (scorer, "collect", "reward_wait"),
                 (learner, "step", "optimizer")]:
             wrapped.append((owner, name, self.timed(phase, getattr(owner, name))))
         for owner, name, function in wrapped:
