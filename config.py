@@ -78,6 +78,8 @@ class Config:
     """A group's images start from one noise and share the ODE's steps before their window."""
 
     # ------------------------------ algorithm
+    objective: Literal["grpo", "awm"] = "grpo"
+    """grpo trains steps that were taken; awm trains images that are noised again, as often: matching.py."""
     groups_per_epoch: int = 24
     """Prompts in an epoch, global."""
     group_size: int = 8
@@ -391,6 +393,9 @@ def validate(config: Config) -> None:
     samples = config.groups_per_epoch * config.group_size
     require(config.updates_per_epoch <= samples, "updates_per_epoch",
             f"an epoch has only {samples} images to share among its updates")
+    for field in ("guard", "shared_start_noise"):
+        require(config.objective == "grpo" or not getattr(config, field), field,
+                f"--objective awm trains no step that was taken; give --no-{field.replace('_', '-')}")
     require(config.guidance_scale >= 1, "guidance_scale", "it must be at least 1, which is no guidance")
     require(0 <= config.ema_decay < 1, "ema_decay", "it must lie in [0, 1)")
     require(config.reward_deadline <= config.collective_timeout / 2, "reward_deadline",

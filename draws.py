@@ -20,7 +20,7 @@ from torch import Tensor
 from config import Config
 
 # What a random stream is for. No two purposes share numbers.
-TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE = range(4)
+TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE, SHARES = range(5)
 
 
 # ----------------------------------------------------------------------------------------------------- random
@@ -37,6 +37,20 @@ def draw_noise(seed: int, purpose: int, epoch: int, samples: list[int], count: i
     return torch.stack([torch.randn(count, *shape, generator=stream) for stream in streams], 1)
 
 
+def draw_shares(config: Config, epoch: int, samples: list[int], sigmas: Tensor) -> Tensor:
+    """The shares of noise to which AWM noises images again, (S, B) float64.
+
+    They are a function of (seed, epoch, sample), and stratified: one in each S-th part of the schedule
+    `sigmas` (T + 1,), evenly between its values.
+    """
+    T, S = len(sigmas) - 1, config.trained_steps
+    streams = [generator(config.seed, SHARES, epoch, i) for i in samples]
+    place = torch.stack([torch.rand(S, generator=stream, dtype=torch.float64) for stream in streams], 1)
+    place = (torch.arange(S)[:, None] + place) * T / S                                # (S, B) from 0 to T
+    step = place.long().clamp(max=T - 1)
+    return torch.lerp(sigmas[step].double(), sigmas[step + 1].double(), place - step)
+
+
 def draw_first_steps(config: Config, epoch: int) -> Tensor:
     """Each group's first trained step (G,) int64: 0 without a window, and drawn for each epoch with one."""
     if not config.window_size:
@@ -47,8 +61,9 @@ def draw_first_steps(config: Config, epoch: int) -> Tensor:
 
 
 def noise_levels(first_step: Tensor, config: Config) -> Tensor:
-    """How stochastic each step of each sample is, (T, B) float64. Outside a window it is 0, the ODE's."""
-    levels = torch.full((config.num_steps, len(first_step)), config.noise_level, dtype=torch.float64)
+    """How stochastic each step of each sample is, (T, B) float64. It is 0 outside a window, and under AWM."""
+    level = config.noise_level if config.objective == "grpo" else 0.0
+    levels = torch.full((config.num_steps, len(first_step)), level, dtype=torch.float64)
     if not config.window_size:
         return levels
     step = torch.arange(config.num_steps)[:, None]                                               # (T, 1)

@@ -139,8 +139,7 @@ class Trajectory:
         samples: (M,) of 0 ... B - 1. None takes every sample once, in order.
         """
         samples = torch.arange(len(self.first_step)) if samples is None else torch.as_tensor(samples)
-        k = torch.as_tensor(k).expand_as(samples).to(self.first_step.device)
-        samples = samples.to(self.first_step.device)
+        k, samples = (i.to(self.first_step.device) for i in (torch.as_tensor(k).expand_as(samples), samples))
         step = self.first_step[samples] + k                                                      # (M,)
         return Rows(
             latents=self.latents[k, samples], next_latents=self.latents[k + 1, samples],
@@ -171,6 +170,11 @@ class Rows:
     log_prob: Tensor           # (M,)          of the step under the policy that sampled
     mean: Tensor | None        # (M, C, H, W)  of its Gaussian under it; None unless rollout kept it
     rule: str
+
+    def transition(self, velocity: Velocity) -> tuple[Tensor, Tensor]:
+        """The Gaussian of each step under `velocity`: mean (M, C, H, W) and std (M, 1, 1, 1)."""
+        return sde_transition(velocity(self.latents, self.sigma), self.latents, self.sigma, self.sigma_next,
+                              self.noise_level, self.rule, second_sigma=self.second_sigma)
 
 
 @torch.no_grad()
@@ -240,8 +244,7 @@ def replay(velocity: Velocity, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
     Differentiable through `velocity`. With the network that sampled, log_prob equals rows.log_prob.
     """
-    mean, std = sde_transition(velocity(rows.latents, rows.sigma), rows.latents, rows.sigma, rows.sigma_next,
-                               rows.noise_level, rows.rule, second_sigma=rows.second_sigma)
+    mean, std = rows.transition(velocity)
     return log_prob(rows.next_latents, mean, std, rows.rule), mean, std
 
 
@@ -254,15 +257,13 @@ def _per_sample(value, latents: Tensor) -> Tensor:
 def _check_shapes(**named) -> None:
     for name, (value, *shapes) in named.items():
         if isinstance(value, Tensor) and value.shape not in shapes:
-            needed = " or ".join(map(str, shapes))
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: {needed} is needed")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, not " + " or ".join(map(str, shapes)))
 
 
 def _require_noise(std: Tensor) -> None:
     # Look at the value on a CPU alone, because the host of an accelerator would wait. `rollout` has checked.
     if std.device.type == "cpu" and (std == 0).any():
-        raise ValueError("std is 0: a deterministic step (noise_level 0, or cps at sigma 0) has no log-prob, "
-                         "KL or ratio")
+        raise ValueError("std is 0: a deterministic step (noise_level 0, or cps at sigma 0) has no log-prob")
 
 
 def _check_trained_steps(sigmas: Tensor, noise_levels: Tensor, first_step: Tensor, num_trained: int,

@@ -8,7 +8,6 @@ a NaN on one rank into the same error on all. docs/departures.md lists the depar
 """
 
 from harness.program import run_as_program      # first, because it ends a Python that is too old in one line
-import functools
 import sys
 from dataclasses import dataclass
 
@@ -19,13 +18,14 @@ from torch import Tensor
 import distributed
 from config import Config
 from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, draw_epoch, draw_noise,
-                   noise_levels, rank_slice, training_batches)
+                   draw_shares, noise_levels, rank_slice, training_batches)
 from grpo import clipped_loss, gaussian_kl, guard_log_ratio, ratio_statistics, weighted_advantages
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
 from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
 from harness.run import Run, launch
 from harness.scoring import Scorer
 from learner import Learner
+from matching import NoisedImages, noise_again
 from policy import Policy, Text, to_device
 from prompts import Prompt
 from sampler import Rows, Trajectory, replay, rollout, timestep_schedule
@@ -66,7 +66,7 @@ class Samples:
     """This rank's samples of an epoch, in the order in which they were sampled."""
     draw: EpochDraw
     prompts: list[Prompt]              # of each sample
-    trajectory: Trajectory | None      # of all samples; None if this rank has none
+    trajectory: Trajectory | NoisedImages | None      # of all samples; None if this rank has none
     scores: dict[str, np.ndarray]      # reward or metric -> (n,) float32; "thumbnail" -> (n, 3, 8, 8)
 
 
@@ -94,18 +94,22 @@ def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config
             start_step = int(first_step[0])                                 # the batch has one common window
 
         # Draw samples, and keep the latents and log-probs of the trained steps.
-        text = policy.encode([prompt_of[i].text for i in batch])
+        velocity = policy.velocity(policy.encode([prompt_of[i].text for i in batch]), config.guidance_scale)
         trajectory = rollout(
-            policy.velocity(text, config.guidance_scale), start, sigmas, noise_levels(first_step, config),
-            noise[1:], rule=config.rule, first_step=first_step, num_trained=config.trained_steps,
+            velocity, start, sigmas, noise_levels(first_step, config), noise[1:], rule=config.rule,
+            first_step=first_step, num_trained=config.trained_steps if config.objective == "grpo" else 0,
             start_step=start_step, keep_means=config.guard)
-        trajectories.append(trajectory)
 
         # Decode them, and let the rewards score them in their own thread.
         scorer.submit(policy.decode(trajectory.final), trajectory.final, [prompt_of[i] for i in batch],
                       f"epoch {epoch}", {"samples": torch.tensor(batch), **tensors_of(trajectory)})
+        # AWM trains no steps, but the image: noise it again, by noise that the ODE had no use for.
+        if config.objective == "awm":
+            shares = draw_shares(config, epoch, batch, sigmas)              # (S, B)
+            trajectory = noise_again(velocity, trajectory.final, shares, noise[1:])
+        trajectories.append(trajectory)
     return Samples(draw, prompts=list(prompt_of.values()), scores=scorer.collect(),
-                   trajectory=Trajectory.concatenate(trajectories) if trajectories else None)
+                   trajectory=trajectories[0].concatenate(trajectories) if trajectories else None)
 
 
 def shared_starts(policy: Policy, draw: EpochDraw, prompts: list[Prompt], sigmas: Tensor, config: Config,
@@ -141,7 +145,7 @@ def update(learner: Learner, samples: Samples, advantages: Tensor, config: Confi
         # The loss is the mean over the update's rows on all ranks.
         num_rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps
         mine = training_batches(samples.draw, u, advantages, config)
-        backward = functools.partial(add_gradients, learner, samples, advantages, num_rows, config)
+        backward = lambda batch: add_gradients(learner, samples, advantages, num_rows, config, batch)
 
         # An update that is not finite is left out if that is allowed. Otherwise it ends the run.
         with skippable(learner, samples, mine, backward, advantages, f"epoch {epoch}, update {u}", statistics,
@@ -162,9 +166,9 @@ def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, num_ro
     """Add a batch's part to the gradient of an update's mean loss. Returns what is watched, (M,) each."""
     policy, (positions, steps) = learner.policy, batch
     text = policy.encode([samples.prompts[j].text for j in positions])
-    A = advantages[[samples.draw.indices[j] for j in positions]]            # (M,)
-    A = to_device(A.to(policy.compute_dtype), policy.device)
-    loss, watched = step_loss(policy, samples.trajectory.rows(steps, positions), text, A, config)
+    A = advantages[[samples.draw.indices[j] for j in positions]].to(policy.compute_dtype)        # (M,)
+    rows = samples.trajectory.rows(steps, positions)
+    loss, watched = step_loss(policy, rows, text, to_device(A, policy.device), config)
     learner.scaler.scale(loss.sum() / num_rows).backward()
     return watched
 
@@ -173,10 +177,8 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
               config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of M rows, and what is watched: each (M,). 2505.05470, eq. 5 and 10."""
     # Replay the steps: how likely would the present policy have taken them?
-    velocity = policy.velocity(text, config.guidance_scale)
-    log_prob, mean, std = replay(velocity, rows)                            # (M,), (M, C, H, W), (M, 1, 1, 1)
-    old_log_prob = rows.log_prob                                            # (M,)
-    D = rows.sigma - rows.sigma_next                                        # (M,)
+    log_prob, mean, std = replay(policy.velocity(text, config.guidance_scale), rows)
+    old_log_prob, D = rows.log_prob, rows.sigma - rows.sigma_next           # (M,) each
 
     # GRPO-Guard (2510.22319) uses a centred log-ratio, not a difference of log-probs, and divides by D.
     if config.guard:
@@ -189,9 +191,8 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
 
     # Add the KL to the reference, the policy without its adapter, which replays the same steps.
     if config.beta:
-        with torch.no_grad():
-            _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)
-        if config.kl == "per_time" and config.rule != "cps":                # because cps is no SDE
+        _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)
+        if config.kl == "per_time" and rows.rule != "cps":                # because cps is no SDE
             std = std / D.sqrt().view_as(std)                               # s = std / sqrt(D)
         kl = gaussian_kl(mean, reference_mean, std)                         # (M,)
         loss, watched["kl"] = loss + config.beta * kl, kl
@@ -227,8 +228,7 @@ def evaluate_slice(learner: Learner, scorer: Scorer, prompts: list[Prompt], mine
             noise = draw_noise(0, EVAL_NOISE, 0, batch, 1, policy.latent_shape)
             noise = noise[0].to(policy.device, policy.compute_dtype)        # (B, C, H, W)
             text = policy.encode([prompts[i].text for i in batch])
-            velocity = policy.velocity(text, config.guidance_scale)
-            latents = rollout(velocity, noise, sigmas, 0.0, None).final     # (B, C, H, W)
+            latents = rollout(policy.velocity(text, config.guidance_scale), noise, sigmas, 0.0, None).final
             images = policy.decode(latents)                                 # (B, H, W, 3) uint8
             scorer.submit(images, latents, [prompts[i] for i in batch], "evaluation", {"latents": latents},
                           drift=policy.drift(text, noise, config.guidance_scale))

@@ -71,7 +71,7 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
         samples=samples, trained_steps=trained, samples_per_rank=per_rank,
         rollout_batches=len(rollouts), rollout_images=max(rollouts + other_rollouts),
         train_batches=len(trainings), train_rows=max(trainings + other_trainings),
-        rollout_calls=steps * branches,
+        rollout_calls=(steps + samples * trained * (config.objective == "awm")) * branches,
         replay_calls=samples * trained * branches,
         reference_calls=samples * trained * branches if config.beta else 0)
 

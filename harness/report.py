@@ -174,5 +174,5 @@ def epoch_line(metrics: dict, history: list[dict], config: Config) -> str:
         f"reward {metrics['reward/total']:.4f} ({metrics['reward/total'] - first:+.4f}), "
         f"approx_kl {metrics['approx_kl']:.1e}, "
         f"clipped {metrics['clip_fraction_high'] + metrics['clip_fraction_low']:.2f}, "
-        f"gradient {metrics['grad_norm']:.3f}, {metrics['images_per_second']:.1f} images/s, "
+        f"gradient {metrics['grad_norm']:.1e}, {metrics['images_per_second']:.1f} images/s, "
         f"{timedelta(seconds=round(left))} left")

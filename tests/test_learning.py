@@ -108,6 +108,9 @@ class ShortRun:
         pass
 
 
+AWM = dict(objective="awm", clip_range=1.0)
+
+
 def trained(config, rewards=rewards):
     """m after training."""
     run = ShortRun(config, rewards)
@@ -116,18 +119,19 @@ def trained(config, rewards=rewards):
 
 
 @pytest.mark.parametrize("changes", [
-    *(dict(rule=rule) for rule in RULES), dict(guard=True),
+    *(dict(rule=rule) for rule in RULES), dict(guard=True), AWM,
     dict(window_size=2, window_range=(0, 3), advantage_std="group")], ids=str)
 def test_training_reaches_the_known_optimum(changes):
     assert (START - TARGETS).abs().max() > 1
     assert (trained(replace(BASE, **changes)) - TARGETS).abs().max() < 0.1
 
 
-def test_reversed_rewards_lead_away_from_the_optimum():
+@pytest.mark.parametrize("changes", [{}, AWM], ids=str)
+def test_reversed_rewards_lead_away_from_the_optimum(changes):
     def reversed_rewards(*batch):
         return {name: -score for name, score in rewards(*batch).items()}
 
-    away = (trained(replace(BASE, epochs=15), reversed_rewards) - START) * (START - TARGETS).sign()
+    away = (trained(replace(BASE, epochs=15, **changes), reversed_rewards) - START) * (START - TARGETS).sign()
     assert (away > 0.5).all()
 
 
@@ -139,7 +143,7 @@ def test_with_a_large_beta_the_policy_stays_at_the_reference():
 
 @pytest.mark.parametrize("changes", [
     dict(rule="flow_sde", beta=0.3, kl="exact"), dict(rule="dance_sde", beta=0.3, kl="per_time"), dict(rule="cps", clip_range=2e-4),
-    dict(guard=True), dict(window_size=2, window_range=(0, 4), beta=0.3)], ids=str)
+    dict(guard=True), dict(window_size=2, window_range=(0, 4), beta=0.3), dict(objective="awm", clip_range=2e-3, beta=0.3)], ids=str)
 def test_the_gradient_of_an_update_agrees_with_finite_differences_of_the_loss(changes):
     """On policy in the first of two updates, and off policy in the second."""
     config = replace(BASE, **dict(max_grad_norm=1e9, clip_range=0.005, learning_rate=0.3, learning_rate_half_life=0.0,
