@@ -48,9 +48,9 @@ def read_run(directory: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def is_whole(directory: Path, command: str) -> bool:
+def is_whole(directory: Path, epochs: int) -> bool:
     lines = read_run(directory)
-    return bool(lines) and lines[-1]["epoch"] >= parse_config(command.split())[1].epochs
+    return bool(lines) and lines[-1]["epoch"] >= epochs
 
 
 def train(directory: Path, command: str) -> None:
@@ -106,12 +106,15 @@ def main() -> int:
     # The first seed of all rows comes first, so that a table that was cut short says something.
     cells = [(rows[row][k], f"{command} --seed {seed}") for k, seed in enumerate(options.seeds)
              for row, command in TABLES[options.table].items()]
+    # Parse before threads start, because parsing turns the stdout of all threads aside.
+    epochs = {command: parse_config(command.split())[1].epochs for _, command in cells}
 
     def work(cell: tuple[Path, str]) -> None:
-        if not is_whole(*cell):
+        directory, command = cell
+        if not is_whole(directory, epochs[command]):
             start = time.perf_counter()
-            train(*cell)
-            print(f"\n{cell[0].name}: {time.perf_counter() - start:.0f} s\n{table(options.table, rows)}",
+            train(directory, command)
+            print(f"\n{directory.name}: {time.perf_counter() - start:.0f} s\n{table(options.table, rows)}",
                   flush=True)
 
     with ThreadPoolExecutor(options.at_once) as threads:

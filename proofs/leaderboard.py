@@ -15,6 +15,8 @@ table and a picture, score against spread, as DIRECTORY/table.md and DIRECTORY/p
 """
 
 import argparse
+import functools
+import itertools
 import subprocess
 import sys
 import time
@@ -34,6 +36,7 @@ SEEDS = (1, 2, 3)
 # three times SOME to hold the score down.
 SOME, NONE = (0, 0.3), (0,)
 OWN_START = "tiny_ocr --no-shared-start-noise"
+AWM = f"{OWN_START} --window-size 3 --window-range 0 8 --objective awm --clip-range 1"      # 3 rows an image
 # Name -> command line of train.py, and weights of the KL. Settings that are not named are the default preset's.
 ALGORITHMS = {
     "shared start, late window": ("tiny_ocr", NONE),
@@ -43,7 +46,9 @@ ALGORITHMS = {
     "CPS": ("tiny_ocr --rule cps --noise-level 0.8 --clip-range 1e-3", NONE),
     "dance": ("tiny_ocr --rule dance_sde --noise-level 1.3", NONE),
     "Guard": ("tiny_ocr --guard --advantage-std group --clip-range 1e-4", NONE),
+    "AWM": (AWM, SOME),
     "full trajectory, no guidance": (f"{OWN_START} --window-size 0 --guidance-scale 1", SOME),
+    "AWM, no guidance": (f"{AWM} --guidance-scale 1", SOME),
 }
 
 
@@ -51,6 +56,11 @@ def rows_of_epoch(config: Config) -> int:
     """Network rows of an epoch, on average over where windows lie."""
     plan = batch_plan(config, 1, branches=1 if config.guidance_scale == 1 else 2)
     return plan.rollout_calls + 3 * plan.replay_calls + plan.reference_calls
+
+
+@functools.cache
+def rows_of_command(command: str) -> int:
+    return rows_of_epoch(parse_config(command.split())[1])
 
 
 BUDGET = PRESETS["tiny_ocr"].epochs * rows_of_epoch(PRESETS["tiny_ocr"])
@@ -71,7 +81,7 @@ class Setting:
 
     @property
     def rows(self) -> int:
-        return rows_of_epoch(parse_config(self.command.split())[1])
+        return rows_of_command(self.command)
 
     @property
     def epochs(self) -> int:
@@ -91,7 +101,7 @@ class Setting:
         command = (f"{self.command} --seed {seed} --epochs {epochs} --eval-every {self.tenth} "
                    f"--save-every {self.tenth} --learning-rate-half-life {self.epochs / 2}")
         directory = self.directory(place, seed)
-        if is_whole(directory, command):
+        if is_whole(directory, epochs):
             return True
         started = time.perf_counter()
         try:
@@ -225,6 +235,9 @@ def main() -> int:
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 3600 * options.hours
+    for algorithm in ALGORITHMS:         # before threads start, because parsing turns stdout aside for all
+        for rate, beta in itertools.product(LEARNING_RATES, ALGORITHMS[algorithm][1]):
+            rows_of_command(Setting(algorithm, rate, beta).command)
 
     def work(task: tuple[int, str]) -> None:
         if time.monotonic() < end:

@@ -1,6 +1,8 @@
 """The leaderboard gives every algorithm the same network rows, and picks and shows what its runs say."""
 
+import itertools
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 from helpers import SMALL, flags
 
 from config import parse_config
-from proofs import leaderboard
+from proofs import experiments, leaderboard
 from proofs.leaderboard import ALGORITHMS, BUDGET, Setting, mean_and_range, rows_of_epoch, table_row, tuned
 
 DEFAULT = "shared start, late window"
@@ -28,7 +30,7 @@ def test_the_rows_of_an_algorithm_are_those_that_its_epoch_computes(train_here, 
     monkeypatch.setattr(SD3Transformer2DModel, "forward", counted_forward)
     _, config = parse_config(Setting(algorithm, 6e-4, ALGORITHMS[algorithm][1][-1]).command.split())
     names = ("num_steps", "guidance_scale", "window_size", "shared_start_noise", "guard", "rule", "noise_level",
-             "updates_per_epoch", "timestep_fraction", "beta")
+             "updates_per_epoch", "timestep_fraction", "beta", "objective")
     changes = {name: getattr(config, name) for name in names}
     changes |= dict(epochs=1, window_range=(3, 3 + config.window_size))
     train_here(f"rows-{algorithm}", **changes)
@@ -87,3 +89,19 @@ def test_the_picture_has_a_line_of_each_run(tmp_path):
     leaderboard.show(tmp_path)
     drawn, empty = (leaderboard.picture(place) for place in (tmp_path, tmp_path / "nothing"))
     assert drawn.size == empty.size and drawn.tobytes() != empty.tobytes() and (tmp_path / "picture.png").exists()
+
+
+# ---- proofs.experiments --------------------------------------------------------------------------------------
+
+def test_a_table_whose_runs_are_whole_is_printed_and_not_run_again(tmp_path, monkeypatch, capsys):
+    """Also by several threads, whose parsing of command lines would take stdout from each other."""
+    monkeypatch.setattr(sys, "argv", ["experiments", "windows", "--at-once", "8", "--directory", str(tmp_path)])
+    monkeypatch.setattr(experiments, "train", lambda *cell: pytest.fail("it trains"))
+    lines = [{"epoch": 0, "eval/total": 0.66, "spread/eval_share": 1.0}, {"epoch": 10, "eval/total": 0.8, "spread/eval_share": 0.9}]
+    for row, seed in itertools.product(experiments.TABLES["windows"], (1, 2, 3)):
+        directory = tmp_path / "windows" / f"{row.replace(' ', '_')}-{seed}"
+        directory.mkdir(parents=True)
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert experiments.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| 10, 10, 10 | 0.800, 0.800, 0.800 | 0.90, 0.90, 0.90 |") == len(experiments.TABLES["windows"])
