@@ -28,6 +28,9 @@ def learning_rate(config: Config, epoch: int) -> float:
     return config.learning_rate * (0.5 ** ((epoch - 1) / half_life) if half_life else 1.0)
 
 
+FIRST_SCALE = 2.0**30                            # of float16's losses
+
+
 class Learner:
     """The policy's trained weights and all that goes with them from update to update."""
 
@@ -39,8 +42,8 @@ class Learner:
         # small, and float16 holds nothing below 6e-8. On an H200, with SD3.5-M's size, the gradients of a
         # step are off from float32's: at the usual 2^16 by 24 %, queries' by 94 %; at 2^24 by under 1 %, but
         # those of the text stream's queries by 49 %; at 2^30 all by under 1 %. If 2^30 is too much, the scale
-        # halves itself, and the skipped update is counted as an overflow.
-        self.scaler = torch.amp.GradScaler(policy.device.type, init_scale=2.0**30, growth_interval=100,
+        # halves itself, and the update is computed again.
+        self.scaler = torch.amp.GradScaler(policy.device.type, init_scale=FIRST_SCALE, growth_interval=100,
                                            enabled=config.dtype == "float16")
         # Make its state now, because a rank may have nothing to scale.
         self.scaler.scale(torch.zeros((), device=policy.device))
@@ -117,6 +120,8 @@ class Learner:
         if self.skipped + updates > self.skip_nonfinite:
             raise error
         self.skipped += updates
+        if self.scaler.is_enabled():
+            self.scaler.update(FIRST_SCALE)      # the update has halved it until none was left
         if is_main():
             tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates",
                        file=sys.stderr)

@@ -141,7 +141,7 @@ def update(learner: Learner, samples: Samples, advantages: Tensor, config: Confi
     """Take U optimizer steps, each on its part of the samples. Returns statistics. advantages: (N,)."""
     statistics = Statistics()
     learner.begin_updates(epoch)
-    for u in range(config.updates_per_epoch):
+    for u in statistics.updates_left(config.updates_per_epoch):
         # The loss is the mean over the update's rows on all ranks.
         num_rows = len(range(u, len(advantages), config.updates_per_epoch)) * config.trained_steps
         mine = training_batches(samples.draw, u, advantages, config)

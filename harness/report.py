@@ -27,9 +27,14 @@ class Statistics:
 
     def __init__(self):
         self.updates: list[dict[str, float]] = []                # of each: means over its rows, and its norm
-        self.skipped = 0
+        self.skipped = self.overflows = 0
         self.before: float | None = None    # largest |ratio - 1| before the weights change
         self._start_update()
+
+    def updates_left(self, count: int) -> Iterator[int]:
+        """Each of an epoch's updates, and again while float16's loss scale is too large for it."""
+        while (done := len(self.updates) + self.skipped) < count:
+            yield done
 
     def _start_update(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -63,10 +68,13 @@ class Statistics:
             raise NonFiniteUpdate("loss")
 
     def end_update(self, grad_norm: float, may_overflow: bool) -> None:
-        """The optimizer stepped. may_overflow: a norm that is not finite is float16's loss scale's doing."""
-        if not np.isfinite(grad_norm) and not may_overflow:
+        """The optimizer stepped, unless the norm is not finite. may_overflow: float16's loss scale did that."""
+        if np.isfinite(grad_norm):
+            self.updates.append(self._update | {"grad_norm": grad_norm})
+        elif may_overflow:
+            self.overflows += 1
+        else:
             raise NonFiniteUpdate("gradient")
-        self.updates.append(self._update | {"grad_norm": grad_norm})
         self._start_update()
 
     def leave_out_update(self) -> None:
@@ -90,16 +98,15 @@ class Statistics:
                  "than in the rollout, above all in half precision; another dtype here than there; dropout")
 
     def metrics(self) -> dict[str, float]:
-        """Means over the epoch's rows, gradient norms, and how many updates overflowed or were left out."""
+        """Means over the epoch's rows, gradient norms, and how often an update overflowed or was left out."""
         known = {} if self.before is None else {"ratio_deviation_before": self.before}
         if self.updates:
             rows = [update["rows"] for update in self.updates]
             known |= {name: float(np.average([update[name] for update in self.updates], weights=rows))
                       for name in self.NAMES}
             known["ratio_deviation"] = max(update["ratio_deviation"] for update in self.updates)
-        norms = [update["grad_norm"] for update in self.updates if np.isfinite(update["grad_norm"])]
-        return known | {"grad_norm": float(np.mean(norms)) if norms else 0.0,
-                        "overflows": len(self.updates) - len(norms), "skipped_updates": self.skipped}
+            known["grad_norm"] = float(np.mean([update["grad_norm"] for update in self.updates]))
+        return {"grad_norm": 0.0} | known | {"overflows": self.overflows, "skipped_updates": self.skipped}
 
 
 def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
