@@ -68,7 +68,7 @@ class Statistics:
             raise NonFiniteUpdate("loss")
 
     def end_update(self, grad_norm: float, may_overflow: bool) -> None:
-        """The optimizer stepped, unless the norm is not finite. may_overflow: float16's loss scale did that."""
+        """The optimizer stepped if the norm is finite. may_overflow: if not, the loss scale is to blame."""
         if np.isfinite(grad_norm):
             self.updates.append(self._update | {"grad_norm": grad_norm})
         elif may_overflow:

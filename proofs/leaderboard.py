@@ -36,7 +36,6 @@ SEEDS = (1, 2, 3)
 # three times SOME to hold the score down.
 SOME, NONE = (0, 0.3), (0,)
 OWN_START = "tiny_ocr --no-shared-start-noise"
-AWM = f"{OWN_START} --window-size 3 --window-range 0 8 --objective awm --clip-range 1"      # 3 rows an image
 # Name -> command line of train.py, and weights of the KL. Settings that are not named are the default preset's.
 ALGORITHMS = {
     "shared start, late window": ("tiny_ocr", NONE),
@@ -46,9 +45,9 @@ ALGORITHMS = {
     "CPS": ("tiny_ocr --rule cps --noise-level 0.8 --clip-range 1e-3", NONE),
     "dance": ("tiny_ocr --rule dance_sde --noise-level 1.3", NONE),
     "Guard": ("tiny_ocr --guard --advantage-std group --clip-range 1e-4", NONE),
-    "AWM": (AWM, SOME),
+    "AWM": ("tiny_ocr_awm", SOME),
     "full trajectory, no guidance": (f"{OWN_START} --window-size 0 --guidance-scale 1", SOME),
-    "AWM, no guidance": (f"{AWM} --guidance-scale 1", SOME),
+    "AWM, no guidance": ("tiny_ocr_awm --guidance-scale 1", SOME),
 }
 
 

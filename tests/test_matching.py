@@ -18,7 +18,7 @@ from matching import NoisedImages, noise_again
 from sampler import replay, timestep_schedule
 
 F64 = torch.float64
-AWM = replace(PRESETS["tiny_ocr_collapse"], objective="awm", clip_range=1.0)
+AWM = PRESETS["tiny_ocr_awm"]
 
 
 def normal(*shape, seed):

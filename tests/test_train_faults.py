@@ -454,7 +454,8 @@ def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_ends_the_run(
     directory = Path(evidence).parent.parent
     assert [m.get("skipped_updates") for m in metrics_of(directory)] == [None, 1, 1]
     state = load_state(checkpoints(directory)[-1])
-    assert state["epoch"] == 2 and state["skipped"] == 2 and not state["optimizer"]["state"]
+    assert state["epoch"] == 2 and state["skipped"] == 2
+    assert all(moments["step"] == 0 for moments in state["optimizer"]["state"].values())
     assert dtype != "float16" or state["scaler"]["scale"] == FIRST_SCALE
     assert all(p.isfinite().all() for p in state["trained"])
 
