@@ -104,10 +104,11 @@ FAULTS = {
 
 
 def walk(family: str, fault: str = "") -> None:
-    """Try a batch; sample, decode, replay, reference, loss and drift, all on the GPU, at the published size."""
+    """Try a batch; sample, decode, replay, reference, loss, AWM's rows and drift, all on the GPU, at the published size."""
     from config import PRESETS
-    from draws import noise_levels
+    from draws import draw_shares, noise_levels
     from harness.batches import try_batch
+    from matching import noise_again
     from policy import check_model
     from sampler import rollout, timestep_schedule
     from train import step_loss
@@ -133,11 +134,13 @@ def walk(family: str, fault: str = "") -> None:
                 rows = FAULTS[fault](rows)
             A = torch.ones(images).to(GPU)
             loss, watched = step_loss(policy, rows, text, A, config)
+            noised = noise_again(velocity, trajectory.final, draw_shares(config, 1, [0, 1], sigmas), noise[1:])
+            awm, _ = step_loss(policy, noised.rows([0, 1], [0, 1]), text, A, dataclasses.replace(config, guard=False))
             drift = policy.drift(text, noise[0], config.guidance_scale)
             gpu.host_may_wait = True                            # a trial waits until its call is done
             try_batch(policy, ["a", "b"], config.guidance_scale, training=False, memory=math.inf)
             gpu.host_may_wait = False
-            found = {"drift": drift, "final": trajectory.final, "log_probs": trajectory.log_probs, "pictures": pictures, "loss": loss, **watched}
+            found = {"drift": drift, "awm": awm, "final": trajectory.final, "log_probs": trajectory.log_probs, "pictures": pictures, "loss": loss, **watched}
             assert all(value.device == GPU for value in found.values()), found
             assert loss.requires_grad and loss.shape == (images,) and loss.dtype == torch.float32
             assert pictures.shape == (images, 512, 512, 3) and pictures.dtype == torch.uint8
