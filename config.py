@@ -79,7 +79,7 @@ class Config:
 
     # ------------------------------ algorithm
     objective: Literal["grpo", "awm"] = "grpo"
-    """grpo trains steps that were taken; awm trains images that are noised again, as often: matching.py."""
+    """awm noises each image again, as often as grpo would train its steps, and trains that: tiny_ocr_awm."""
     groups_per_epoch: int = 24
     """Prompts in an epoch, global."""
     group_size: int = 8
@@ -248,8 +248,8 @@ PRESETS = {
                        learning_rate_half_life=15),
     "tiny_ocr_collapse": Config(),      # trains first steps, so that all pictures get one background
     # The fastest, which collapses where it goes on for longer: docs/experiments.md.
-    "tiny_ocr_awm": Config(objective="awm", window_range=(0, 8), guidance_scale=2.5, clip_range=1.0, epochs=4,
-                           learning_rate=6e-4, learning_rate_half_life=8),
+    "tiny_ocr_awm": Config(objective="awm", guidance_scale=2.5, clip_range=1.0, epochs=4, learning_rate=6e-4,
+                           learning_rate_half_life=8),
     "sd35m_ocr": PUBLISHED,
     "sd35m_geneval": replace(PUBLISHED, **GENEVAL),
     "sd35m_pickscore": replace(PUBLISHED, **PICKSCORE, beta=0.01),
@@ -418,7 +418,7 @@ def validate(config: Config) -> None:
     trained = config.trained_steps
     require(trained >= 1, "timestep_fraction", f"of {config.num_steps} steps it trains none; raise it")
     last_trained = config.window_range[1] if config.window_size else trained
-    require(config.rule != "cps" or last_trained < config.num_steps, "rule",
+    require(config.rule != "cps" or config.objective == "awm" or last_trained < config.num_steps, "rule",
             "the last step of cps is deterministic; lower --timestep-fraction or --window-range")
     require(config.rule != "cps" or not config.guard, "guard",
             "its ratio needs the log-prob of a Gaussian, which cps has not; choose another --rule")

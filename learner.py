@@ -80,6 +80,7 @@ class Learner:
         Returns their norm, and whether float16's loss scale may have made it infinite. If the norm is not
         finite, the weights stay as they are.
         """
+        scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
         self._changed |= np.isfinite(grad_norm)
@@ -89,8 +90,8 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         if np.isfinite(grad_norm):
             self.average.step()
-        # A scale below 1 is not to blame.
-        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        # Blame the scale if it has come down by this, and not below 1.
+        may_overflow = 1 <= self.scaler.get_scale() < scale
         self.started |= bool(np.isfinite(grad_norm)) or may_overflow
         return grad_norm, may_overflow
 
@@ -120,8 +121,8 @@ class Learner:
         if self.skipped + updates > self.skip_nonfinite:
             raise error
         self.skipped += updates
-        if self.scaler.is_enabled():
-            self.scaler.update(FIRST_SCALE)      # the update has halved it until none was left
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            self.scaler.update(FIRST_SCALE)      # the update has halved it in vain
         if is_main():
             tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates",
                        file=sys.stderr)

@@ -25,7 +25,7 @@ from harness.report import Statistics, mean_scores, progress, reward_metrics, sp
 from harness.run import Run, launch
 from harness.scoring import Scorer
 from learner import Learner
-from matching import NoisedImages, noise_again
+from matching import NoisedImages, NoisedRows, noise_again
 from policy import Policy, Text, to_device
 from prompts import Prompt
 from sampler import Rows, Trajectory, replay, rollout, timestep_schedule
@@ -73,7 +73,7 @@ class Samples:
 @on_all_ranks
 @within_memory(LESS_MEMORY.format("rollout-batch"))
 def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config, epoch: int) -> Samples:
-    """Draw this rank's samples by the SDE. Rewards score a batch's images while the next one is drawn."""
+    """Draw this rank's samples. Rewards score a batch's images while the next one is drawn."""
     draw = draw_epoch(config, len(prompts), epoch, distributed.rank(), distributed.world_size())
     prompt_of = {i: prompts[draw.prompts[i // config.group_size]] for i in draw.indices}
     sigmas = timestep_schedule(config.num_steps, **policy.schedule_arguments(config.num_steps),
@@ -105,7 +105,7 @@ def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config
                       f"epoch {epoch}", {"samples": torch.tensor(batch), **tensors_of(trajectory)})
         # AWM trains no steps, but the image: noise it again, by noise that the ODE had no use for.
         if config.objective == "awm":
-            shares = draw_shares(config, epoch, batch, sigmas)              # (S, B)
+            shares = to_device(draw_shares(config, epoch, batch, sigmas), policy.device)         # (S, B)
             trajectory = noise_again(velocity, trajectory.final, shares, noise[1:])
         trajectories.append(trajectory)
     return Samples(draw, prompts=list(prompt_of.values()), scores=scorer.collect(),
@@ -155,8 +155,7 @@ def update(learner: Learner, samples: Samples, advantages: Tensor, config: Confi
             # All ranks meet: first their statistics and stop flags, then their gradients, parts of one mean.
             statistics.end_backward(num_rows)
             distributed.sum_gradients(learner.policy.parameters)
-            if u == 0:
-                statistics.check_ratio(not learner.started, config, epoch)
+            statistics.check_ratio(not learner.started, config, epoch)
             statistics.end_update(*learner.step(config.max_grad_norm))
     return statistics.metrics()
 
@@ -173,12 +172,13 @@ def add_gradients(learner: Learner, samples: Samples, advantages: Tensor, num_ro
     return watched
 
 
-def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
+def step_loss(policy: Policy, rows: Rows | NoisedRows, text: Text, A: Tensor,
               config: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of M rows, and what is watched: each (M,). 2505.05470, eq. 5 and 10."""
-    # Replay the steps: how likely would the present policy have taken them?
+    # Replay the steps: how likely would the present policy have taken them? (M,), (M, C, H, W), (M, 1, 1, 1)
     log_prob, mean, std = replay(policy.velocity(text, config.guidance_scale), rows)
-    old_log_prob, D = rows.log_prob, rows.sigma - rows.sigma_next           # (M,) each
+    old_log_prob = rows.log_prob                                            # (M,)
+    D = rows.sigma - rows.sigma_next                                        # (M,)
 
     # GRPO-Guard (2510.22319) uses a centred log-ratio, not a difference of log-probs, and divides by D.
     if config.guard:
@@ -192,7 +192,7 @@ def step_loss(policy: Policy, rows: Rows, text: Text, A: Tensor,
     # Add the KL to the reference, the policy without its adapter, which replays the same steps.
     if config.beta:
         _, reference_mean, _ = replay(policy.reference_velocity(text, config.guidance_scale), rows)
-        if config.kl == "per_time" and rows.rule != "cps":                # because cps is no SDE
+        if config.kl == "per_time" and rows.rule != "cps":                  # because cps is no SDE
             std = std / D.sqrt().view_as(std)                               # s = std / sqrt(D)
         kl = gaussian_kl(mean, reference_mean, std)                         # (M,)
         loss, watched["kl"] = loss + config.beta * kl, kl

@@ -27,7 +27,7 @@ class BatchPlan:
     """What the settings come to on a number of ranks. Counts are per epoch."""
 
     samples: int            # global
-    trained_steps: int      # of each sample
+    trained_steps: int      # of each sample; under AWM, how often it is noised again
     samples_per_rank: int   # of the busiest rank
     rollout_batches: int    # likewise
     train_batches: int      # likewise, over all updates
@@ -86,8 +86,11 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
     p = batch_plan(config, world_size, branches)
     # The count depends on where windows lie and how ranks share groups.
     about = "about " if config.shared_start_noise else ""
+    trained = f"{p.trained_steps} trained"
+    if config.objective == "awm":
+        trained = f"none trained, each image noised again {p.trained_steps} times"
     return (f"epoch: {config.groups_per_epoch} groups x {config.group_size} = {p.samples} images, "
-            f"{config.num_steps} steps ({p.trained_steps} trained), {config.updates_per_epoch} updates\n"
+            f"{config.num_steps} steps ({trained}), {config.updates_per_epoch} updates\n"
             f"per rank ({world_size}): up to {p.samples_per_rank} images; "
             f"rollout batches: {about}{p.rollout_batches} of up to "
             f"{p.rollout_images if config.rollout_batch else 'any number'}; "

@@ -32,7 +32,10 @@ class Statistics:
         self._start_update()
 
     def updates_left(self, count: int) -> Iterator[int]:
-        """Each of an epoch's updates, and again while float16's loss scale is too large for it."""
+        """Yield each update's number, and the same one again after an overflow of float16's loss scale.
+
+        Each turn must come to `end_update` or `leave_out_update`.
+        """
         while (done := len(self.updates) + self.skipped) < count:
             yield done
 
@@ -85,9 +88,11 @@ class Statistics:
         """Warn if a ratio is not 1 in an epoch's first update, because the policy is still the one that
         sampled.
 
-        Call it before the weights change. first: whether it is this process's first update, which gets a line
-        in any case.
+        Call it in every update before the weights change. An epoch's first call checks. first: whether it is
+        this process's first update, which gets a line in any case.
         """
+        if self.before is not None:
+            return
         self.before = self._update["ratio_deviation"]
         if first:
             say(f"before the first update, max |ratio - 1| is {self.before:.1e}; "

@@ -1,4 +1,5 @@
-"""Run a program whose float16 matrix products are those of a GPU's tensor cores, on a CPU.
+"""Run a program whose float16 matrix products are those of a GPU's tensor cores, on a CPU: linear layers and their
+gradients. Attention and convolutions remain the CPU's own.
 
     python -m proofs.tensor_cores train.py tiny_ocr --dtype float16
 

@@ -8,7 +8,7 @@ import torch
 from helpers import equal
 
 from config import parse_config
-from learner import Learner, WeightAverage, learning_rate
+from learner import FIRST_SCALE, Learner, WeightAverage, learning_rate
 
 
 @pytest.fixture
@@ -109,3 +109,24 @@ def test_the_average_is_applied_within_and_the_weights_are_themselves_again_afte
         assert torch.equal(p, start)
         raise KeyError
     assert torch.equal(p, trained) and torch.equal(average.average[0], start)
+
+
+def test_a_loss_scale_that_an_update_has_halved_in_vain_starts_anew_and_another_stays(learner):
+    learner.scaler = torch.amp.GradScaler("cpu")
+    learner.scaler.scale(torch.zeros(()))
+    for scale, after in ((2.0**20, 2.0**20), (0.5, FIRST_SCALE)):
+        learner.scaler.update(scale)
+        learner.skip(ValueError("what"), 1)
+        assert learner.scaler.get_scale() == after
+
+
+def test_the_scale_is_to_blame_only_if_an_update_has_halved_it(learner):
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    learner.scaler.scale(torch.zeros(()))
+
+    def blamed(gradient):
+        for p in learner.policy.parameters:
+            p.grad = torch.full_like(p, gradient)
+        return learner.step(max_grad_norm=1.0)[1]
+
+    assert [blamed(g) for g in (1.0, float("inf"), float("inf"), 1e30)] == [False, True, False, False]

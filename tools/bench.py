@@ -51,7 +51,7 @@ from tools.floor import NETWORK, PIECES, Floor, matrix_product_rate, synchronize
 
 PHASES = ("text", "rollout", "decode", "reward_wait", "replay", "reference", "optimizer", "gather",
           "waiting", "other")
-NEEDED = ("rollout", "decode", "reward_wait", "replay", "reference")      # network, VAE and rewards
+NEEDED = ("rollout", "decode", "reward_wait", "replay", "reference")         # network, VAE and rewards
 
 
 # ---- phases ------------------------------------------------------------------------------------------------
