@@ -202,17 +202,18 @@ COLOURS = ("black", "red", "blue", "green", "orange", "purple", "deepskyblue", "
 
 def picture(place: Path, width: int = 560, height: int = 440) -> Image.Image:
     """Score against share of the spread: a line a run through its evaluations, a disc where it ends."""
-    image = Image.new("RGB", (width + 290, height + 50), "white")
+    image = Image.new("RGB", (width + 310, height + 50), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
 
     def at(share: float, score: float) -> tuple[float, float]:
-        return 50 + width * share / 1.2, 10 + height * (1 - score) / 0.8             # scores from 0.2 on
+        return 50 + width * share / 1.2, 10 + height * (1 - score) / 0.7             # scores from 0.3 on
 
     for tick in (0.2, 0.4, 0.6, 0.8, 1.0):
-        draw.line([at(0, tick), at(1.2, tick)], "lightgray")
-        draw.text((15, at(0, tick)[1] - 8), f"{tick:.1f}", "black", font)
-        draw.line([at(tick, 0.2), at(tick, 1)], "lightgray")
-        draw.text((at(tick, 0)[0] - 8, height + 13), f"{tick:.1f}", "black", font)
+        if tick > 0.3:
+            draw.line([at(0, tick), at(1.2, tick)], "lightgray")
+            draw.text((15, at(0, tick)[1] - 8), f"{tick:.1f}", "black", font)
+        draw.line([at(tick, 0.3), at(tick, 1)], "lightgray")
+        draw.text((at(tick, 0.3)[0] - 8, height + 13), f"{tick:.1f}", "black", font)
     draw.text((50, height + 30), "right: share of the spread before training; up: held-out score", "black", font)
     there = [(algorithm, best) for algorithm in ALGORITHMS if (best := tuned(algorithm, place))]
     for k, ((algorithm, best), colour) in enumerate(zip(there, COLOURS)):
