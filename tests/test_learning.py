@@ -119,14 +119,15 @@ def trained(config, rewards=rewards):
 
 
 @pytest.mark.parametrize("changes", [
-    *(dict(rule=rule) for rule in RULES), dict(guard=True), AWM,
-    dict(window_size=2, window_range=(0, 3), advantage_std="group")], ids=str)
+    dict(rule=RULES[0]), *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
+        *(dict(rule=rule) for rule in RULES[1:]), dict(guard=True), AWM,
+        dict(window_size=2, window_range=(0, 3), advantage_std="group")))], ids=str)
 def test_training_reaches_the_known_optimum(changes):
     assert (START - TARGETS).abs().max() > 1
     assert (trained(replace(BASE, **changes)) - TARGETS).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("changes", [{}, AWM], ids=str)
+@pytest.mark.parametrize("changes", [{}, pytest.param(AWM, marks=pytest.mark.slow)], ids=str)
 def test_reversed_rewards_lead_away_from_the_optimum(changes):
     def reversed_rewards(*batch):
         return {name: -score for name, score in rewards(*batch).items()}

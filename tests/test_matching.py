@@ -105,6 +105,7 @@ def one_rank(train_here):
     return train_here("awm", **RUN)
 
 
+@pytest.mark.slow
 def test_three_ranks_do_what_one_does(one_rank, command):
     assert_same_run(one_rank, completed(command("awm-3", 3, **RUN, train_batch=3)), epochs=3, before=2)
 
@@ -115,6 +116,7 @@ def test_a_run_that_was_stopped_does_what_one_does_that_was_not(one_rank, train_
     assert_same_run(one_rank, train_here("awm-resumed", **RUN), epochs=3, before=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_the_ratio_before_the_first_update_is_exactly_1(train_here, dtype):
     metrics = metrics_of(train_here(f"awm-{dtype}", **RUN | dict(epochs=1), dtype=dtype))

@@ -472,6 +472,7 @@ def test_a_run_in_half_precision_trains_and_continues(train_here, dtype, epochs)
     assert not torch.equal(weights_of(directory, epochs), weights_of(directory, epochs - 1))
 
 
+@pytest.mark.slow
 def test_a_loss_scale_that_is_too_large_costs_no_update(train_here, monkeypatch):
     """The update is computed again at half the scale. So the run is the one that began at the scale that fits."""
     settings = dict(dtype="float16", epochs=1, **CHEAP | dict(updates_per_epoch=2))
