@@ -289,7 +289,10 @@ def test_a_run_goes_on_to_the_same_bits_after_a_signal_in_any_phase(train_here, 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
 def test_a_closed_terminal_and_a_schedulers_notice_save_the_last_whole_epoch(
-        train_here, unbroken, capsys, number):
+        train_here, unbroken, capsys, request, number):
+    before = signal.signal(number, signal.SIG_DFL)      # because nohup, which may have started the tests, ignores SIGHUP
+    request.addfinalizer(lambda: signal.signal(number, before))
+
     def noticed(value):
         os.kill(os.getpid(), number)
         time.sleep(1.2)
