@@ -1,19 +1,18 @@
 """Advantage Weighted Matching, --objective awm: its rows, their log-probs and gradients, and whole runs.
 
-That it reaches a known optimum, and its updates against finite differences: tests/test_learning.py.
+That it reaches a known optimum, and its updates against finite differences: tests/test_learning.py. The calls of its
+epoch: tests/test_leaderboard.py.
 """
 
 from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
-from helpers import SMALL, assert_same_run, completed, equal, flags, metrics_of
+from helpers import assert_same_run, completed, equal, metrics_of
 
-from config import PRESETS, ConfigError, parse_config, validate
+from config import PRESETS, ConfigError, validate
 from draws import draw_shares, noise_levels
 from grpo import clipped_loss
-from harness.batches import batch_plan
 from matching import NoisedImages, noise_again
 from sampler import replay, timestep_schedule
 
@@ -121,24 +120,6 @@ def test_a_run_that_was_stopped_does_what_one_does_that_was_not(one_rank, train_
 def test_the_ratio_before_the_first_update_is_exactly_1(train_here, dtype):
     metrics = metrics_of(train_here(f"awm-{dtype}", **RUN | dict(epochs=1), dtype=dtype))
     assert metrics[1]["ratio_deviation_before"] == 0 < metrics[1]["ratio_deviation"]
-
-
-@pytest.mark.slow
-def test_the_network_is_called_as_often_as_planned(train_here, monkeypatch):
-    rows, forward = [0], SD3Transformer2DModel.forward
-
-    def counted_forward(self, hidden_states, *args, **kwargs):
-        rows[0] += len(hidden_states)
-        return forward(self, hidden_states, *args, **kwargs)
-
-    monkeypatch.setattr(SD3Transformer2DModel, "forward", counted_forward)
-    changes = RUN | dict(group_size=5, updates_per_epoch=3, epochs=1)
-    train_here("counted", **changes)
-    _, config = parse_config(flags(**{**SMALL, **changes}))
-    plan = batch_plan(config, 1, branches=2)
-    evaluation = 7 * (config.eval_num_steps + 2) * 2                        # 2 calls for drift; both branches
-    assert rows[0] == plan.rollout_calls + plan.replay_calls + plan.reference_calls + 2 * evaluation
-    assert plan.rollout_calls == 10 * (config.num_steps + config.trained_steps) * 2
 
 
 # ---- settings ----------------------------------------------------------------------------------------------------
