@@ -77,6 +77,7 @@ def test_the_memory_of_a_training_batch_is_the_processs_within_15_percent(middle
     assert measured > 0.25 * GIB and predicted == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.slow
 def test_a_row_of_sd35m_takes_the_flops_that_were_counted_on_a_gpu():
     call = counts.count(SD35M).call("rollout")
     assert call.on(1)[0] / 2 == pytest.approx(2.23e12, rel=0.02)        # two rows, because of guidance

@@ -431,7 +431,8 @@ def score(images, prompts, metadata):
 
 
 @pytest.mark.parametrize("quantity, dtype", [
-    ("loss", "float64"), ("gradient", "float64"), ("latents", "float64"), ("reward", "float64"), ("gradient", "float16")])
+    ("loss", "float64"), ("gradient", "float64"), ("latents", "float64"), ("reward", "float64"),
+    pytest.param("gradient", "float16", marks=pytest.mark.slow)])
 def test_what_is_not_finite_is_skipped_as_often_as_allowed_then_ends_the_run(
         train_here, monkeypatch, tmp_path, capsys, quantity, dtype):
     """In float16 a gradient that no loss scale makes finite is left out too, and the next update has the first scale again."""
