@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -88,7 +89,11 @@ class Policy:
         the adapter does not fit it, or its patches do not tile the resolution.
         """
         diffusers_logging.disable_progress_bar()
+        # Keep the hub's bars, which transformers turns off with its own, because a download may take long.
+        hub_bars_off = are_progress_bars_disabled()
         transformers_logging.disable_progress_bar()
+        if not hub_bars_off:
+            enable_progress_bars()
         transformers_logging.set_verbosity_error()
         diffusers_logging.set_verbosity_error()      # it would warn of each prompt that is cut, thrice
         self.model, self.device, self.dtype = model, device, DTYPES[dtype]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import disable_progress_bars
 
 import distributed
 from adapters import read_adapter
@@ -180,11 +181,13 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     # directory without a lock.
     goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not goes_first:
+        disable_progress_bars()                # of downloads, which the first rank shows
         distributed.wait_for_all()
     rewards = make_rewards(config, device)
     probe(rewards, train_prompts[0], config.resolution)
     if goes_first:
         distributed.wait_for_all()
+    say(f"loading {config.model}")
     policy = make_policy(config, device)
     config = choose_batches(policy, train_prompts, config)
     if is_main():
