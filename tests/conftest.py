@@ -18,13 +18,15 @@ torch.set_num_threads(1)          # the tensors here are too small to share
 
 
 LAUNCHERS = {"start", "command", "found", "browser", "serve", "server"}      # fixtures with processes of their own: torchrun, servers, a browser
+# Files about what the first command does not use. They take a third of the time of all that is not slow otherwise.
+ASIDE = {f"test_{name}.py" for name in ("new_families", "adapter_formats", "estimate", "demo", "showcase")}
 
 
 @pytest.hookimpl(tryfirst=True)           # before pytest looks at -m
 def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=lambda item: item.path.name != "test_train.py")      # the longest file first: the others go beside it
     for item in items:
-        if LAUNCHERS & set(getattr(item, "fixturenames", ())):
+        if item.path.name in ASIDE or LAUNCHERS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

@@ -60,8 +60,9 @@ ASCII = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
 
 
 @pytest.mark.parametrize("words, environment", [
-    ("", {}), ("| head -1", {}), ("2>&1 | head -1", {}), ("> /dev/full", {}), ("> /dev/full 2>&1", {}), (">&-", {}), ("2>&-", {}),
-    (">&- 2>&- <&-", {}), ("| cat", ASCII), ("2>&1 | cat", {"PYTHONIOENCODING": "ascii:strict"}), ("| cat >&-", {})])
+    ("", {}), ("2>&1 | head -1", {}), *(pytest.param(words, environment, marks=pytest.mark.slow) for words, environment in [
+        ("| head -1", {}), ("> /dev/full", {}), ("> /dev/full 2>&1", {}), (">&-", {}), ("2>&-", {}), (">&- 2>&- <&-", {}),
+        ("| cat", ASCII), ("2>&1 | cat", {"PYTHONIOENCODING": "ascii:strict"}), ("| cat >&-", {})])])
 def test_it_ends_well_wherever_its_output_goes(run, tmp_path, words, environment):
     code, err = run(words, **environment)
     assert code == 0 and (tmp_path / "done").read_text() == "done" and (tmp_path / "atexit").exists()
