@@ -14,7 +14,7 @@ from config import parse_config
 from proofs import experiments, leaderboard
 from proofs.leaderboard import ALGORITHMS, BUDGET, Setting, mean_and_range, rows_of_epoch, table_row, tuned
 
-DEFAULT = "shared start, late window"
+LATE = "shared start, late window"
 
 
 @pytest.mark.slow
@@ -38,11 +38,11 @@ def test_the_rows_of_an_algorithm_are_those_that_its_epoch_computes(train_here, 
     assert rows[0] - 2 * evaluation == rows_of_epoch(parse_config(flags(**{**SMALL, **changes}))[1])
 
 
-def test_the_budget_is_that_of_the_default_preset():
+def test_the_budget_is_that_of_the_shared_start_with_a_late_window():
     """24 groups of 8, with guidance: steps before a window once for each group, and 2 steps trained."""
     before_window = (3 + 4) / 2
     assert BUDGET == 30 * 2 * (24 * before_window + 192 * (8 - before_window) + 3 * 192 * 2)
-    assert Setting(DEFAULT, 6e-4, 0).epochs == 30
+    assert Setting(LATE, 6e-4, 0).epochs == 30
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -65,15 +65,15 @@ def write_run(setting: Setting, place: Path, seed: int, evaluations: list[tuple[
 
 def test_a_setting_that_loses_the_spread_is_not_the_best(tmp_path):
     for rate, score, share in ((3e-4, 0.70, 1.0), (6e-4, 0.75, 0.9), (1.2e-3, 0.85, 0.6)):
-        write_run(Setting(DEFAULT, rate, 0), tmp_path, 1, [(0, 0.66, 1.0), (3, score, share)])
-    assert tuned(DEFAULT, tmp_path) == Setting(DEFAULT, 6e-4, 0)
+        write_run(Setting(LATE, rate, 0), tmp_path, 1, [(0, 0.66, 1.0), (3, score, share)])
+    assert tuned(LATE, tmp_path) == Setting(LATE, 6e-4, 0)
 
 
 def test_a_line_of_the_table_is_of_the_runs_that_came_to_their_end(tmp_path):
-    setting = Setting(DEFAULT, 6e-4, 0)
+    setting = Setting(LATE, 6e-4, 0)
     write_run(setting, tmp_path, 1, [(0, 0.66, 1.0), (3, 0.7, 0.99), (15, 0.91, 0.9), (30, 0.95, 0.8)])
     write_run(setting, tmp_path, 2, [(0, 0.66, 1.0), (15, 0.89, 0.4)])
-    assert table_row(DEFAULT, tmp_path).split(" | ")[1:] == [
+    assert table_row(LATE, tmp_path).split(" | ")[1:] == [
         "0.0006, 0", "30", "1", "0.950", "0.80", "63", "150", "0.910", "0.950 |"]
     assert table_row("early window", tmp_path) is None
 
@@ -84,7 +84,7 @@ def test_a_seed_that_does_not_get_there_is_said():
 
 
 def test_the_picture_has_a_line_of_each_run(tmp_path):
-    setting = Setting(DEFAULT, 6e-4, 0)
+    setting = Setting(LATE, 6e-4, 0)
     write_run(setting, tmp_path, 1, [(0, 0.66, 1.0), (3, 0.7, 0.99), (30, 0.95, 0.8)])
     leaderboard.show(tmp_path)
     drawn, empty = (leaderboard.picture(place) for place in (tmp_path, tmp_path / "nothing"))
