@@ -135,7 +135,7 @@ def find_store(rank: int, timeout: float) -> dist.Store:
     # Without an agent, rank 0 makes the store, perhaps later than this rank asks for it.
     for seconds in (LAUNCHER_SECONDS,) if agent else (MEETING_SECONDS, timeout):
         if told:
-            print(f"warning: rank {rank}: {told}", file=sys.stderr, flush=True)
+            print(f"warning: rank {rank}: {told}", file=sys.stderr)
         try:
             return dist.TCPStore(address, port, is_master=not agent and rank == 0, wait_for_workers=False,
                                  timeout=timedelta(seconds=seconds), multi_tenant=True)
@@ -225,7 +225,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
             raise LostRank(late())
         if waited > MEETING_SECONDS and not told and not (rank and name):
             told = True
-            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
+            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
 

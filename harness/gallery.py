@@ -64,7 +64,7 @@ class Display:
             if what not in self.failed:
                 self.failed.add(what)
                 message = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"warning: {what}: {message}; training goes on without", file=sys.stderr, flush=True)
+                print(f"warning: {what}: {message}; training goes on without", file=sys.stderr)
 
     def pictures(self, epoch: int, images: np.ndarray, prompts: list[str],
                  scores: dict[str, list[float]]) -> None:

@@ -148,7 +148,7 @@ def _watch(reading: int, key: str, to_go_on: str) -> None:
             if now - asked > GRACE and not _safe.is_set():
                 print(f"rank {distributed.rank()}: no safe point within {GRACE:g} s of the signal; the last "
                       f"checkpoint stands"
-                      f"{to_go_on and '; to go on: ' + to_go_on}", file=sys.stderr, flush=True)
+                      f"{to_go_on and '; to go on: ' + to_go_on}", file=sys.stderr)
                 os._exit(1)
 
 
