@@ -38,9 +38,6 @@ class NonFiniteUpdate(Exception):
 class Interrupted(Exception):
     """A signal asked the run to stop. It comes on all ranks alike."""
 
-    def __init__(self, what: str = "stopped by a signal"):
-        super().__init__(what)
-
 
 class DoesNotFit(RuntimeError):
     """Out of memory: the rank, the reason and the way out, in one line. Perhaps on one rank alone."""
@@ -74,7 +71,7 @@ def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
         # Clear the frames of what failed, because they hold tensors, and there is still a state to save.
         traceback.clear_frames(error.__traceback__)
         raise DoesNotFit(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}"
-                         + (f"; the plan was: {plan}" if plan else "")) from error
+                         f"{plan and '; the plan was: ' + plan}") from error
 
 
 # ------------------------------------------------------------------------------------------------------ ranks
@@ -107,17 +104,13 @@ def on_all_ranks(task: Callable) -> Callable:
         # A launcher's signal also kills a reward's processes, so a failure after it is probably only that.
         if signals.stop_asked() and not isinstance(failure, NonFinite):
             failure = Interrupted()
-        everywhere = enumerate(distributed.gather_objects(failure))
-        failures = [(rank, error) for rank, error in everywhere if error is not None]
+        failures = distributed.gather_objects(failure)           # None for a rank that went through
         # Numbers that are not finite come first. A reward that failed comes last, because the signal that
         # interrupts one rank may have killed the processes of another's reward.
-        kinds = (NonFinite, NonFiniteScore), (Interrupted,), (Exception,)
-
-        def order(failed: tuple[int, Exception]) -> int:
-            return next(k for k, kind in enumerate(kinds) if isinstance(failed[1], kind))
-
-        for rank, error in sorted(failures, key=order):
-            raise error if isinstance(error, Interrupted) else type(error)(f"rank {rank}: {error}")
+        for kind in (NonFinite, NonFiniteScore), Interrupted, RewardError:
+            for rank, error in enumerate(failures):
+                if isinstance(error, kind):
+                    raise error if kind is Interrupted else type(error)(f"rank {rank}: {error}")
         return result
     return run
 
@@ -146,11 +139,10 @@ def describe_non_finite(found: tuple[str, Path] | None, what: str) -> str:  # al
     """The line to say: the first rank's prompt that is not finite, and where its tensors are."""
     for rank, said in enumerate(distributed.gather_objects(found)):
         if said:
-            return (f"{what} on rank {rank} for prompt {said[0]!r}: the weights were left as they are; "
-                    f"tensors are in {said[1]}; lower --learning-rate or --noise-level, or in float16 use "
-                    "--dtype bfloat16")
-    return (f"{what}, but every batch of it was when computed again: the weights were left as they are; "
-            "suspect memory or another part of the machine")
+            return (f"{what} on rank {rank} for prompt {said[0]!r}, no weight has changed; tensors are in "
+                    f"{said[1]}; lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
+    return (f"{what}, but every batch of it was when computed again, no weight has changed: suspect memory "
+            "or another part of the machine")
 
 
 def find_non_finite(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
@@ -171,18 +163,18 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
     for positions, steps in batches:
         if signals.stop_asked():         # the next collective of all ranks raises Interrupted
             break
-        if not finite(positions, steps):
-            rows_left = ((j, k) for j, k in zip(positions, steps) if not signals.stop_asked())
-            worst = next((j for j, k in rows_left if not finite([j], [k])), positions[0])
-            prompts, rows = [samples.prompts[j] for j in positions], samples.trajectory.rows(steps, positions)
-            text = learner.policy.encode([p.text for p in prompts])
-            with torch.no_grad():
-                log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
-            indices = [samples.draw.indices[j] for j in positions]
-            return samples.prompts[worst].text, save_debug_tensors(
-                config, where.partition(",")[0], prompts, samples=torch.tensor(indices),
-                steps=torch.tensor(steps), advantages=advantages[indices], **tensors_of(rows),
-                log_prob_again=log_prob, mean_again=mean)
+        if finite(positions, steps):
+            continue
+        rows_left = ((j, k) for j, k in zip(positions, steps) if not signals.stop_asked())
+        worst = next((j for j, k in rows_left if not finite([j], [k])), positions[0])
+        prompts, rows = [samples.prompts[j] for j in positions], samples.trajectory.rows(steps, positions)
+        text = learner.policy.encode([p.text for p in prompts])
+        with torch.no_grad():
+            log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
+        indices = [samples.draw.indices[j] for j in positions]
+        return samples.prompts[worst].text, save_debug_tensors(
+            config, where.partition(",")[0], prompts, samples=torch.tensor(indices), log_prob_again=log_prob,
+            steps=torch.tensor(steps), advantages=advantages[indices], mean_again=mean, **tensors_of(rows))
     return None
 
 
@@ -197,7 +189,7 @@ def save_debug_tensors(config: Config, where: str, prompts: list[Prompt], **tens
     A rank keeps the latest of an epoch.
     """
     name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
-    path = Path(config.output_dir) / config.run_name / "nonfinite" / name
+    path = Path(config.output_dir, config.run_name, "nonfinite", name)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -42,8 +42,7 @@ from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_r
 def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Callable) -> int:
     """Start a run as the command line says, give it to `train`, and end it. Returns the exit code.
 
-    Mistakes end in one line. evaluate: train.evaluate, which this file does not import because train imports
-    this file.
+    evaluate: train.evaluate, which this file does not import because train imports this file.
     """
     plan, command, held = "", "", contextlib.ExitStack()       # holds the lock on the run's directory
     try:
@@ -71,7 +70,7 @@ def end_with(error: BaseException, plan: str, command: str) -> None:
     """
     if command:
         # Other errors have a line of their own.
-        said = [str(error)] if isinstance(error, Interrupted) else []
+        said = ["stopped by a signal"] if isinstance(error, Interrupted) else []
         say("; ".join([*said, *getattr(error, "__notes__", ()), f"to go on: {command}"]))
     if isinstance(error, Interrupted):
         leave(0)
@@ -97,8 +96,7 @@ def end_with(error: BaseException, plan: str, command: str) -> None:
 def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
     """Find everything that can be found wrong before a model loads.
 
-    Returns preset, config, and the prompts of training and evaluation. Raises ConfigError, ValueError,
-    OSError or ImportError.
+    Returns preset, config, prompts of training and of evaluation. Raises ValueError, OSError, ImportError.
     """
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
@@ -108,9 +106,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     with own_random_streams():
         check_reward_weights(weights, config.urls)
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
-    for prompts in (train_prompts, test_prompts):
-        check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
-                             config.urls)
+    prompts = [*train_prompts, *test_prompts]
+    check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts], config.urls)
     family = check_model(config.model, config.guidance_scale)
     check_memory(family, config.model, DTYPES[config.dtype], device)
     if config.lora_path:
@@ -165,17 +162,17 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
-    # torchrun --max-restarts starts us again without a name: the run is then the one that its first start
-    # named.
+    # torchrun --max-restarts starts us again without a name: the run is the one that its first start named.
     name = config.run_name or signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
     named = "" if config.run_name else f" --run-name {name}"
     command = f"{signals.command_line() or 'the same command'}{named}"
     config = replace(config, run_name=name)
-    directory, lock, config = open_run(config) if is_main() else (None, contextlib.nullcontext(), None)
-    held.enter_context(lock)
-    directory, config = distributed.broadcast_object((directory, config))
-    checkpoint = newest_whole(directory, not config.eval_only) if is_main() else None
-    checkpoint = distributed.broadcast_object(checkpoint)
+    found = None
+    if is_main():
+        directory, lock, config = open_run(config)
+        held.enter_context(lock)
+        found = directory, config, newest_whole(directory, set_aside=not config.eval_only)
+    directory, config, checkpoint = distributed.broadcast_object(found)
     # One rank of each machine builds its rewards before the others, because engines may fetch models into one
     # directory without a lock.
     goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -222,9 +219,10 @@ class Run:
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one, and say what this run is."""
         config, checkpoint = self.config, self.checkpoint
-        state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
-        self.done = self.learner.restore(state) if checkpoint else 0        # epochs
-        self.whole = state["metrics"]                                       # metrics of the last whole epoch
+        self.done, self.whole = 0, {"epoch": 0}              # epochs, and metrics of the last whole one
+        if checkpoint:
+            state = load_state(checkpoint)
+            self.done, self.whole = self.learner.restore(state), state["metrics"]
         keeps = is_main() and not config.eval_only           # the record; on other ranks it stays empty
         history = cut_metrics(self.directory, self.done if checkpoint else -1) if keeps else []
         self.record = Record(self.directory, self.done, history, config.keep_checkpoints)
@@ -257,25 +255,23 @@ class Run:
 
     @contextlib.contextmanager
     def all_or_nothing(self, epoch: int) -> Iterator[dict]:
-        """Within, an epoch samples and trains, and puts its metrics into the dict. It counts whole or not at
-        all.
+        """Within, an epoch samples and trains, and puts its metrics into the dict.
 
         Samples that are not finite leave the epoch out if --skip-nonfinite allows it, because advantages need
-        all scores of the epoch. What else is raised in here ends the run, and
-        `saved_whatever_happens` undoes the epoch.
+        all scores of the epoch. Other errors end the run, and `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
         self.scorer.waited = 0.0
         try:
             yield metrics
             waited = distributed.gather_vectors(torch.tensor([self.scorer.waited])).mean().item()
-            seconds, images = time.perf_counter() - started, config.groups_per_epoch * config.group_size
-            metrics |= {"learning_rate": self.learner.learning_rate, "seconds": seconds,
-                        "images_per_second": images / seconds, "reward_wait": waited}
+            images = config.groups_per_epoch * config.group_size
+            metrics |= {"learning_rate": self.learner.learning_rate, "reward_wait": waited,
+                        "images_per_second": images / (time.perf_counter() - started)}
         except (NonFinite, NonFiniteScore) as error:
             self.learner.skip(error, config.updates_per_epoch)
-            metrics |= {"skipped_updates": config.updates_per_epoch,
-                        "seconds": time.perf_counter() - started}
+            metrics["skipped_updates"] = config.updates_per_epoch
+        metrics["seconds"] = time.perf_counter() - started
         self.learner.end_updates()
         self.whole = metrics
         say(epoch_line(metrics, self.record.history, config))
@@ -295,14 +291,15 @@ class Run:
                 print(f"warning: epoch {self.whole['epoch']} could not be saved ({failure})", file=sys.stderr)
             saved, whole = self.record.saved, self.whole["epoch"]
             note = f"epoch {saved} is saved" if saved else "that was before the first epoch was whole"
-            if is_main() and not self.config.eval_only and saved < whole:
+            lost = is_main() and not self.config.eval_only and saved < whole
+            if lost:
                 note = f"epoch {whole} was whole and is not saved: epoch {saved} is the last one that is"
             error.add_note(note)
             # Wait for the others after these errors alone, because any other may be this rank's alone.
             if isinstance(error, (RewardError, NonFinite, Interrupted)):
                 distributed.wait_for_all()
-            if isinstance(error, Interrupted) and "not saved" in note:
-                raise TrainingError(f"{error}; {note}") from error
+            if lost and isinstance(error, Interrupted):
+                raise TrainingError(f"stopped by a signal; {note}") from error
             raise
 
     def conclude(self, metrics: dict) -> None:  # all ranks
@@ -312,20 +309,16 @@ class Run:
             metrics = {**metrics, **self.evaluate(epoch)}
         with signals.taking_its_time():
             if is_main():
-                self.record_epoch(metrics)
+                metrics |= spread_shares(metrics, self.record.history)
+                self.warn_of_collapse(metrics)
+                self.record.add(metrics)
+                self.display.curves(metrics)
+                if "eval/total" in metrics:
+                    self.display.page()
             self.whole = metrics
             if epoch % config.save_every == 0 or epoch == config.epochs:
                 self.save(metrics)
             distributed.wait_for_all()           # nobody goes on, or ends the run, while this is written
-
-    def record_epoch(self, metrics: dict) -> None:
-        """Put an epoch's metrics on the disk and on the page."""
-        metrics |= spread_shares(metrics, self.record.history)
-        self.warn_of_collapse(metrics)
-        self.record.add(metrics)
-        self.display.curves(metrics)
-        if "eval/total" in metrics:
-            self.display.page()
 
     def warn_of_collapse(self, metrics: dict) -> None:
         """Say once that the pictures have become alike, because a score does not show it."""
@@ -386,9 +379,7 @@ class Run:
         if not evaluated:
             return say(f"no evaluation in {directory / 'metrics.jsonl'}")
         first, last = evaluated[0], evaluated[-1]
-        after = "; no later evaluation"
-        if last is not first:
-            after = f", {last['eval/total']:.4f} after {last['epoch']} epochs"
+        after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else ""
         say(f"eval/total {first['eval/total']:.4f} before training{after}")
         if "spread/eval_share" in last:
             say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before "
@@ -397,11 +388,11 @@ class Run:
             say(f"images and curves: {directory / 'index.html'}")
         if picture := self.display.comparison(first["epoch"], last["epoch"]):
             say(f"before above after: {picture}")
-        best, newest = record.best(), record.saved
-        named = [("best and last", best)] if best == newest else [("best", best), ("last", newest)]
-        for which, epoch in named:
+        best, newest = record.best() or 0, record.saved
+        named = {"best": best, "last": newest} if best != newest else {"best and last": best}
+        for which, epoch in named.items():
             # The weights are in a directory, adapter or transformer.
-            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):
+            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch).glob("*")):
                 say(f"the {which} weights, of epoch {epoch}: {weights}")
         say(f"metrics: {directory / 'metrics.jsonl'}")
         if record.saved != self.config.epochs > self.done:
