@@ -115,16 +115,6 @@ def test_every_picture_that_the_page_names_is_there_from_wherever_the_page_lies(
         assert thumbnail.size == (171, 256)
 
 
-def test_a_run_made_before_pages_has_one(tmp_path):
-    run = make_run(tmp_path / "old")
-    for kept in run.glob("images/*/images.json"):
-        kept.unlink()
-    (run / "config.json").unlink()
-    (shown,) = runs_on(page_of(run))
-    assert shown["config"] == {}
-    assert all((e["count"], e["prompts"], e["scores"], e["size"]) == (2, [None, None], {}, [64, 24]) for e in shown["evaluations"])
-
-
 def test_a_long_run_is_thinned_but_for_its_evaluations_and_its_last_epoch(tmp_path):
     epochs = 3 * POINTS + 2
     run = make_run(tmp_path / "long", metrics=[
@@ -207,7 +197,6 @@ def test_a_run_shows_itself_and_goes_on_though_it_was_begun_before_it_could(trai
     before = json.loads((run / "config.json").read_text())
     del before["preset"], before["differs_from_preset"], before["wandb"]
     (run / "config.json").write_text(json.dumps(before))
-    (run / "images" / "epoch_00000" / "images.json").unlink()
     save_images(run, 3, images_of(run, 1), ["of a process", "that was stopped"], {})        # after the last checkpoint
     train_here("shown", **CHEAP, epochs=2, eval_every=2, learning_rate=1e-2)
     (shown,) = runs_on(run / "index.html")
