@@ -34,8 +34,6 @@ DROPPED_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "b
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-# ---- files, here or on the hub -----------------------------------------------------------------------------
-
 def is_hub_id(name: str) -> bool:
     return not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
@@ -61,8 +59,6 @@ def find_file(option: str, place: str, name: str) -> Path | None:
         cause = f"is no directory, and the hub gives none ({type(error).__name__}); correct it, or go online"
     raise ValueError(f"{option} {place!r} {cause}")
 
-
-# ---- adapters ----------------------------------------------------------------------------------------------
 
 def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Read an adapter's settings as training will keep them, and its tensors under peft's names.
@@ -125,8 +121,9 @@ def adapter_files(lora_path: str) -> list[Path]:
                 return files
     deeper = [path.parent for name in (PEFT_FILES[1], DIFFUSERS_FILE) for depth in (1, 2, 3)
               for path in place.glob("*/" * depth + name)]
-    found = [*deeper, *sorted(place.glob("*.safetensors"))]
-    hint = f"give {found[0]}" if found else "or give an adapter's file, ending in .safetensors"
+    single = sorted(place.glob("*.safetensors"))
+    hint = (f"give {deeper[0]}" if deeper else f"give a file in it, such as {single[0]}" if single
+            else "an adapter in one file under another name is given by that file, ending in .safetensors")
     raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} "
                      f"nor {DIFFUSERS_FILE}; {hint}")
 

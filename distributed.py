@@ -41,8 +41,8 @@ class LostRank(RuntimeError):
 def own_device() -> torch.device:
     """This rank's device: the GPU of its local rank, or the CPU. Makes that GPU the thread's current one.
 
-    Call it before any code of others runs, because "cuda" without a number means the current GPU, at first 0.
-    Raises ValueError if there are fewer GPUs than processes, or a GPU that this PyTorch cannot use.
+    Call it before any code of others runs, because "cuda" without a number means the current GPU. Raises
+    ValueError if there are fewer GPUs than processes, or a GPU that this PyTorch cannot use.
     """
     if not torch.cuda.is_available():
         if os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
@@ -96,8 +96,8 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
                "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each "
                f"other (`ip -brief address` lists them; GLOO_SOCKET_IFNAME is {interface}), and open ports "
                "between nodes; or one of the processes has ended since")
-    # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
-    # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
+    # Connect a pair of ranks when they first talk, because all pairs at once take ranks sockets of each rank
+    # and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # A timer tells of the problem, because gloo tries an address that does not answer for several timeouts.
     late = threading.Timer(MEETING_SECONDS, print, [f"warning: {problem}"], dict(file=sys.stderr, flush=True))

@@ -97,8 +97,6 @@ def read_index(model: str) -> dict:
                          "its class") from error
 
 
-# ---- schedulers --------------------------------------------------------------------------------------------
-
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
 # Options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
@@ -149,8 +147,6 @@ def check_scheduler(model: str, entry: list | None, file: Path | None) -> None:
     terminal = options["shift_terminal"] or 0          # None, False and 0 all turn an option off
     need("shift_terminal", finite(terminal) and 0 <= terminal < 1, "null or a number between 0 and 1")
 
-
-# ---- pipelines ---------------------------------------------------------------------------------------------
 
 def load_pipeline(family: type[Family], model: str, device: torch.device, dtypes: dict[str, torch.dtype]
                   ) -> DiffusionPipeline:

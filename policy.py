@@ -32,8 +32,6 @@ DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 im
 Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
 
 
-# ---- copies between host and device ------------------------------------------------------------------------
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory. A GPU fetches it while this process goes on."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -52,10 +50,12 @@ def to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     done = torch.cuda.Event(blocking=True)
     done.record()
 
-    return lambda: done.synchronize() or copies
+    def wait_for_copies() -> list[Tensor]:
+        done.synchronize()
+        return copies
 
+    return wait_for_copies
 
-# ---- the policy --------------------------------------------------------------------------------------------
 
 class Policy:
     """A pipeline's transformer, which an adapter or full fine-tuning trains, and the frozen parts around it.
@@ -105,8 +105,8 @@ class Policy:
                 on_host = offload_text_encoders and name.startswith("text_encoder")
                 part.requires_grad_(False).to("cpu" if on_host else device)
 
-        transformer = self.pipe.transformer.requires_grad_(full_finetune)
-        self.network, self.reference = transformer, None
+        self.network = transformer = self.pipe.transformer.requires_grad_(full_finetune)
+        self.reference = None
         if full_finetune and with_reference:
             self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
         if lora_path and not full_finetune:
@@ -251,8 +251,7 @@ class Policy:
 
         text: what `encode` made of the B prompts. reference: only `reference_velocity` passes it. The
         velocity has the latents' dtype. With classifier-free guidance the guided velocity is the policy: one
-        network call computes both branches, gradients go through both, and the guidance points away from
-        `negative_prompt`.
+        network call computes both branches, with gradients, and points away from `negative_prompt`.
         """
         network = self.reference if reference and self.reference is not None else self.network
         if self.branches(guidance_scale) == 2:
@@ -261,8 +260,8 @@ class Policy:
                          for negative, part in zip(negative_text, text))
         autocast = self.dtype in (torch.float16, torch.bfloat16)
         # A compiled network is one program with gradients and another without, and the two round differently.
-        # So the policy samples by the program that replays, and drops the gradients: ratios then start at
-        # exactly 1. On an H200 that takes 2 % longer. The reference has no ratio and runs without gradients.
+        # So the policy samples by the program that replays, and drops the gradients. The reference has no
+        # ratio and runs without gradients.
         with_gradients = self.compiled and not reference
 
         def guided_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
@@ -311,8 +310,6 @@ class Policy:
         trained, untrained = (velocity(noise, sigma) for velocity in velocities)
         return ((trained - untrained) ** 2).flatten(1).mean(1)
 
-    # ---- images --------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, H, W) to images: uint8 (B, 8H, 8W, 3) if the autoencoder compresses 8 times.
@@ -327,13 +324,11 @@ class Policy:
             images.append((image * 255).round().to(torch.uint8))
         return torch.cat(images).permute(0, 2, 3, 1).contiguous()
 
-    # ---- saving --------------------------------------------------------------------------------------------
-
     def save(self, directory: Path) -> None:
         """Save the trained weights in the formats that others load.
 
-        Full fine-tuning writes diffusers' `directory/transformer`. An adapter is written in both formats:
-        `PeftModel.from_pretrained(pipe.transformer, directory / "adapter")` loads it, and so does
+        Full fine-tuning writes diffusers' `directory/transformer`. An adapter is written for both
+        `PeftModel.from_pretrained(pipe.transformer, directory / "adapter")` and
         `pipe.load_lora_weights(directory / "adapter")`.
         """
         if not isinstance(self.network, PeftModel):

@@ -43,8 +43,6 @@ class DoesNotFit(RuntimeError):
     """Out of memory: the rank, the reason and the way out, in one line. Perhaps on one rank alone."""
 
 
-# ----------------------------------------------------------------------------------------------------- memory
-
 LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
 
 
@@ -56,10 +54,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
-    """Within it, or in a function that it decorates, running out of memory raises DoesNotFit.
-
-    The message names `way_out` and `plan`.
-    """
+    """Within it, or in a function that it decorates, running out of memory raises DoesNotFit with both."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -73,8 +68,6 @@ def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
         raise DoesNotFit(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}"
                          f"{plan and '; the plan was: ' + plan}") from error
 
-
-# ------------------------------------------------------------------------------------------------------ ranks
 
 _interruptible = False         # whether this rank is in a task that may end between two calls of the network
 
@@ -115,8 +108,6 @@ def on_all_ranks(task: Callable) -> Callable:
     return run
 
 
-# ------------------------------------------------------------------------------------------------- not finite
-
 @contextlib.contextmanager
 def skippable(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
               statistics, config: Config) -> Iterator[None]:  # all ranks
@@ -131,23 +122,15 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
     except NonFiniteUpdate as error:
         quantity = str(error)
         found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
-        learner.skip(NonFinite(describe_non_finite(found, f"the {quantity} of {where} is not finite")), 1)
+        now_finite = ", but every batch of it was when computed again: suspect memory or the machine"
+        said = next(filter(None, distributed.gather_objects(found)), now_finite)
+        learner.skip(NonFinite(f"the {quantity} of {where} is not finite{said}"), 1)
         statistics.leave_out_update()
 
 
-def describe_non_finite(found: tuple[str, Path] | None, what: str) -> str:  # all ranks
-    """The line to say: the first rank's prompt that is not finite, and where its tensors are."""
-    for rank, said in enumerate(distributed.gather_objects(found)):
-        if said:
-            return (f"{what} on rank {rank} for prompt {said[0]!r}, no weight has changed; tensors are in "
-                    f"{said[1]}; lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
-    return (f"{what}, but every batch of it was when computed again, no weight has changed: suspect memory "
-            "or another part of the machine")
-
-
 def find_non_finite(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
-                    quantity: str, config: Config) -> tuple[str, Path] | None:
-    """The prompt of the first row that is not finite, and the file with its batch; None if all is finite now.
+                    quantity: str, config: Config) -> str:
+    """Say which prompt's row is the first that is not finite, and which file has its batch. "" if none is.
 
     Training keeps nothing for this. So compute this rank's part of the update again, batch by batch, and the
     first batch that is not finite row by row.
@@ -172,10 +155,12 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
         with torch.no_grad():
             log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
         indices = [samples.draw.indices[j] for j in positions]
-        return samples.prompts[worst].text, save_debug_tensors(
+        path = save_debug_tensors(
             config, where.partition(",")[0], prompts, samples=torch.tensor(indices), log_prob_again=log_prob,
             steps=torch.tensor(steps), advantages=advantages[indices], mean_again=mean, **tensors_of(rows))
-    return None
+        return (f" on rank {distributed.rank()} for prompt {samples.prompts[worst].text!r}: tensors are in "
+                f"{path}; lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
+    return ""
 
 
 def tensors_of(record) -> dict[str, Tensor]:

@@ -35,7 +35,6 @@ from harness.templates import ASSETS, TEMPLATES
 
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
 THUMBNAIL = 256          # pixels of the longer side
-POINTS = 2000            # of a curve on the page; no screen shows more
 
 
 class Display:
@@ -201,19 +200,16 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
                    for epoch, folder in evaluation_folders(directory).items()]
     if not metrics and not evaluations:
         raise ValueError(f"{directory} holds no run: neither metrics.jsonl nor images/epoch_*/")
-    stride = -(-len(metrics) // POINTS)
-    shown = [m for i, m in enumerate(metrics) if i % stride == 0 or "eval/total" in m or m is metrics[-1]]
-    names = dict.fromkeys(key for m in shown for key, value in m.items()
+    names = dict.fromkeys(key for m in metrics for key, value in m.items()
                           if key != "epoch" and isinstance(value, (int, float)))
-    return {"name": name, "stride": stride, "epochs": [m["epoch"] for m in shown],
-            "metrics": {key: [plain(m.get(key)) for m in shown] for key in names},
+    return {"name": name, "epochs": [m["epoch"] for m in metrics],
+            "metrics": {key: [plain(m.get(key)) for m in metrics] for key in names},
             "evaluations": evaluations, "config": json.loads((directory / "config.json").read_text())}
 
 
 def read_evaluation(epoch: int, folder: Path, page_folder: Path) -> dict:
-    kept = json.loads((folder / "images.json").read_text())
     return {"epoch": epoch, "folder": quote(os.path.relpath(folder.absolute(), page_folder)),
-            "count": len(kept["prompts"]), "thumbnails": (folder / "000.webp").exists(), **kept}
+            "thumbnails": (folder / "000.webp").exists(), **json.loads((folder / "images.json").read_text())}
 
 
 def evaluation_folders(directory: Path) -> dict[int, Path]:

@@ -37,8 +37,6 @@ from prompts import Prompt, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_weights
 
 
-# --------------------------------------------------------------------------------------------------- start-up
-
 def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Callable) -> int:
     """Start a run as the command line says, give it to `train`, and end it. Returns the exit code.
 
@@ -58,7 +56,7 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
         raise                                                  # a fault of this program
     finally:
         held.close()
-    run.scorer.close()
+    run.scorer.thread.shutdown()
     distributed.shutdown()
     return 0
 
@@ -148,8 +146,8 @@ def make_policy(config: Config, device: torch.device) -> Policy:
             offload_text_encoders=config.offload_text_encoders,
             gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
         distributed.broadcast_parameters(policy.parameters)
-        # Call the gradient sum once now, because NCCL takes its buffers at an operation's first call, outside
-        # PyTorch's reserve, and batch sizes are chosen by the memory that is left.
+        # Sum gradients once, because NCCL takes its buffers at the first call, outside PyTorch's reserve, and
+        # batch sizes are chosen by the memory that is left.
         distributed.sum_gradients(policy.parameters)
     for p in policy.parameters:
         p.grad = None
@@ -157,24 +155,23 @@ def make_policy(config: Config, device: torch.device) -> Policy:
     return policy
 
 
-def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> "Run":
-    """The run that is asked for. `held` gets the lock."""  # all ranks
+def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> "Run":  # all ranks
+    """The run that is asked for. `held` gets the lock."""
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
     # torchrun --max-restarts starts us again without a name: the run is the one that its first start named.
-    name = config.run_name or signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    named = "" if config.run_name else f" --run-name {name}"
-    command = f"{signals.command_line() or 'the same command'}{named}"
-    config = replace(config, run_name=name)
+    command = signals.command_line() or "the same command"
+    if not config.run_name:
+        name = signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        config, command = replace(config, run_name=name), f"{command} --run-name {name}"
     found = None
     if is_main():
         directory, lock, config = open_run(config)
         held.enter_context(lock)
         found = directory, config, newest_whole(directory, set_aside=not config.eval_only)
     directory, config, checkpoint = distributed.broadcast_object(found)
-    # One rank of each machine builds its rewards before the others, because engines may fetch models into one
-    # directory without a lock.
+    # A machine's first rank builds its rewards first, because engines may fetch models without a lock.
     goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not goes_first:
         distributed.wait_for_all()
@@ -189,8 +186,6 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     return Run(config, directory, checkpoint, policy=policy, rewards=rewards, prompts=train_prompts,
                test_prompts=test_prompts, evaluate_policy=evaluate, command=command)
 
-
-# ---------------------------------------------------------------------------------------------------- the run
 
 @dataclass
 class Run:
@@ -210,11 +205,11 @@ class Run:
     eval_scorer: Scorer = field(init=False)        # of all rewards
 
     def __post_init__(self):
-        config, self.learner = self.config, Learner(self.policy, self.config)
-        self.eval_scorer = Scorer(self.rewards, self.policy, config)
+        config, policy = self.config, self.policy
+        self.learner, self.eval_scorer = Learner(policy, config), Scorer(self.rewards, policy, config)
         trained = Rewards(dict(config.rewards), self.rewards.components, self.rewards.start_thread)
-        self.scorer = Scorer(trained, self.policy, config, self.eval_scorer.thread)
-        self.plan = describe(config, distributed.world_size(), self.policy.branches(config.guidance_scale))
+        self.scorer = Scorer(trained, policy, config, self.eval_scorer.thread)
+        self.plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one, and say what this run is."""
@@ -230,10 +225,11 @@ class Run:
         missing = self.done + bool(history and history[-1]["epoch"] == self.done) if keeps else None
         self.display = Display(self.directory, missing, config.wandb) if is_main() else None
         self.license = find_license(config.model) if keeps else {}
+        weights = sum(p.numel() for p in self.policy.parameters)
+        rewards = ", ".join(f"{name} x {weight:g}" for name, weight in config.rewards)
         say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
-            f"{sum(p.numel() for p in self.policy.parameters):,} trained weights, "
-            f"{len(self.prompts)} prompts, {len(self.test_prompts)} for evaluation, "
-            f"rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}")
+            f"{weights:,} trained weights, {len(self.prompts)} prompts, {len(self.test_prompts)} for "
+            f"evaluation, rewards: {rewards}")
         if not config.eval_only:
             say(self.plan)
         if checkpoint:
@@ -261,7 +257,7 @@ class Run:
         all scores of the epoch. Other errors end the run, and `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
-        self.scorer.waited = 0.0
+        self.scorer.begin()
         try:
             yield metrics
             waited = distributed.gather_vectors(torch.tensor([self.scorer.waited])).mean().item()
@@ -283,7 +279,7 @@ class Run:
         try:
             yield
         except BaseException as error:
-            signals.at_safe_point()
+            signals.safe_point.set()
             try:
                 if not self.config.eval_only and self.learner.undo_updates():
                     self.save(self.whole)
@@ -326,8 +322,7 @@ class Run:
         for name, pictures in sets:
             if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
                 warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by "
-                     "their mean colour: the policy is losing its diversity; --shared-start-noise with a "
-                     "late --window-range keeps it")
+                     "their mean colour; --shared-start-noise with a late --window-range keeps diversity")
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
         """Metrics of the held-out prompts. The images go to the page."""

@@ -326,7 +326,7 @@ def sample_here(model: str, epoch: int = 1, **settings):
     try:
         scorer = Scorer(make_rewards(config, CPU), policy, config)
         samples = train.sample(policy, scorer, prompts, config, epoch)
-        scorer.close()
+        scorer.thread.shutdown()
     finally:
         distributed.shutdown()
     return config, policy, samples
