@@ -61,10 +61,7 @@ def find_file(option: str, place: str, name: str) -> Path | None:
 
 
 def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read an adapter's settings as training will keep them, and its tensors under peft's names.
-
-    Raises ValueError in one line.
-    """
+    """Read an adapter: its settings as training keeps them, tensors by peft's names. Raises ValueError."""
     *settings_file, weights = adapter_files(lora_path)
     try:
         with safe_open(weights, "pt") as file:

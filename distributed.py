@@ -119,10 +119,7 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
 
 
 def find_store(rank: int, timeout: float) -> dist.Store:
-    """The key-value store of the launcher, or rank 0's if the launcher has none.
-
-    Raises LostRank if it does not answer, and ValueError if rank 0 cannot make it.
-    """
+    """The launcher's key-value store, or else rank 0's. Raises LostRank without an answer, and ValueError."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     makes_it = not agent and rank == 0
@@ -154,10 +151,7 @@ def world_size() -> int:
 
 
 def cores() -> int:
-    """CPU cores for each rank of this machine, out of those granted to this process; 0 if ranks share a core.
-
-    If the launcher pins each rank to its own cores, this undercounts.
-    """
+    """CPU cores for each rank of this machine, out of those granted to this process; 0 if ranks share one."""
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
@@ -269,10 +263,7 @@ def wait_for_all() -> None:  # all ranks
 
 def gather_scores(scores: dict[str, np.ndarray], rows: list[int],
                   total: int) -> dict[str, Tensor]:  # all ranks
-    """Every sample's scores and metrics, name -> (total, ...) float32, of which this rank has `rows`.
-
-    A metric that a rank says nothing about is NaN there.
-    """
+    """Every sample's scores, name -> (total, ...) float32; this rank has `rows`. What no rank says is NaN."""
     whole = {}
     for part, at in gather_objects((scores, rows)):
         for name, values in part.items():

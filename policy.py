@@ -128,10 +128,7 @@ class Policy:
         self._text_kept = 0
 
     def set_resolution(self, resolution: tuple[int, int]) -> None:
-        """Set the height and width of the next images, in pixels.
-
-        Raises ValueError if the model's patches do not tile them, or if the scheduler has no shift for them.
-        """
+        """Set height and width of the next images, in pixels. Raises ValueError if the model takes others."""
         channels, scale, patch, most = self.family.tiling()
         unit = scale * patch
         if any(size < unit or size % unit or size > (most or math.inf) * unit for size in resolution):
@@ -188,10 +185,7 @@ class Policy:
 
     @torch.no_grad()
     def cache_text(self, prompts: list[str], guidance_scale: float = 1.0) -> None:
-        """Encode now what `velocity` will need for `prompts`, and keep all of it until the next call.
-
-        Offloaded text encoders then move to the device once, and not once per batch.
-        """
+        """Encode all `prompts` now, so that offloaded encoders move once. Keeps them until the next call."""
         prompts = list(dict.fromkeys([*prompts, *[""] * (self.branches(guidance_scale) - 1)]))
         self._text_kept = len(prompts)
         self._encode_missing(prompts)

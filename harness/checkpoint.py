@@ -119,10 +119,7 @@ def prompt_files(config: Config) -> dict[str, str]:
 
 
 def write_settings(directory: Path, config: Config, preset: str) -> None:
-    """Keep the settings, how they differ from the preset's, and what they name on this machine.
-
-    An evaluation of a run that is there leaves them alone.
-    """
+    """Keep the settings and what they name on this machine. An evaluation of a begun run changes neither."""
     if config.eval_only and (directory / "metrics.jsonl").exists():
         return
     settings, published = to_dict(config), to_dict(PRESETS[preset])

@@ -73,10 +73,7 @@ _interruptible = False         # whether this rank is in a task that may end bet
 
 
 def raise_if_stopping() -> None:
-    """Raise Interrupted if a signal asked for a stop and the task at hand may end here.
-
-    A policy calls it before each call of its network, so that a signal waits for one call at most.
-    """
+    """A policy's `before_call`: raise Interrupted if a signal asked for a stop and the task may end here."""
     if _interruptible and signals.stop_asked():
         raise Interrupted
 
@@ -169,10 +166,7 @@ def tensors_of(record) -> dict[str, Tensor]:
 
 
 def save_debug_tensors(config: Config, where: str, prompts: list[Prompt], **tensors: Tensor) -> Path:
-    """Write a batch that is not finite as a safetensors file, with its prompts as json in the metadata.
-
-    A rank keeps the latest of an epoch.
-    """
+    """Write a batch that is not finite as safetensors, with its prompts as json; of an epoch, the latest."""
     name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
     path = Path(config.output_dir, config.run_name, "nonfinite", name)
 

@@ -178,10 +178,7 @@ def save_comparison(directory: Path, before: int, after: int, columns: int = 8) 
 # ----------------------------------------------------------------------------- page
 
 def write_page(runs: list[Path], output: Path) -> None:
-    """Write one page of one or several runs, whole or not at all. It refers to pictures where they are.
-
-    Raises ValueError if a directory holds no run, OSError.
-    """
+    """Write one page of one or several runs. Raises ValueError if a directory holds no run, OSError."""
     names = [run.absolute().name for run in runs]
     names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}

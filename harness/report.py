@@ -32,10 +32,7 @@ class Statistics:
         self._start_update()
 
     def updates_left(self, count: int) -> Iterator[int]:
-        """Yield each update's number, and the same one again after an overflow of float16's loss scale.
-
-        Each turn must come to `end_update` or `leave_out_update`.
-        """
+        """Yield each update's number, and the same one again after an overflow of float16's loss scale."""
         while (done := len(self.updates) + self.skipped) < count:
             yield done
 
@@ -158,10 +155,7 @@ def warn(text: str) -> None:
 
 
 def progress(items: Sequence, what: str) -> Iterator:
-    """The items, under a progress bar on the main rank's terminal. A stop signal ends them early.
-
-    The ranks learn of it in their next collective.
-    """
+    """The items, under a progress bar on the main rank's terminal, until a signal asks this rank to stop."""
     off = None if is_main() else True            # None: unless there is a terminal
     for item in tqdm(items, desc=what, leave=False, disable=off):
         if signals.stop_asked():

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -160,8 +160,8 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
-    # torchrun --max-restarts starts us again without a name: the run is the one that its first start named.
     command = signals.command_line() or "the same command"
+    # torchrun --max-restarts starts us again without a name: the run is the one that its first start named.
     if not config.run_name:
         name = signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
         config, command = replace(config, run_name=name), f"{command} --run-name {name}"
@@ -200,9 +200,6 @@ class Run:
     test_prompts: list[Prompt]
     evaluate_policy: Callable          # train.evaluate
     command: str                       # that goes on with this run
-    learner: Learner = field(init=False)
-    scorer: Scorer = field(init=False)             # of the rewards that are trained on
-    eval_scorer: Scorer = field(init=False)        # of all rewards
 
     def __post_init__(self):
         config, policy = self.config, self.policy
@@ -239,8 +236,7 @@ class Run:
     def epochs_left(self) -> Iterator[int]:
         """The epochs to train. First it concludes the last whole one if that is still due."""  # all ranks
         if self.checkpoint and self.done >= self.config.epochs:
-            say(f"nothing is left to train: epoch {self.done} of --epochs {self.config.epochs} is done; "
-                "a higher --epochs goes on")
+            say(f"epoch {self.done} of --epochs {self.config.epochs} is done; a higher --epochs goes on")
         if is_main() and self.checkpoint:
             self.record.reduce_older()
         # An epoch may have been saved before it was evaluated.

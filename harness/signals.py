@@ -31,10 +31,7 @@ END = b"\0"                  # ends the watcher, because no signal has this numb
 
 
 def end_with_launcher() -> None:
-    """End this worker when torchrun is killed, because it would write on alone, and its children with it.
-
-    Call it before `distributed.setup`.
-    """
+    """End this worker and its children when torchrun is killed, because the worker would write on alone."""
     global _worker
     _worker = os.getpid()
     if "RANK" in os.environ:
