@@ -150,12 +150,6 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
-def cores() -> int:
-    """CPU cores for each rank of this machine, out of those granted to this process; 0 if ranks share one."""
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def is_main() -> bool:
     return rank() == 0
 

@@ -193,7 +193,9 @@ def write_page(runs: list[Path], output: Path) -> None:
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
     """What the page shows of a run, by columns. Paths are relative to the page's folder."""
     metrics = read_metrics(directory / "metrics.jsonl")
-    evaluations = [read_evaluation(epoch, folder, page_folder)
+    evaluations = [{"epoch": epoch, "folder": quote(os.path.relpath(folder.absolute(), page_folder)),
+                    "thumbnails": (folder / "000.webp").exists(),
+                    **json.loads((folder / "images.json").read_text())}
                    for epoch, folder in evaluation_folders(directory).items()]
     if not metrics and not evaluations:
         raise ValueError(f"{directory} holds no run: neither metrics.jsonl nor images/epoch_*/")
@@ -202,11 +204,6 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
     return {"name": name, "epochs": [m["epoch"] for m in metrics],
             "metrics": {key: [plain(m.get(key)) for m in metrics] for key in names},
             "evaluations": evaluations, "config": json.loads((directory / "config.json").read_text())}
-
-
-def read_evaluation(epoch: int, folder: Path, page_folder: Path) -> dict:
-    return {"epoch": epoch, "folder": quote(os.path.relpath(folder.absolute(), page_folder)),
-            "thumbnails": (folder / "000.webp").exists(), **json.loads((folder / "images.json").read_text())}
 
 
 def evaluation_folders(directory: Path) -> dict[int, Path]:

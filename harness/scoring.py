@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import distributed
 from config import Config
 from harness import signals
 from harness.faults import Interrupted, NonFinite, save_debug_tensors
@@ -94,10 +93,8 @@ class Scorer:
                  thread: ThreadPoolExecutor | None = None):
         """thread: that of another scorer, because a reward must not be called twice at a time."""
         self.rewards, self.config = rewards, config
-        on_gpu = policy.device.type == "cuda"
-        # Two threads gain nothing on a rank that computes its own rewards on one core.
-        self.waits = not on_gpu and distributed.cores() <= 1 and not config.reward_urls
         # One thread for the rewards. The current CUDA device is per thread, so set it there.
+        on_gpu = policy.device.type == "cuda"
         start = functools.partial(torch.cuda.set_device, policy.device) if on_gpu else None
         self.thread = thread or ThreadPoolExecutor(1, initializer=start)
         self.pending: list[Future] = []
@@ -114,7 +111,7 @@ class Scorer:
         wait_for_copy = to_host(latents.isfinite().flatten(1).all(1), images, *columns.values())
         self.pending.append(self.thread.submit(self._score, wait_for_copy, prompts, where, debug_tensors,
                                                list(columns)))
-        self._wait() if self.waits else self._raise_failed()
+        self._raise_failed()
 
     def collect(self) -> dict[str, np.ndarray]:
         """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.

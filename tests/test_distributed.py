@@ -132,15 +132,6 @@ def test_the_collectives_of_one_process_leave_values_as_they_are():
         distributed.shutdown()
 
 
-@pytest.mark.parametrize("granted, ranks, cores", [(2, None, 2), (2, 1, 2), (2, 2, 1), (3, 2, 1), (2, 8, 0), (64, 8, 8)])
-def test_the_cores_of_a_rank_are_its_share_of_those_that_are_granted(monkeypatch, granted, ranks, cores):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(granted)), raising=False)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    if ranks:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert distributed.cores() == cores
-
-
 # ---- how ranks find each other -----------------------------------------------------------------------------
 
 FORKED = """
