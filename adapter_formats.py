@@ -10,7 +10,6 @@ diffusers' own converter renames the layers of FLUX.1. It has none for SD3, whos
 """
 
 import re
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -53,12 +52,18 @@ def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if layer + B not in tensors:
             raise ValueError(f"{layer} has a lora_down and no lora_up: the file is not whole, fetch it again")
     rename = rename_sd3 if any("joint_blocks" in layer for layer in ranks) else rename_flux
-    converted = run_converter(rename, tensors)
+    weights = {key: value for key, value in tensors.items() if not key.endswith(ALPHA)}
     # Find out which layer each new one comes from: numbers in place of the weights come out where they went.
     numbers = {layer + A: torch.full_like(tensors[layer + A], number, dtype=torch.float64)
                for number, layer in enumerate(ranks)}
+    try:
+        converted, numbered = rename(weights), rename(weights | numbers)
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise ValueError("diffusers' converter takes FLUX.1's own layers in their own sizes, and these are "
+                         f"others ({cause})") from error
     places = {key.removesuffix(A): list(ranks)[int(value.flatten()[0])]
-              for key, value in run_converter(rename, tensors | numbers).items() if key.endswith(A)}
+              for key, value in numbered.items() if key.endswith(A)}
     if lost := ranks.keys() - places.values():
         raise ValueError(f"{min(lost)} is a layer whose place in diffusers' transformer is not known")
     for place, layer in places.items():
@@ -66,16 +71,6 @@ def to_diffusers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         alpha = float(tensors.get(layer + ALPHA, ranks[layer])) * len(converted[place + A]) / ranks[layer]
         converted[place + ALPHA] = torch.tensor(alpha, dtype=torch.float64)
     return converted
-
-
-def run_converter(rename: Callable, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename lora_A and lora_B without their alphas. Raises ValueError for whatever the converter raises."""
-    try:
-        return rename({key: value for key, value in tensors.items() if not key.endswith(ALPHA)})
-    except Exception as error:
-        cause = " ".join(str(error).split())
-        raise ValueError(f"diffusers' converter takes FLUX.1's own layers in their own sizes, and these are "
-                         f"others ({type(error).__name__}: {cause:.200})") from error
 
 
 def rename_flux(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -96,12 +91,13 @@ def rename_sd3(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {}
     for key, down in tensors.items():
         layer = re.fullmatch(r"(?:lora_unet_)?joint_blocks[._](\d+)[._](.+)" + re.escape(A), key)
-        names = SD3_LAYERS.get(layer[2].replace(".", "_"), ()) if layer else ()
-        up = tensors[key.replace(A, B)] if names else None
+        if not layer or not (names := SD3_LAYERS.get(layer[2].replace(".", "_"))):
+            continue
+        up = tensors[key.replace(A, B)]
         # The last block's context has a shift and a scale, and diffusers has them in the other order.
         if names == ("norm1_context.linear",) and len(up) == 2 * down.shape[1]:
             up = torch.cat(up.chunk(2)[::-1])
-        for name, rows in zip(names, up.chunk(len(names)) if names else ()):
+        for name, rows in zip(names, up.chunk(len(names))):
             place = f"transformer_blocks.{layer[1]}.{name}"
             renamed |= {place + A: down, place + B: rows}
     return renamed

@@ -7,10 +7,10 @@ files of weights can run code.
 
 import json
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
+from diffusers.utils.peft_utils import get_peft_kwargs
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -23,8 +23,7 @@ from adapter_formats import to_diffusers
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 
-# Settings of peft's LoraConfig under which training, saving, and loading by peft or diffusers compute the
-# same.
+# Settings of LoraConfig under which training, saving, and loading by peft or diffusers compute the same.
 EXACT_SETTINGS = {"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
                   "use_rslora", "use_dora", "lora_bias"}
 # Settings that say where an adapter comes from or how its training began. Its tensors do not depend on them.
@@ -35,15 +34,12 @@ DROPPED_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "b
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-# ---- files, here or on the hub -----------------------------------------------------------------------------
-
 def is_hub_id(name: str) -> bool:
     return not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def find_file(option: str, place: str, name: str) -> Path | None:
-    """Find the file `name` in a directory, or download it from a hub repository. Returns None if it has no
-    such file.
+    """Find the file `name` in a directory, or download it from the hub. Returns None if it is not there.
 
     Raises ValueError in one line, with the command-line option that named the place.
     """
@@ -55,24 +51,17 @@ def find_file(option: str, place: str, name: str) -> Path | None:
         return Path(hf_hub_download(place, name))
     except RemoteEntryNotFoundError:
         return None
-    except GatedRepoError as error:
-        raise ValueError(f"{option} {place!r} is gated: accept its licence on its page of the hub, then "
-                         f"{token}") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{option} {place!r} is neither here nor on the hub: correct it, or if private, "
-                         f"{token}") from error
+    except GatedRepoError:
+        cause = f"is gated: accept its licence on its page of the hub, then {token}"
+    except RepositoryNotFoundError:
+        cause = f"is neither here nor on the hub: correct it, or if private, {token}"
     except Exception as error:
-        raise ValueError(f"{option} {place!r} is neither a directory here nor could it be had from the hub "
-                         f"({type(error).__name__}); give a directory, or go online") from error
+        cause = f"is no directory, and the hub gives none ({type(error).__name__}); correct it, or go online"
+    raise ValueError(f"{option} {place!r} {cause}")
 
-
-# ---- adapters ----------------------------------------------------------------------------------------------
 
 def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Read an adapter's settings as training will keep them, and its tensors under peft's names.
-
-    Raises ValueError in one line.
-    """
+    """Read an adapter: its settings as training keeps them, tensors by peft's names. Raises ValueError."""
     *settings_file, weights = adapter_files(lora_path)
     try:
         with safe_open(weights, "pt") as file:
@@ -85,26 +74,24 @@ def read_adapter(lora_path: str) -> tuple[LoraConfig, dict[str, Tensor]]:
             raise ValueError("its file holds no tensors")
         for key, value in tensors.items():
             if key.startswith(("text_encoder", "lora_te")):
-                raise ValueError(f"{key} is of a text encoder, and only the transformer is trained here: "
-                                 "save the transformer's tensors alone")
+                raise ValueError(f"{key} is of a text encoder, and only the transformer is trained here")
             if key.endswith(".alpha") and value.numel() != 1:
                 raise ValueError(f"{key} has shape {tuple(value.shape)}, and an alpha is one number")
             if not value.isfinite().all():
-                raise ValueError(f"{key} has shape {tuple(value.shape)} and numbers that are not finite, so "
-                                 "its training broke; give an earlier checkpoint")
+                raise ValueError(f"{key} has shape {tuple(value.shape)} and numbers that are not finite: "
+                                 "give an earlier checkpoint")
         if settings_file:
             settings = json.loads(settings_file[0].read_text())
         else:
-            tensors = to_diffusers(tensors)
-            settings = json.loads(metadata)
-            settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
+            tensors, stated = to_diffusers(tensors), json.loads(metadata)
+            settings = {key.removeprefix("transformer."): value for key, value in stated.items()}
             settings = settings or settings_of_tensors(tensors)
             tensors = {f"base_model.model.{key.removeprefix('transformer.')}": value
                        for key, value in tensors.items() if not key.endswith(".alpha")}
         # Older versions of peft ended this name otherwise.
-        return kept_settings(settings), {
-            key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): value
-            for key, value in tensors.items()}
+        older = "lora_magnitude_vector.weight"
+        tensors = {key.replace(older, older.removesuffix(".weight")): value for key, value in tensors.items()}
+        return kept_settings(settings), tensors
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"--lora-path {lora_path!r} is no adapter that can be trained on "
                          f"({type(error).__name__}: {error})") from error
@@ -129,10 +116,10 @@ def adapter_files(lora_path: str) -> list[Path]:
             files = [find_file("--lora-path", str(place), below + name) for name in names]
             if all(files):
                 return files
-    deeper = [path for name in (PEFT_FILES[1], DIFFUSERS_FILE) for below in ("*/", "*/*/", "*/*/*/")
-              for path in place.glob(below + name)]
+    deeper = [path.parent for name in (PEFT_FILES[1], DIFFUSERS_FILE) for depth in (1, 2, 3)
+              for path in place.glob("*/" * depth + name)]
     single = sorted(place.glob("*.safetensors"))
-    hint = (f"give {deeper[0].parent}" if deeper else f"give a file in it, such as {single[0]}" if single
+    hint = (f"give {deeper[0]}" if deeper else f"give a file in it, such as {single[0]}" if single
             else "an adapter in one file under another name is given by that file, ending in .safetensors")
     raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} "
                      f"nor {DIFFUSERS_FILE}; {hint}")
@@ -144,12 +131,11 @@ def settings_of_tensors(tensors: dict[str, Tensor]) -> dict:
     A layer's rank is the height of its lora_A. Its alpha is the tensor `.alpha`, or its rank if no layer has
     one. Raises ValueError, with the cause, if the tensors are not LoRA of a transformer.
     """
-    parts = (".lora_A.", ".lora_B.", ".lora_magnitude_vector", ".alpha")
     for key in tensors:
         if key.startswith("base_model.model."):
             raise ValueError(f"{key} is of a peft adapter: name the file {PEFT_FILES[1]}, and put its "
                              f"{PEFT_FILES[0]} beside it")
-        if not any(part in key for part in parts):
+        if not re.search(r"\.(lora_A\.|lora_B\.|lora_magnitude_vector|alpha)", key):
             whole = ".lora" not in key and key.endswith((".weight", ".bias"))
             cause = "a weight of the model itself (modules_to_save)" if whole else "of an unknown format"
             raise ValueError(f"{key} is {cause}: load it in diffusers and save its LoRA layers again")
@@ -158,18 +144,12 @@ def settings_of_tensors(tensors: dict[str, Tensor]) -> dict:
     ranks = {key.partition(".lora_A.")[0]: len(value) for key, value in tensors.items() if ".lora_A." in key}
     if not ranks:
         raise ValueError("it holds no lora_A, so no layer has a rank")
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alphas = {key.removesuffix(".alpha"): value.item() for key, value in tensors.items()
-              if key.endswith(".alpha")} or ranks
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    alphas = {key: value.item() for key, value in tensors.items() if key.endswith(".alpha")}
+    settings = get_peft_kwargs(ranks, alphas, tensors)
     # Patterns and targets are regular expressions, in which "^proj_out" is not the proj_out of a block.
-    return dict(
-        r=rank, rank_pattern={f"^{re.escape(layer)}": n for layer, n in ranks.items() if n != rank},
-        lora_alpha=alpha,
-        alpha_pattern={f"^{re.escape(layer)}": n for layer, n in alphas.items() if n != alpha},
-        target_modules="|".join(map(re.escape, ranks)),
-        use_dora=any(".lora_magnitude_vector" in key for key in tensors),
-        lora_bias=any(".lora_B.bias" in key for key in tensors))
+    for name in ("rank_pattern", "alpha_pattern"):
+        settings[name] = {f"^{re.escape(layer)}": value for layer, value in settings[name].items()}
+    return settings | {"target_modules": "|".join(map(re.escape, ranks))}
 
 
 def kept_settings(settings: dict) -> LoraConfig:
@@ -185,17 +165,16 @@ def kept_settings(settings: dict) -> LoraConfig:
                          f"{settings.get('target_modules')}: only LORA with its layers named is supported")
     if start not in PLAIN_STARTS:
         raise ValueError(f"its init_lora_weights is {start!r}, which changes the model's own weights: give "
-                         "an adapter of the model as it is; for pissa, olora and corda, peft makes one with "
-                         "save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+                         "an adapter of the model as it is, which peft's save_pretrained makes by "
+                         "path_initial_model_for_weight_conversion")
     defaults = LoraConfig().to_dict()
     for name, value in settings.items():
         if name in EXACT_SETTINGS | DROPPED_SETTINGS or not value or value == defaults.get(name):
             continue
         # A newer peft writes settings that this one does not know. A number or a string turns nothing on.
-        if name not in defaults and value is not True and not isinstance(value, dict | list):
-            continue
-        raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter "
-                         "without it, or merge it into its model (merge_and_unload), then the --model")
+        if name in defaults or value is True or isinstance(value, dict | list):
+            raise ValueError(f"its {name} is {value!r:.80}, which training could not keep: give an adapter "
+                             "without it, or merge it into its model (merge_and_unload), then the --model")
     return LoraConfig(**{name: settings[name] for name in EXACT_SETTINGS if name in settings},
                       base_model_name_or_path=settings.get("base_model_name_or_path"))
 
@@ -224,9 +203,8 @@ def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str
     base = network.get_base_model() if isinstance(network, PeftModel) else network
     layers = {layer for layer, _ in base.named_modules() if layer}
     for key in tensors:
-        layer, is_lora, _ = key.removeprefix("base_model.model.").partition(".lora_")
-        if not is_lora or layer not in layers:
-            refuse(key, why_not_a_layer(key, layers) or f"the model has no such layer; {other_model}")
+        if cause := why_not_a_layer(key, layers, other_model):
+            refuse(key, cause)
     try:
         if isinstance(network, PeftModel):
             network.add_adapter(name, config)
@@ -244,16 +222,17 @@ def fit_adapter(network: torch.nn.Module, lora_path: str, model: str, name: str
     return network, tensors
 
 
-def why_not_a_layer(key: str, layers: set[str]) -> str:
-    """Name the cause if a tensor is of no LoRA layer of the model. Returns "" if it is of another model."""
+def why_not_a_layer(key: str, layers: set[str], other_model: str) -> str:
+    """Return "" if a tensor is of a LoRA layer of the model, else the cause. other_model: what to do then."""
     layer, is_lora, _ = key.removeprefix("base_model.model.").partition(".lora_")
     if not is_lora:
         return "a weight of the model itself (modules_to_save, bias); save the LoRA tensors alone"
+    if layer in layers:
+        return ""
     parts = layer.split(".")
     wrappers = [part for part in parts if part in ("_orig_mod", "module")]
     for start in range(len(parts)):
         if ".".join(part for part in parts[start:] if part not in wrappers) in layers:
             prefix = wrappers[0] if wrappers else ".".join(parts[:start])
-            return ("a layer of the model under the name of a wrapper (DDP, torch.compile, a pipeline); take "
-                    f"'{prefix}.' out of the names in the file")
-    return ""
+            return f"a layer under the name of a wrapper; take '{prefix}.' out of the names in the file"
+    return f"the model has no such layer; {other_model}"

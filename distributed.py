@@ -41,15 +41,14 @@ class LostRank(RuntimeError):
 def own_device() -> torch.device:
     """This rank's device: the GPU of its local rank, or the CPU. Makes that GPU the thread's current one.
 
-    Call it before any code of others runs, because "cuda" without a number means the current GPU, at first 0.
-    Raises ValueError if there are fewer GPUs than processes, or a GPU that this PyTorch cannot use.
+    Call it before any code of others runs, because "cuda" without a number means the current GPU. Raises
+    ValueError if there are fewer GPUs than processes, or a GPU that this PyTorch cannot use.
     """
     if not torch.cuda.is_available():
         if os.path.exists(DRIVER) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            raise ValueError(
-                f"this machine has an NVIDIA driver, but torch {torch.__version__} can use no GPU with it (a "
-                "CPU build, or a driver older than the build's CUDA): install the build of PyTorch for your "
-                "driver, or set CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU")
+            raise ValueError(f"torch {torch.__version__} can use no GPU with this machine's NVIDIA driver: "
+                             "install the build of PyTorch for your driver, or set CUDA_VISIBLE_DEVICES= (to "
+                             "nothing) to train on the CPU")
         return torch.device("cpu")
     processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if processes > devices:
@@ -58,9 +57,8 @@ def own_device() -> torch.device:
     # The remainder, because a launcher may show each process one GPU alone, which then is number 0.
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % devices)
     torch.cuda.set_device(device)
-    # No attention by cuDNN, which is Hopper's default from cuDNN 9.15 on. It plans the forward pass with and
-    # without gradients differently, so a replayed step could differ from the sampled one in its last bits.
-    # NaNs from its backward are reported.
+    # No attention by cuDNN, because it plans the forward pass with and without gradients differently. So a
+    # replayed step could differ from the sampled one in its last bits. NaNs from its backward are reported.
     torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
@@ -70,9 +68,8 @@ def setup(timeout: float = 3600.0) -> torch.device:
 
     timeout: seconds that a rank waits for the others, to start and in a collective. What keeps them from
     starting or connecting is told after MEETING_SECONDS.
-    Raises ValueError as `own_device` does, if torchrun's variables are not whole, if no network interface is
-    up, and if the ranks cannot connect. Raises LostRank if the launcher does not answer or a rank does not
-    start.
+    Raises ValueError as `own_device` and `connect` do, and if torchrun's variables are not whole. Raises
+    LostRank if the launcher does not answer or a rank does not start.
     """
     global launcher_store, patience
     device = own_device()
@@ -95,13 +92,12 @@ def setup(timeout: float = 3600.0) -> torch.device:
 def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> None:  # all ranks
     """Make the process group and its connections. Raises ValueError if the ranks cannot connect."""
     interface = repr(os.environ.get("GLOO_SOCKET_IFNAME"))
-    problem = (
-        f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
-        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each other "
-        f"(`ip -brief address` lists a node's; GLOO_SOCKET_IFNAME is {interface}), and let no firewall close "
-        "ports between nodes; or one of the processes has ended since")
-    # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
-    # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
+    problem = (f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
+               "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each "
+               f"other (`ip -brief address` lists them; GLOO_SOCKET_IFNAME is {interface}), and open ports "
+               "between nodes; or one of the processes has ended since")
+    # Connect a pair of ranks when they first talk, because all pairs at once take ranks sockets of each rank
+    # and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # A timer tells of the problem, because gloo tries an address that does not answer for several timeouts.
     late = threading.Timer(MEETING_SECONDS, print, [f"warning: {problem}"], dict(file=sys.stderr, flush=True))
@@ -113,11 +109,9 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
         wait_for_all()
     except RuntimeError as error:
         if "Unable to find" in str(error):
-            raise ValueError(
-                "gloo finds no network interface for processes to talk through: bring one up, such as the "
-                f"loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is {interface}"
-            ) from error
-        if not isinstance(error, (LostRank, dist.DistError)) and "gloo" not in str(error):
+            problem = ("gloo finds no network interface for processes to talk through: bring one up, such as "
+                       f"the loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, its name, is {interface}")
+        elif not isinstance(error, (LostRank, dist.DistError)) and "gloo" not in str(error):
             raise
         raise ValueError(problem) from error
     finally:
@@ -125,27 +119,23 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
 
 
 def find_store(rank: int, timeout: float) -> dist.Store:
-    """The key-value store of the launcher, or rank 0's if the launcher has none.
-
-    Raises LostRank if it does not answer, and ValueError if rank 0 cannot make it.
-    """
+    """The launcher's key-value store, or else rank 0's. Raises LostRank without an answer, and ValueError."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    what, told = "launcher" if agent else "rank 0 yet", ""
+    makes_it = not agent and rank == 0
+    absent = (f"no {'launcher' if agent else 'rank 0 yet'} at {address}:{port}: MASTER_ADDR has to be an "
+              "address that all nodes reach")
     # Without an agent, rank 0 makes the store, perhaps later than this rank asks for it.
-    for seconds in (LAUNCHER_SECONDS,) if agent else (MEETING_SECONDS, timeout):
-        if told:
-            print(f"warning: rank {rank}: {told}", file=sys.stderr, flush=True)
+    for seconds in [LAUNCHER_SECONDS] if agent else [MEETING_SECONDS, timeout]:
         try:
-            return dist.TCPStore(address, port, is_master=not agent and rank == 0, wait_for_workers=False,
+            return dist.TCPStore(address, port, is_master=makes_it, wait_for_workers=False,
                                  timeout=timedelta(seconds=seconds), multi_tenant=True)
         except dist.DistNetworkError as error:
-            if not agent and rank == 0:
+            if makes_it:
                 taken = f"rank 0 cannot listen at {address}:{port}: choose another MASTER_PORT"
                 raise ValueError(taken) from error
-            told = f"no {what} at {address}:{port}: MASTER_ADDR has to be an address that all nodes reach"
-            failure = error
-    raise LostRank(told) from failure
+            print(f"warning: rank {rank}: {absent}", file=sys.stderr)
+    raise LostRank(absent)
 
 
 def shutdown() -> None:
@@ -158,15 +148,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size()
-
-
-def cores() -> int:
-    """CPU cores for each rank of this machine, out of those granted to this process; 0 if ranks share a core.
-
-    If the launcher pins each rank to its own cores, this undercounts.
-    """
-    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return granted // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
@@ -205,8 +186,8 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
             return f"not all {size} ranks have started"
         absent = [key.rpartition("/")[2] for key in others if not store.check([key])][:9] or ["0"]
         return (f"of {size} ranks, {', '.join(absent)} {'has' if len(absent) == 1 else 'have'} not started "
-                f"{time.monotonic() - began:.0f} s after rank {rank} did: see what the other nodes say, and "
-                "whether they run the same command")
+                f"{waited:.0f} s after rank {rank} did: see what other nodes say, and whether they run the "
+                "same command")
 
     if rank == 0:
         store.set("start", name)
@@ -225,7 +206,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
             raise LostRank(late())
         if waited > MEETING_SECONDS and not told and not (rank and name):
             told = True
-            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
+            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
 
@@ -274,20 +255,9 @@ def wait_for_all() -> None:  # all ranks
     gather_vectors(torch.zeros(1))
 
 
-def gather_rows(values: Tensor, rows: list[int], total: int) -> Tensor:  # all ranks
-    """The whole (total, ...) CPU tensor, of which this rank has `rows`. The ranks hold each row once."""
-    whole = torch.zeros(total, *values.shape[1:], dtype=values.dtype)
-    for part, at in gather_objects((values.numpy(), rows)):
-        whole[at] = torch.from_numpy(part)
-    return whole
-
-
 def gather_scores(scores: dict[str, np.ndarray], rows: list[int],
                   total: int) -> dict[str, Tensor]:  # all ranks
-    """Every sample's scores and metrics, name -> (total, ...) float32, of which this rank has `rows`.
-
-    A metric that a rank says nothing about is NaN there.
-    """
+    """Every sample's scores, name -> (total, ...) float32; this rank has `rows`. What no rank says is NaN."""
     whole = {}
     for part, at in gather_objects((scores, rows)):
         for name, values in part.items():

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging as diffusers_logging
 
 from adapters import find_file
 from families import FAMILIES, Family, Text, diffusers_class
@@ -43,7 +42,7 @@ def check_model(model: str, guidance_scale: float = 1.0) -> type[Family]:
             raise ValueError(f"--model {model!r} has a {kind}, which needs {' and '.join(missing)}: "
                              f"pip install {' '.join(missing)}")
     check_scheduler(model, index["scheduler"], find_file("--model", model, SCHEDULER_FILE))
-    if guidance_scale != 1 and is_distilled(model):
+    if guidance_scale != 1 and family.distilled(model, index):
         raise ValueError(f"--guidance-scale is {guidance_scale:g}: {model} is distilled to go without "
                          "guidance; set it to 1, or train the model that it was distilled from")
     return family
@@ -58,10 +57,10 @@ def is_distilled(model: str) -> bool:
 
 
 def check_memory(family: type[Family], model: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a model whose transformer alone is larger in `dtype` than the GPU's whole memory.
+    """Raise ValueError in one line if the transformer alone is larger in `dtype` than the GPU's whole memory.
 
     It reads the transformer's settings and no weights. A family that names no transformer is not looked at.
-    Raises ValueError in one line, and OSError if there are no settings.
+    Raises OSError if there are no settings.
     """
     if device.type != "cuda" or not hasattr(family, "transformer"):
         return
@@ -98,8 +97,6 @@ def read_index(model: str) -> dict:
                          "its class") from error
 
 
-# ---- schedulers --------------------------------------------------------------------------------------------
-
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 SCHEDULER = FlowMatchEulerDiscreteScheduler.__name__
 # Options that change what a pipeline draws, each with the one value that `sampler.rollout` reproduces.
@@ -129,46 +126,41 @@ def check_scheduler(model: str, entry: list | None, file: Path | None) -> None:
     parameters = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
     options = {name: parameter.default for name, parameter in parameters.items()} | options
 
-    def refuse(name: str, needed: str) -> None:
-        raise ValueError(f"--model {model!r}: its scheduler's {name} is {options[name]!r}, which is not "
-                         f"supported; set it to {needed} in {SCHEDULER_FILE}")
+    def need(name: str, good: bool, needed: str) -> None:
+        if not good:
+            raise ValueError(f"--model {model!r}: its scheduler's {name} is {options[name]!r}, which is not "
+                             f"supported; set it to {needed} in {SCHEDULER_FILE}")
 
     for name, needed in SCHEDULER_OPTIONS.items():
         value = options.get(name, needed)
-        if value != needed and (value or needed):      # None, False and 0 all turn an option off
-            refuse(name, json.dumps(needed))
-    dynamic = options["use_dynamic_shifting"]
-    line = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-    for name in line if dynamic else ("shift",):
-        if type(options[name]) not in (int, float) or not abs(options[name]) < math.inf:
-            refuse(name, "a number")
-    if not dynamic and not options["shift"] > 0:
-        refuse("shift", "a number above 0")
-    if dynamic and options["base_image_seq_len"] == options["max_image_seq_len"]:
-        refuse("max_image_seq_len", "a number above base_image_seq_len")
-    terminal = options["shift_terminal"] or 0          # None, False and 0 all turn it off
-    if type(terminal) not in (int, float) or not 0 <= terminal < 1:
-        refuse("shift_terminal", "null or a number between 0 and 1")
-    if dynamic and options["time_shift_type"] not in ("exponential", "linear"):
-        refuse("time_shift_type", '"exponential" or "linear"')
+        need(name, value == needed or not (value or needed), json.dumps(needed))
+    finite = lambda value: type(value) in (int, float) and abs(value) < math.inf
+    if options["use_dynamic_shifting"]:
+        for name in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
+            need(name, finite(options[name]), "a number")
+        need("max_image_seq_len", options["base_image_seq_len"] != options["max_image_seq_len"],
+             "a number above base_image_seq_len")
+        need("time_shift_type", options["time_shift_type"] in ("exponential", "linear"),
+             '"exponential" or "linear"')
+    else:
+        need("shift", finite(options["shift"]) and options["shift"] > 0, "a number above 0")
+    terminal = options["shift_terminal"] or 0          # None, False and 0 all turn an option off
+    need("shift_terminal", finite(terminal) and 0 <= terminal < 1, "null or a number between 0 and 1")
 
 
-# ---- pipelines ---------------------------------------------------------------------------------------------
-
-def load_pipeline(family: type[Family], model: str, index: dict, *, dtypes: dict[str, torch.dtype]
+def load_pipeline(family: type[Family], model: str, device: torch.device, dtypes: dict[str, torch.dtype]
                   ) -> DiffusionPipeline:
-    """Load a pipeline from a directory or the hub. index: its model_index.json. dtypes: by part, or
-    "default".
+    """Load a pipeline from a directory or the hub, or make random:NAME on `device`.
 
-    Weights may be in safetensors or .bin files, in full or in half precision. Raises ValueError in one line.
+    dtypes: those of "transformer" and "vae", and the "default" of other parts. Weights may be in safetensors
+    or .bin files, in full or in half precision. Raises ValueError in one line.
     """
+    if model.startswith("random:"):
+        return random_pipeline(family, model.removeprefix("random:"), device, dtypes)
     # Pass None for the parts that the index leaves out, because diffusers would miss them.
-    left_out = {name: None for name, entry in index.items() if entry == [None, None]}
-    load = functools.partial(
-        diffusers_class(family.pipeline).from_pretrained, model, dtype=dtypes, **left_out)
-    # Silence diffusers, because it logs what is missing even where the next try finds it.
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    left_out = {name: None for name, entry in read_index(model).items() if entry == [None, None]}
+    kind = diffusers_class(family.pipeline)
+    load = functools.partial(kind.from_pretrained, model, dtype=dtypes, **left_out)
     try:
         return load()
     except (OSError, ValueError) as error:
@@ -177,32 +169,28 @@ def load_pipeline(family: type[Family], model: str, index: dict, *, dtypes: dict
         except (OSError, ValueError):
             reason = " ".join(str(error).split())
             raise ValueError(f"--model {model!r} cannot be loaded: {reason:.300}") from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
 
 
-def random_pipeline(family: type[Family], name: str, device: torch.device, *, dtype: torch.dtype,
-                    vae_dtype: torch.dtype) -> DiffusionPipeline:
+def random_pipeline(family: type[Family], name: str, device: torch.device, dtypes: dict[str, torch.dtype]
+                    ) -> DiffusionPipeline:
     """Make a published architecture with random weights, always the same ones, to measure time and memory.
 
     It has no text encoders; `random_text` stands in for them. The parts are made on `device` and in their
     dtypes, so that no large network exists twice.
     """
-    def make(kind: str, dtype: torch.dtype, settings: dict) -> torch.nn.Module:
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with device:
-                return diffusers_class(kind)(**settings).eval()
-        finally:
-            torch.set_default_dtype(default)
-
     parts = dict.fromkeys([*needed_parts(family), *family.may_lack])
     parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**family.scheduler)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        parts["transformer"] = make(family.transformer, dtype, family.published[name])
-        parts["vae"] = make(family.autoencoder, vae_dtype, family.vae)
+    networks = {"transformer": (family.transformer, family.published[name]),
+                "vae": (family.autoencoder, family.vae)}
+    default = torch.get_default_dtype()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            for part, (kind, settings) in networks.items():
+                torch.set_default_dtype(dtypes[part])
+                parts[part] = diffusers_class(kind)(**settings).eval()
+    finally:
+        torch.set_default_dtype(default)
     return diffusers_class(family.pipeline)(**parts)
 
 

@@ -8,14 +8,12 @@
 `adapters.py` the files of LoRA adapters.
 """
 
-import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -24,8 +22,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from adapters import fit_adapter, load_adapter
-from families import LENGTHS, Family, Text
-from pipelines import check_model, compile_blocks, load_pipeline, random_pipeline, random_text, read_index
+from families import LENGTHS, Text
+from pipelines import check_model, compile_blocks, load_pipeline, random_text
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -34,8 +32,6 @@ DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 im
 
 Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
 
-
-# ---- copies between host and device ------------------------------------------------------------------------
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from host memory. A GPU fetches it while this process goes on."""
@@ -62,8 +58,6 @@ def to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     return wait_for_copies
 
 
-# ---- the policy --------------------------------------------------------------------------------------------
-
 class Policy:
     """A pipeline's transformer, which an adapter or full fine-tuning trains, and the frozen parts around it.
 
@@ -71,9 +65,6 @@ class Policy:
     float64 if `dtype` is "float64". The reference policy is the network without its adapter, also when
     training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the model.
     """
-
-    before_call: Callable[[], None] | None = None
-    """Every velocity calls this before it calls the network. It may raise to stop a rollout."""
 
     def __init__(self, model: str, device: torch.device, dtype: str = "float32", *,
                  resolution: tuple[int, int] = (512, 512), max_sequence_length: int = 128,
@@ -88,24 +79,29 @@ class Policy:
         with_reference: full fine-tuning keeps a frozen copy. Raises ValueError if the model is not supported,
         the adapter does not fit it, or its patches do not tile the resolution.
         """
-        diffusers_logging.disable_progress_bar()
         # Keep the hub's bars, which transformers turns off with its own, because a download may take long.
         hub_bars_off = are_progress_bars_disabled()
-        transformers_logging.disable_progress_bar()
+        for logging in (diffusers_logging, transformers_logging):
+            logging.disable_progress_bar()
+            # They warn of each prompt that is cut, thrice, and of files that another try of loading finds.
+            logging.set_verbosity(logging.CRITICAL)
         if not hub_bars_off:
             enable_progress_bars()
-        transformers_logging.set_verbosity_error()
-        diffusers_logging.set_verbosity_error()      # it would warn of each prompt that is cut, thrice
         self.model, self.device, self.dtype = model, device, DTYPES[dtype]
         # Latents and trained weights have this dtype.
         self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32
         self.max_sequence_length = max_sequence_length
+        # Every call of a network calls this first. It may raise to stop a rollout.
+        self.before_call: Callable[[], None] = lambda: None
         if device.type == "cuda":
             # Full precision forbids TF32, to which cuDNN rounds the inputs of convolutions by default.
             torch.backends.cudnn.allow_tf32 = dtype not in ("float32", "float64")
 
+        # The autoencoder stays in full precision, because its pictures are what rewards score.
+        dtypes = {"default": self.dtype, "transformer": self.compute_dtype if full_finetune else self.dtype,
+                  "vae": self.compute_dtype}
         family = check_model(model)
-        self.pipe = self._load_pipeline(family, self.compute_dtype if full_finetune else self.dtype)
+        self.pipe = load_pipeline(family, model, device, dtypes)
         self.family = family(self.pipe)
         self.set_resolution(resolution)
         self.offload_text_encoders = offload_text_encoders
@@ -114,8 +110,8 @@ class Policy:
                 on_host = offload_text_encoders and name.startswith("text_encoder")
                 part.requires_grad_(False).to("cpu" if on_host else device)
 
-        transformer = self.pipe.transformer.requires_grad_(full_finetune)
-        self.network, self.reference = transformer, None
+        self.network = transformer = self.pipe.transformer.requires_grad_(full_finetune)
+        self.reference = None
         if full_finetune and with_reference:
             self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
         if lora_path and not full_finetune:
@@ -136,22 +132,8 @@ class Policy:
         self._text_cache: dict[str, Text] = {}
         self._text_kept = 0
 
-    def _load_pipeline(self, family: type[Family], dtype: torch.dtype) -> DiffusionPipeline:
-        """Load the pipeline with its transformer in `dtype`.
-
-        The autoencoder stays in full precision, because its pictures are what rewards score.
-        """
-        if self.model.startswith("random:"):
-            name = self.model.removeprefix("random:")
-            return random_pipeline(family, name, self.device, dtype=dtype, vae_dtype=self.compute_dtype)
-        dtypes = {"default": self.dtype, "transformer": dtype, "vae": self.compute_dtype}
-        return load_pipeline(family, self.model, read_index(self.model), dtypes=dtypes)
-
     def set_resolution(self, resolution: tuple[int, int]) -> None:
-        """Set the height and width of the next images, in pixels.
-
-        Raises ValueError if the model's patches do not tile them, or if the scheduler has no shift for them.
-        """
+        """Set height and width of the next images, in pixels. Raises ValueError if the model takes others."""
         channels, scale, patch, most = self.family.tiling()
         unit = scale * patch
         if any(size < unit or size % unit or size > (most or math.inf) * unit for size in resolution):
@@ -184,15 +166,10 @@ class Policy:
                              f"{self.family.preset} names those of its family") from error
 
     def add_adapter(self, name: str, lora_path: str) -> None:
-        """Load another adapter onto the same weights.
-
-        Raises ValueError if the adapter does not fit. The policy is then as it was.
-        """
-        # Try it on a copy without weights first, because peft leaves half-installed layers behind if an
-        # adapter does not fit.
-        transformer = self.pipe.transformer
+        """Load another adapter onto the same weights. Raises ValueError, changing nothing, if it misfits."""
+        # Try it on a copy without weights first, because peft leaves half-installed layers behind.
         with torch.device("meta"):
-            skeleton = type(transformer).from_config(transformer.config)
+            skeleton = type(self.pipe.transformer).from_config(self.pipe.transformer.config)
         fit_adapter(skeleton, lora_path, self.model, name)
         self.network = load_adapter(self.network, lora_path, self.model, name).eval()
 
@@ -213,10 +190,7 @@ class Policy:
 
     @torch.no_grad()
     def cache_text(self, prompts: list[str], guidance_scale: float = 1.0) -> None:
-        """Encode now what `velocity` will need for `prompts`, and keep all of it until the next call.
-
-        Offloaded text encoders then move to the device once, and not once per batch.
-        """
+        """Encode all `prompts` now, so that offloaded encoders move once. Keeps them until the next call."""
         prompts = list(dict.fromkeys([*prompts, *[""] * (self.branches(guidance_scale) - 1)]))
         self._text_kept = len(prompts)
         self._encode_missing(prompts)
@@ -247,29 +221,26 @@ class Policy:
         resumed run starts with an empty cache and would otherwise batch other prompts together.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_cache]
-        moved = missing and self.offload_text_encoders
+        moved = []
+        if missing and self.offload_text_encoders:
+            parts = self.pipe.components.items()
+            moved = [part for name, part in parts if name.startswith("text_encoder") and part is not None]
         try:
-            if moved:
-                self._move_text_encoders(self.device)
+            for part in moved:
+                part.to(self.device)
             for prompt in missing:
-                if self.before_call:
-                    self.before_call()
+                self.before_call()
                 if self.model.startswith("random:"):
                     text = random_text(self.family, prompt, self.max_sequence_length, self.dtype)
                 else:
                     text = self.family.encode(prompt, self.max_sequence_length, self.device)
                 self._text_cache[prompt] = tuple(part[0].cpu() for part in text)     # (L, D), ...
         finally:
-            if moved:
-                self._move_text_encoders(torch.device("cpu"))
+            for part in moved:
+                part.to("cpu")
         # Put the prompts in use at the end of the cache, because its oldest entries are dropped first.
         for prompt in dict.fromkeys(prompts):
             self._text_cache[prompt] = self._text_cache.pop(prompt)
-
-    def _move_text_encoders(self, device: torch.device) -> None:
-        for name, part in self.pipe.components.items():
-            if name.startswith("text_encoder") and part is not None:
-                part.to(device)
 
     # ---- velocity ------------------------------------------------------------------------------------------
 
@@ -279,8 +250,7 @@ class Policy:
 
         text: what `encode` made of the B prompts. reference: only `reference_velocity` passes it. The
         velocity has the latents' dtype. With classifier-free guidance the guided velocity is the policy: one
-        network call computes both branches, gradients go through both, and the guidance points away from
-        `negative_prompt`.
+        network call computes both branches, with gradients, and points away from `negative_prompt`.
         """
         network = self.reference if reference and self.reference is not None else self.network
         if self.branches(guidance_scale) == 2:
@@ -289,13 +259,12 @@ class Policy:
                          for negative, part in zip(negative_text, text))
         autocast = self.dtype in (torch.float16, torch.bfloat16)
         # A compiled network is one program with gradients and another without, and the two round differently.
-        # So the policy samples by the program that replays, and drops the gradients: ratios then start at
-        # exactly 1. On an H200 that takes 2 % longer. The reference has no ratio and runs without gradients.
+        # So the policy samples by the program that replays, and drops the gradients. The reference has no
+        # ratio and runs without gradients.
         with_gradients = self.compiled and not reference
 
         def guided_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            if self.before_call:
-                self.before_call()
+            self.before_call()
             branches = len(text[0]) // len(latents)
             x, t = torch.cat([latents] * branches), torch.cat([sigma] * branches)
             training = torch.is_grad_enabled()
@@ -316,8 +285,14 @@ class Policy:
 
         @torch.no_grad()
         def untrained_velocity(latents: Tensor, sigma: Tensor) -> Tensor:
-            with contextlib.nullcontext() if self.reference is not None else self._without_adapter():
+            if self.reference is not None:
                 return velocity(latents, sigma)
+            # peft's own `disable_adapter` surveys all layers, which takes longer than a small network's call.
+            self.network.base_model.disable_adapter_layers()
+            try:
+                return velocity(latents, sigma)
+            finally:
+                self.network.base_model.enable_adapter_layers()
 
         return untrained_velocity
 
@@ -334,27 +309,11 @@ class Policy:
         trained, untrained = (velocity(noise, sigma) for velocity in velocities)
         return ((trained - untrained) ** 2).flatten(1).mean(1)
 
-    @contextlib.contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off for a while.
-
-        peft's own `disable_adapter` first surveys all layers, which takes longer than a call of a small
-        network.
-        """
-        self.network.base_model.disable_adapter_layers()
-        try:
-            yield
-        finally:
-            self.network.base_model.enable_adapter_layers()
-
-    # ---- images --------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode latents (B, C, H, W) to images: uint8 (B, 8H, 8W, 3) if the autoencoder compresses 8 times.
 
-        It decodes a few images at a time, because the autoencoder's activations take more memory than
-        anything else.
+        A few images at a time, because the autoencoder's activations take more memory than anything else.
         """
         _, scale, _, _ = self.family.tiling()
         pixels = math.prod(latents.shape[-2:]) * scale**2                            # of one image
@@ -364,13 +323,11 @@ class Policy:
             images.append((image * 255).round().to(torch.uint8))
         return torch.cat(images).permute(0, 2, 3, 1).contiguous()
 
-    # ---- saving --------------------------------------------------------------------------------------------
-
     def save(self, directory: Path) -> None:
         """Save the trained weights in the formats that others load.
 
-        Full fine-tuning writes diffusers' `directory/transformer`. An adapter is written in both formats:
-        `PeftModel.from_pretrained(pipe.transformer, directory / "adapter")` loads it, and so does
+        Full fine-tuning writes diffusers' `directory/transformer`. An adapter is written for both
+        `PeftModel.from_pretrained(pipe.transformer, directory / "adapter")` and
         `pipe.load_lora_weights(directory / "adapter")`.
         """
         if not isinstance(self.network, PeftModel):

@@ -20,8 +20,6 @@ from policy import Policy
 from prompts import Prompt
 
 
-# ----------------------------------------------------------------------------- the plan
-
 @dataclass(frozen=True)
 class BatchPlan:
     """What the settings come to on a number of ranks. Counts are per epoch."""
@@ -50,8 +48,7 @@ def batch_plan(config: Config, world_size: int, branches: int = 1) -> BatchPlan:
 
     def batches_of(held: int) -> tuple[list[int], list[int]]:
         """The sizes of a rank's rollout and training batches, if it holds so many samples."""
-        in_update, more = divmod(held, config.updates_per_epoch)          # samples, and updates with one more
-        updates = [in_update + 1] * more + [in_update] * (config.updates_per_epoch - more)
+        updates = [len(range(u, held, config.updates_per_epoch)) for u in range(config.updates_per_epoch)]
         # In half precision a training batch is a rollout batch, or a part of it, at one step. In full
         # precision it holds any rows.
         if config.half_precision:
@@ -100,13 +97,11 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
             f"{p.replay_calls:,} forward + backward, {p.reference_calls:,} reference")
 
 
-# ----------------------------------------------------------------------------- sizes that were not given
-
 def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:
     """Choose the batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest.
 
-    In half precision the rollout takes the training's size, because both must run the same kernels for ratios
-    to start at 1. Raises DoesNotFit if not one image fits.
+    In half precision the rollout takes the training's size, because both must run the same kernels. Raises
+    DoesNotFit if not one image fits.
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
     memory = available_memory(policy)
@@ -115,16 +110,14 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         texts = [prompts[i % len(prompts)].text for i in range(size)]
         return try_batch(policy, texts, config.guidance_scale, training, memory)
 
-    def slowest_rank(seconds: float) -> float:
-        return distributed.gather_vectors(torch.tensor([seconds])).max().item()
-
     @within_memory("not one image fits: --gradient-checkpointing, --offload-text-encoders, or a lower "
                    "--resolution", describe(config, 1))
     def choose(training: bool) -> int:
         sizes = sizes_to_try(plan, config, training)
         if policy.device.type == "cuda":
             return largest_that_fits(sizes, lambda size: trial(size, training))
-        return fastest(sizes, lambda size: slowest_rank(trial(size, training)))
+        seconds = lambda size: distributed.gather_vectors(torch.tensor([trial(size, training)]))
+        return fastest(sizes, lambda size: seconds(size).max().item())       # of the slowest rank
 
     rollout_batch, train_batch = config.rollout_batch, config.train_batch
     if half:

@@ -37,9 +37,8 @@ UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errn
 
 
 def open_run(config: Config) -> tuple[Path, IO, Config]:
-    """Make or continue the run's directory as its one writer. Returns directory, lock and config.
+    """Make or continue the run's directory as its one writer. Returns directory, lock (open) and config.
 
-    The lock is held while its file is open.
     Raises ValueError if another process writes the run, or as `continued` does.
     """
     directory = Path(config.output_dir) / config.run_name
@@ -62,18 +61,14 @@ def continued(directory: Path, config: Config) -> Config:
     if not (saved.exists() and (directory / "metrics.jsonl").exists()):      # it failed before it began
         return config
     old = json.loads(saved.read_text())
-    for field in changed_fields(old, config):
-        raise ValueError(
-            f"--{field.replace('_', '-')} is {to_dict(config)[field]!r}, but run {config.run_name!r} was "
-            f"started with {old.get(field)!r}: give that, or choose another --run-name")
-    present = prompt_files(config)
-    for name, digest in old.get("prompt_files", {}).items():
-        if present.get(name) != digest:
-            raise ValueError(
-                f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} was "
-                "started: put the old one back, or choose another --run-name")
-    unchosen = [name for name in ("rollout_batch", "train_batch") if not getattr(config, name)]
-    return replace(config, **{name: old[name] for name in unchosen if old.get(name)})
+    for name in changed_fields(old, config):
+        raise ValueError(f"--{name.replace('_', '-')} is {to_dict(config)[name]!r}, but {config.run_name!r} "
+                         f"was started with {old.get(name)!r}: give that, or choose another --run-name")
+    for name, _ in sorted(old["prompt_files"].items() - prompt_files(config).items()):
+        raise ValueError(f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} "
+                         "was started: put the old one back, or choose another --run-name")
+    return replace(config, rollout_batch=config.rollout_batch or old["rollout_batch"],
+                   train_batch=config.train_batch or old["train_batch"])
 
 
 def changed_fields(saved: dict, config: Config) -> list[str]:
@@ -83,7 +78,7 @@ def changed_fields(saved: dict, config: Config) -> list[str]:
     def same(name: str) -> bool:
         # A run of an older version, which lacks a setting, did what its default says.
         old, new = saved.get(name, defaults[name]), present[name]
-        if name in PLACES and isinstance(old, str):              # however the path is written
+        if name in PLACES:                                       # however the path is written
             return places.get(name, os.path.realpath(old)) == os.path.realpath(new)
         return old == new
 
@@ -104,7 +99,7 @@ def take_lock(directory: Path) -> IO:
             if error.errno not in UNSUPPORTED:
                 raise
             print(f"warning: the file system of {directory} has no locks ({error}): start only one "
-                  "process of this run", file=sys.stderr, flush=True)
+                  "process of this run", file=sys.stderr)
             break
     else:
         lock.seek(0)
@@ -124,19 +119,14 @@ def prompt_files(config: Config) -> dict[str, str]:
 
 
 def write_settings(directory: Path, config: Config, preset: str) -> None:
-    """Keep the settings, how they differ from the preset's, and what they name on this machine.
-
-    An evaluation of a run that is there leaves them alone.
-    """
-    saved = directory / "config.json"
+    """Keep the settings and what they name on this machine. An evaluation of a begun run changes neither."""
     if config.eval_only and (directory / "metrics.jsonl").exists():
         return
     settings, published = to_dict(config), to_dict(PRESETS[preset])
     differs = {name: value for name, value in published.items() if settings[name] != value}
     places = {name: os.path.realpath(settings[name]) for name in PLACES if os.path.exists(settings[name])}
-    more = {"preset": preset, "differs_from_preset": differs, "places": places,
-            "prompt_files": prompt_files(config)}
-    write_whole(saved, json.dumps({**settings, **more}, indent=1))
+    more = dict(preset=preset, differs_from_preset=differs, places=places, prompt_files=prompt_files(config))
+    write_whole(directory / "config.json", json.dumps({**settings, **more}, indent=1))
 
 
 # ----------------------------------------------------------------------------- to the disk
@@ -180,7 +170,7 @@ def try_write(what: str, write: Callable, *arguments) -> bool:
             cause = cause.__cause__ or cause.__context__
             if cause is None:
                 raise
-        print(f"warning: {what} could not be written ({cause}); the run goes on", file=sys.stderr, flush=True)
+        print(f"warning: {what} could not be written ({cause}); the run goes on", file=sys.stderr)
         return False
 
 
@@ -213,9 +203,8 @@ def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], 
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
         sync(final.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)                            # it may be what fills the disk
-        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)       # it may be what fills the disk
 
 
 def prune_checkpoints(directory: Path, newest: int, best: int | None) -> None:
@@ -254,20 +243,19 @@ def newest_whole(directory: Path, set_aside: bool) -> Path | None:
 
     Raises ValueError if all have a defect, because beginning anew over them is not for a program to decide.
     """
-    found, defects = checkpoints(directory), []
-    for checkpoint in reversed(found):
-        what = defect(checkpoint)
-        if not what:
+    defects = {}
+    for checkpoint in reversed(checkpoints(directory)):
+        if not (what := defect(checkpoint)):
             break
-        defects.append((checkpoint, what))
+        defects[checkpoint] = what
     else:
-        if found:
-            newest, what = defects[0]
-            raise ValueError(f"no checkpoint in {directory / 'checkpoints'} is whole ({newest.name}: "
-                             f"{what}): restore one from a copy, or choose another --run-name to begin anew")
-        return None
-    for broken, what in defects:
-        print(f"warning: {broken} is corrupt ({what}); the one before is used", file=sys.stderr, flush=True)
+        if not defects:
+            return None
+        newest, what = next(iter(defects.items()))
+        raise ValueError(f"no checkpoint in {newest.parent} is whole ({newest.name}: {what}): restore one "
+                         "from a copy, or choose another --run-name to begin anew")
+    for broken, what in defects.items():
+        print(f"warning: {broken} is corrupt ({what}); the one before is used", file=sys.stderr)
         if set_aside:
             aside = broken.with_name(broken.name + ".corrupt")
             shutil.rmtree(aside, ignore_errors=True)
@@ -312,8 +300,7 @@ def read_metrics(path: Path) -> list[dict]:
         if isinstance(values, dict) and "epoch" in values:
             metrics.append(values)
         else:
-            what = f"line {number} of {path} holds no metrics: {line[:50]!r}"
-            print(f"warning: {what}", file=sys.stderr, flush=True)
+            print(f"warning: line {number} of {path} holds no metrics: {line[:50]!r}", file=sys.stderr)
     return metrics
 
 
@@ -341,23 +328,21 @@ class Record:
         self._write_lines()
 
     def _write_lines(self) -> bool:
-        line = "a line of metrics.jsonl"
-        while self._waiting and try_write(line, write_metrics, self.directory, self._waiting[0]):
+        what = "a line of metrics.jsonl"
+        while self._waiting and try_write(what, write_metrics, self.directory, self._waiting[0]):
             self._waiting.pop(0)
         return not self._waiting
 
     def save(self, epoch: int, save_weights: Callable[[Path], None], state: dict) -> None:
         """Write a checkpoint, but not before its line of metrics, and reduce older ones."""
-        what = f"the checkpoint of epoch {epoch}"
-        task = (save_checkpoint, self.directory, epoch, save_weights, state)
-        if self._write_lines() and try_write(what, *task):
+        if self._write_lines() and try_write(f"the checkpoint of epoch {epoch}", save_checkpoint,
+                                             self.directory, epoch, save_weights, state):
             self.saved = epoch
             self.reduce_older()
 
     def reduce_older(self) -> None:
         """Reduce older checkpoints. A run's start calls it too, to end what a killed run began."""
-        what = "what old checkpoints are reduced to"
-        try_write(what, prune_checkpoints, self.directory, self.kept, self.best())
+        try_write("the rest of old checkpoints", prune_checkpoints, self.directory, self.kept, self.best())
 
     def best(self) -> int | None:
         """The epoch with the best evaluation, of those with a checkpoint."""

@@ -38,15 +38,10 @@ class NonFiniteUpdate(Exception):
 class Interrupted(Exception):
     """A signal asked the run to stop. It comes on all ranks alike."""
 
-    def __init__(self, what: str = "stopped by a signal"):
-        super().__init__(what)
-
 
 class DoesNotFit(RuntimeError):
     """Out of memory: the rank, the reason and the way out, in one line. Perhaps on one rank alone."""
 
-
-# ----------------------------------------------------------------------------------------------------- memory
 
 LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
 
@@ -59,10 +54,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
-    """Within it, or in a function that it decorates, running out of memory raises DoesNotFit.
-
-    The message names `way_out` and `plan`.
-    """
+    """Within it, or in a function that it decorates, running out of memory raises DoesNotFit with both."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -74,19 +66,14 @@ def within_memory(way_out: str, plan: str = "") -> Iterator[None]:
         # Clear the frames of what failed, because they hold tensors, and there is still a state to save.
         traceback.clear_frames(error.__traceback__)
         raise DoesNotFit(f"out of memory on rank {distributed.rank()} ({reason}); {way_out}"
-                         + (f"; the plan was: {plan}" if plan else "")) from error
+                         f"{plan and '; the plan was: ' + plan}") from error
 
-
-# ------------------------------------------------------------------------------------------------------ ranks
 
 _interruptible = False         # whether this rank is in a task that may end between two calls of the network
 
 
 def raise_if_stopping() -> None:
-    """Raise Interrupted if a signal asked for a stop and the task at hand may end here.
-
-    A policy calls it before each call of its network, so that a signal waits for one call at most.
-    """
+    """A policy's `before_call`: raise Interrupted if a signal asked for a stop and the task may end here."""
     if _interruptible and signals.stop_asked():
         raise Interrupted
 
@@ -107,22 +94,16 @@ def on_all_ranks(task: Callable) -> Callable:
         # A launcher's signal also kills a reward's processes, so a failure after it is probably only that.
         if signals.stop_asked() and not isinstance(failure, NonFinite):
             failure = Interrupted()
-        everywhere = enumerate(distributed.gather_objects(failure))
-        failures = [(rank, error) for rank, error in everywhere if error is not None]
+        failures = distributed.gather_objects(failure)           # None for a rank that went through
         # Numbers that are not finite come first. A reward that failed comes last, because the signal that
         # interrupts one rank may have killed the processes of another's reward.
-        kinds = (NonFinite, NonFiniteScore), (Interrupted,), (Exception,)
-
-        def order(failed: tuple[int, Exception]) -> int:
-            return next(k for k, kind in enumerate(kinds) if isinstance(failed[1], kind))
-
-        for rank, error in sorted(failures, key=order):
-            raise error if isinstance(error, Interrupted) else type(error)(f"rank {rank}: {error}")
+        for kind in (NonFinite, NonFiniteScore), Interrupted, RewardError:
+            for rank, error in enumerate(failures):
+                if isinstance(error, kind):
+                    raise error if kind is Interrupted else type(error)(f"rank {rank}: {error}")
         return result
     return run
 
-
-# ------------------------------------------------------------------------------------------------- not finite
 
 @contextlib.contextmanager
 def skippable(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
@@ -138,24 +119,15 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
     except NonFiniteUpdate as error:
         quantity = str(error)
         found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
-        learner.skip(NonFinite(describe_non_finite(found, f"the {quantity} of {where} is not finite")), 1)
+        now_finite = ", but every batch of it was when computed again: suspect memory or the machine"
+        said = next(filter(None, distributed.gather_objects(found)), now_finite)
+        learner.skip(NonFinite(f"the {quantity} of {where} is not finite{said}"), 1)
         statistics.leave_out_update()
 
 
-def describe_non_finite(found: tuple[str, Path] | None, what: str) -> str:  # all ranks
-    """The line to say: the first rank's prompt that is not finite, and where its tensors are."""
-    for rank, said in enumerate(distributed.gather_objects(found)):
-        if said:
-            return (f"{what} on rank {rank} for prompt {said[0]!r}: the weights were left as they are; "
-                    f"tensors are in {said[1]}; lower --learning-rate or --noise-level, or in float16 use "
-                    "--dtype bfloat16")
-    return (f"{what}, but every batch of it was when computed again: the weights were left as they are; "
-            "suspect memory or another part of the machine")
-
-
 def find_non_finite(learner, samples, batches: list, backward: Callable, advantages: Tensor, where: str,
-                    quantity: str, config: Config) -> tuple[str, Path] | None:
-    """The prompt of the first row that is not finite, and the file with its batch; None if all is finite now.
+                    quantity: str, config: Config) -> str:
+    """Say which prompt's row is the first that is not finite, and which file has its batch. "" if none is.
 
     Training keeps nothing for this. So compute this rank's part of the update again, batch by batch, and the
     first batch that is not finite row by row.
@@ -171,19 +143,21 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
     for positions, steps in batches:
         if signals.stop_asked():         # the next collective of all ranks raises Interrupted
             break
-        if not finite(positions, steps):
-            rows_left = ((j, k) for j, k in zip(positions, steps) if not signals.stop_asked())
-            worst = next((j for j, k in rows_left if not finite([j], [k])), positions[0])
-            prompts, rows = [samples.prompts[j] for j in positions], samples.trajectory.rows(steps, positions)
-            text = learner.policy.encode([p.text for p in prompts])
-            with torch.no_grad():
-                log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
-            indices = [samples.draw.indices[j] for j in positions]
-            return samples.prompts[worst].text, save_debug_tensors(
-                config, where.partition(",")[0], prompts, samples=torch.tensor(indices),
-                steps=torch.tensor(steps), advantages=advantages[indices], **tensors_of(rows),
-                log_prob_again=log_prob, mean_again=mean)
-    return None
+        if finite(positions, steps):
+            continue
+        rows_left = ((j, k) for j, k in zip(positions, steps) if not signals.stop_asked())
+        worst = next((j for j, k in rows_left if not finite([j], [k])), positions[0])
+        prompts, rows = [samples.prompts[j] for j in positions], samples.trajectory.rows(steps, positions)
+        text = learner.policy.encode([p.text for p in prompts])
+        with torch.no_grad():
+            log_prob, mean, _ = replay(learner.policy.velocity(text, config.guidance_scale), rows)
+        indices = [samples.draw.indices[j] for j in positions]
+        path = save_debug_tensors(
+            config, where.partition(",")[0], prompts, samples=torch.tensor(indices), log_prob_again=log_prob,
+            steps=torch.tensor(steps), advantages=advantages[indices], mean_again=mean, **tensors_of(rows))
+        return (f" on rank {distributed.rank()} for prompt {samples.prompts[worst].text!r}: tensors are in "
+                f"{path}; lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
+    return ""
 
 
 def tensors_of(record) -> dict[str, Tensor]:
@@ -192,12 +166,9 @@ def tensors_of(record) -> dict[str, Tensor]:
 
 
 def save_debug_tensors(config: Config, where: str, prompts: list[Prompt], **tensors: Tensor) -> Path:
-    """Write a batch that is not finite as a safetensors file, with its prompts as json in the metadata.
-
-    A rank keeps the latest of an epoch.
-    """
+    """Write a batch that is not finite as safetensors, with its prompts as json; of an epoch, the latest."""
     name = f"{where.replace(' ', '_')}_rank_{distributed.rank()}.safetensors"
-    path = Path(config.output_dir) / config.run_name / "nonfinite" / name
+    path = Path(config.output_dir, config.run_name, "nonfinite", name)
 
     def write() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,7 @@ writes the page of a run, or one page that compares several. A run keeps, beside
     runs/<name>/index.html                       all of it on one page, which opens offline, from the disk
     runs/<name>/tensorboard/                     the numbers of metrics.jsonl, under the same names
 
-Page and pictures are written whole or not at all. Runs without images.json have a page too, without prompts
-and scores.
+Page and pictures are written whole or not at all.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from config import refuse_repeated
 from harness.checkpoint import read_metrics, write_whole
@@ -36,7 +35,6 @@ from harness.templates import ASSETS, TEMPLATES
 
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
 THUMBNAIL = 256          # pixels of the longer side
-POINTS = 2000            # of a curve on the page; no screen shows more
 
 
 class Display:
@@ -44,10 +42,9 @@ class Display:
 
     Only the main rank makes one. Nothing here stops a run. What fails, for a full disk or a missing package,
     is said once, in one line, and left out.
-
     first_epoch: the first epoch whose metrics this process will bring, or None for a process that only looks.
     Later pictures and curves, left by a process that was stopped after its last checkpoint, are dropped.
-"""
+    """
 
     def __init__(self, directory: Path, first_epoch: int | None, wandb: bool = False):
         self.directory, self.failed, self.events, self.wandb_run = directory, set(), None, None
@@ -64,7 +61,7 @@ class Display:
             if what not in self.failed:
                 self.failed.add(what)
                 message = " ".join(f"{type(error).__name__}: {error}".split())
-                print(f"warning: {what}: {message}; training goes on without", file=sys.stderr, flush=True)
+                print(f"warning: {what}: {message}; training goes on without", file=sys.stderr)
 
     def pictures(self, epoch: int, images: np.ndarray, prompts: list[str],
                  scores: dict[str, list[float]]) -> None:
@@ -91,8 +88,8 @@ class Display:
             self.attempt("W&B", self.wandb_run.finish)
 
     def _drop_pictures(self, first_epoch: int) -> None:
-        for folder in evaluation_folders(self.directory):
-            if epoch_of(folder) >= first_epoch:
+        for epoch, folder in evaluation_folders(self.directory).items():
+            if epoch >= first_epoch:
                 shutil.rmtree(folder)
 
     def _start_wandb(self):
@@ -112,7 +109,7 @@ class EventFile:
     It writes at once, without torch's SummaryWriter, because the thread of that ends on a full disk and loses
     what it holds. Here a write fails where it is made, and the next one brings the lost bytes too.
     Earlier points from `first_epoch` on no longer count. Raises ImportError, OSError.
-"""
+    """
 
     def __init__(self, directory: Path, first_epoch: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -144,7 +141,7 @@ def save_images(directory: Path, epoch: int, images: np.ndarray, prompts: Sequen
 
     images: uint8 (B, H, W, 3); prompts: B; scores: reward or metric -> B numbers, NaN if it says nothing.
     Raises ValueError if these do not agree in number, OSError.
-"""
+    """
     if counts := {len(values) for values in (prompts, *scores.values())} - {len(images)}:
         raise ValueError(f"{len(images)} images, but prompts or scores of {counts}")
     final = directory / "images" / f"epoch_{epoch:05d}"
@@ -169,25 +166,19 @@ def save_comparison(directory: Path, before: int, after: int, columns: int = 8) 
     pairs = [[np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))] for folder in folders]
     if not all(pairs):
         return None
-    height, width, _ = pairs[0][0].shape
-    rows, scale = -(-len(pairs[0]) // columns), max(1, 64 // height)
-    sheet = np.full((rows * (2 * height + 4), columns * (width + 4), 3), 255, np.uint8)
-    for i, pair in enumerate(zip(*pairs)):
-        x, y = i % columns * (width + 4), i // columns * (2 * height + 4)
-        sheet[y:y + 2 * height, x:x + width] = np.concatenate(pair)
+    scale, rim = max(1, 64 // len(pairs[0][0])), ((0, 4), (0, 4), (0, 0))
+    tiles = [np.pad(np.concatenate(pair), rim, constant_values=255) for pair in zip(*pairs)]
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)        # (2H + 4, W + 4, 3) each
+    rows = [np.concatenate(tiles[i:i + columns], 1) for i in range(0, len(tiles), columns)]
     path = directory / "before_after.png"
-    size = (sheet.shape[1] * scale, sheet.shape[0] * scale)
-    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
+    ImageOps.scale(Image.fromarray(np.concatenate(rows)), scale, Image.Resampling.NEAREST).save(path)
     return path
 
 
 # ----------------------------------------------------------------------------- page
 
 def write_page(runs: list[Path], output: Path) -> None:
-    """Write one page of one or several runs, whole or not at all. It refers to pictures where they are.
-
-    Raises ValueError if a directory holds no run, OSError.
-"""
+    """Write one page of one or several runs. Raises ValueError if a directory holds no run, OSError."""
     names = [run.absolute().name for run in runs]
     names = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names)]
     data = {"runs": [read_run(run, name, output.absolute().parent) for run, name in zip(runs, names)]}
@@ -202,44 +193,23 @@ def write_page(runs: list[Path], output: Path) -> None:
 def read_run(directory: Path, name: str, page_folder: Path) -> dict:
     """What the page shows of a run, by columns. Paths are relative to the page's folder."""
     metrics = read_metrics(directory / "metrics.jsonl")
-    evaluations = [read_evaluation(folder, page_folder) for folder in evaluation_folders(directory)]
-    evaluations = [evaluation for evaluation in evaluations if evaluation["count"]]
+    evaluations = [{"epoch": epoch, "folder": quote(os.path.relpath(folder.absolute(), page_folder)),
+                    "thumbnails": (folder / "000.webp").exists(),
+                    **json.loads((folder / "images.json").read_text())}
+                   for epoch, folder in evaluation_folders(directory).items()]
     if not metrics and not evaluations:
         raise ValueError(f"{directory} holds no run: neither metrics.jsonl nor images/epoch_*/")
-    stride = -(-len(metrics) // POINTS)
-    shown = [m for i, m in enumerate(metrics)
-             if i % stride == 0 or "eval/total" in m or i == len(metrics) - 1]
-    names = dict.fromkeys(key for m in shown for key, value in m.items()
+    names = dict.fromkeys(key for m in metrics for key, value in m.items()
                           if key != "epoch" and isinstance(value, (int, float)))
-    config = directory / "config.json"
-    return {"name": name, "stride": stride, "epochs": [m["epoch"] for m in shown],
-            "metrics": {key: [plain(m.get(key)) for m in shown] for key in names},
-            "evaluations": evaluations,
-            "config": json.loads(config.read_text()) if config.exists() else {}}
+    return {"name": name, "epochs": [m["epoch"] for m in metrics],
+            "metrics": {key: [plain(m.get(key)) for m in metrics] for key in names},
+            "evaluations": evaluations, "config": json.loads((directory / "config.json").read_text())}
 
 
-def read_evaluation(folder: Path, page_folder: Path) -> dict:
-    pictures = sorted(folder.glob("*.png"))
-    kept = folder / "images.json"
-    if kept.exists():
-        known = json.loads(kept.read_text())
-    else:                                        # an early run, which kept neither prompts nor scores
-        size = Image.open(pictures[0]).size if pictures else None
-        known = {"size": size, "prompts": [None] * len(pictures), "scores": {}}
-    relative = Path(os.path.relpath(folder.absolute(), page_folder)).as_posix()
-    return {"epoch": epoch_of(folder), "folder": quote(relative), "count": len(pictures),
-            "thumbnails": (folder / "000.webp").exists(), **known}
-
-
-def evaluation_folders(directory: Path) -> list[Path]:
-    """The folders of complete evaluations, oldest first."""
-    folders = (directory / "images").glob("epoch_*")
-    complete = [folder for folder in folders if folder.name.removeprefix("epoch_").isdigit()]
-    return sorted(complete, key=epoch_of)
-
-
-def epoch_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("epoch_"))
+def evaluation_folders(directory: Path) -> dict[int, Path]:
+    """Epoch -> folder of each evaluation that kept pictures, oldest first."""
+    folders = [picture.parent for picture in directory.glob("images/epoch_*/000.png")]
+    return dict(sorted((int(folder.name.removeprefix("epoch_")), folder) for folder in folders))
 
 
 def plain(value: float | None) -> float | None:
@@ -253,9 +223,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="file of the page; index.html in the run's directory, or "
                                                     "compare.html beside the first of several")
     arguments = parser.parse_args()
-    first = arguments.runs[0].absolute()
-    several = len(arguments.runs) > 1
-    output = arguments.output or (first.parent / "compare.html" if several else first / "index.html")
+    first, *others = [run.absolute() for run in arguments.runs]
+    output = arguments.output or (first.parent / "compare.html" if others else first / "index.html")
     try:
         refuse_repeated(sys.argv[1:], ["output"])
         write_page(arguments.runs, output)

@@ -78,11 +78,9 @@ def run_as_program(main: Callable[[], int | None]) -> None:
     keep_printing_from_failing()
     try:
         code = main() or 0
-    except SystemExit:
-        raise
     except KeyboardInterrupt:
         leave(130)
-    except BaseException:
+    except Exception:
         traceback.print_exc()
         leave(1)
     exit_within(EXIT_SECONDS, code)
@@ -99,7 +97,7 @@ def leave(code: int) -> None:
 
 def exit_within(seconds: float, code: int = 0) -> None:
     """Let the process end in its own way, but so long from now at the latest."""
-    def end() -> None:
+    def end() -> None:                           # flushes nothing, because a reader may be stuck
         end_children()
         os._exit(code)
 

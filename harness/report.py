@@ -32,34 +32,30 @@ class Statistics:
         self._start_update()
 
     def updates_left(self, count: int) -> Iterator[int]:
-        """Yield each update's number, and the same one again after an overflow of float16's loss scale.
-
-        Each turn must come to `end_update` or `leave_out_update`.
-        """
+        """Yield each update's number, and the same one again after an overflow of float16's loss scale."""
         while (done := len(self.updates) + self.skipped) < count:
             yield done
 
     def _start_update(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._rows, self._largest = 0, torch.zeros((), dtype=torch.float64)
+        self._rows, self._deviations = 0, []
 
     def add(self, ratio_deviation: Tensor, **values: Tensor) -> None:
         """Add a batch of rows. All are (M,)."""
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double().sum()
         self._rows += len(ratio_deviation)
-        largest = ratio_deviation.detach().double().max()
-        self._largest = torch.maximum(self._largest.to(largest.device), largest)
+        self._deviations.append(ratio_deviation.detach().max())
 
     def end_backward(self, rows: int) -> None:  # all ranks
-        """Put all ranks' sums together, in the one small collective of an update, which carries the stop flag
-        too.
+        """Put all ranks' sums and stop flags together, in the one small collective of an update.
 
         rows: of the update over all ranks. Those left out for their zero advantage count, with a ratio of 1.
         Raises Interrupted or NonFiniteUpdate on all ranks alike.
         """
         sums = (self._sums.get(name, torch.zeros(())).double().cpu() for name in self.NAMES)
-        own = [*sums, self._rows, self._largest.cpu(), signals.stop_asked()]
+        largest = torch.stack(self._deviations).max().item() if self._deviations else 0.0
+        own = [*sums, self._rows, largest, signals.stop_asked()]
         every_rank = distributed.gather_vectors(torch.tensor(own, dtype=torch.float64))
         *sums, counted, _, stop = every_rank.sum(0).tolist()
         if stop:
@@ -85,11 +81,10 @@ class Statistics:
         self._start_update()
 
     def check_ratio(self, first: bool, config: Config, epoch: int) -> None:
-        """Warn if a ratio is not 1 in an epoch's first update, because the policy is still the one that
-        sampled.
+        """Warn if a ratio is not 1 in an epoch's first update, where the policy is the one that sampled.
 
-        Call it in every update before the weights change. An epoch's first call checks. first: whether it is
-        this process's first update, which gets a line in any case.
+        Call it in every update before the weights change. first: whether it is this process's first update,
+        which gets a line in any case.
         """
         if self.before is not None:
             return
@@ -98,9 +93,9 @@ class Statistics:
             say(f"before the first update, max |ratio - 1| is {self.before:.1e}; "
                 f"clip_range is {config.clip_range:g}")
         if self.before > config.clip_range:
-            warn(f"before the first update of epoch {epoch} a ratio is {self.before:.1e} from 1, more "
-                 f"than clip_range {config.clip_range:g}; usual causes: batches of other sizes in training "
-                 "than in the rollout, above all in half precision; another dtype here than there; dropout")
+            warn(f"before the first update of epoch {epoch} a ratio is {self.before:.1e} from 1, more than "
+                 f"clip_range {config.clip_range:g}; usual causes: batches of other sizes in training than "
+                 "in the rollout, above all in half precision; another dtype; dropout")
 
     def metrics(self) -> dict[str, float]:
         """Means over the epoch's rows, gradient norms, and how often an update overflowed or was left out."""
@@ -117,9 +112,8 @@ class Statistics:
 def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
     """How much the pictures of a set differ, of 255, averaged over leading dimensions.
 
-    thumbnails: (..., P, 3, 8, 8) of P pictures. The first figure is the standard deviation over the set of
-    the pictures' mean colour, averaged over channels. It falls if a policy collapses to one background. The
-    finer one takes each of the 8 x 8 parts by itself.
+    thumbnails: (..., P, 3, 8, 8) of P pictures. The first figure is the standard deviation of their mean
+    colours, averaged over channels. The finer one takes each of the 8 x 8 parts by itself.
     """
     colours = thumbnails.mean((-2, -1))                                     # (..., P, 3)
     return {f"spread/{name}": colours.std(-2, correction=0).mean().item(),
@@ -127,10 +121,7 @@ def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:
 
 
 def reward_metrics(scores: dict[str, Tensor], group_ids: Tensor) -> dict[str, float]:
-    """Mean of each reward over the epoch's images, the total's deviation, and how many groups have none.
-
-    Also how much the pictures of a group differ.
-    """
+    """Means and spreads of an epoch's rewards and pictures. scores: (N,), and "thumbnail": (N, 3, 8, 8)."""
     groups = scores["thumbnail"].unflatten(0, (len(group_ids.unique()), -1))       # (G, K, 3, 8, 8)
     return {**mean_scores("reward", scores), "reward_std": scores["total"].std(correction=0).item(),
             "zero_variance_groups": zero_variance_groups(scores["total"], group_ids),
@@ -164,10 +155,7 @@ def warn(text: str) -> None:
 
 
 def progress(items: Sequence, what: str) -> Iterator:
-    """The items, under a progress bar on the main rank's terminal. A stop signal ends them early.
-
-    The ranks learn of it in their next collective.
-    """
+    """The items, under a progress bar on the main rank's terminal, until a signal asks this rank to stop."""
     off = None if is_main() else True            # None: unless there is a terminal
     for item in tqdm(items, desc=what, leave=False, disable=off):
         if signals.stop_asked():

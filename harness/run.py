@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,13 +38,10 @@ from prompts import Prompt, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_weights
 
 
-# --------------------------------------------------------------------------------------------------- start-up
-
 def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Callable) -> int:
     """Start a run as the command line says, give it to `train`, and end it. Returns the exit code.
 
-    Mistakes end in one line. evaluate: train.evaluate, which this file does not import because train imports
-    this file.
+    evaluate: train.evaluate, which this file does not import because train imports this file.
     """
     plan, command, held = "", "", contextlib.ExitStack()       # holds the lock on the run's directory
     try:
@@ -60,7 +57,7 @@ def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Calla
         raise                                                  # a fault of this program
     finally:
         held.close()
-    run.scorer.close()
+    run.scorer.thread.shutdown()
     distributed.shutdown()
     return 0
 
@@ -72,7 +69,7 @@ def end_with(error: BaseException, plan: str, command: str) -> None:
     """
     if command:
         # Other errors have a line of their own.
-        said = [str(error)] if isinstance(error, Interrupted) else []
+        said = ["stopped by a signal"] if isinstance(error, Interrupted) else []
         say("; ".join([*said, *getattr(error, "__notes__", ()), f"to go on: {command}"]))
     if isinstance(error, Interrupted):
         leave(0)
@@ -98,8 +95,7 @@ def end_with(error: BaseException, plan: str, command: str) -> None:
 def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Prompt]]:
     """Find everything that can be found wrong before a model loads.
 
-    Returns preset, config, and the prompts of training and evaluation. Raises ConfigError, ValueError,
-    OSError or ImportError.
+    Returns preset, config, prompts of training and of evaluation. Raises ValueError, OSError, ImportError.
     """
     preset, config = parse_config(arguments, quiet=not is_main())
     validate(config)
@@ -109,9 +105,8 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
     with own_random_streams():
         check_reward_weights(weights, config.urls)
     train_prompts, test_prompts = (load_prompts(config.prompts, split) for split in ("train", "test"))
-    for prompts in (train_prompts, test_prompts):
-        check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts],
-                             config.urls)
+    prompts = [*train_prompts, *test_prompts]
+    check_reward_prompts(weights, [p.text for p in prompts], [p.metadata for p in prompts], config.urls)
     family = check_model(config.model, config.guidance_scale)
     check_memory(family, config.model, DTYPES[config.dtype], device)
     if config.lora_path:
@@ -152,8 +147,8 @@ def make_policy(config: Config, device: torch.device) -> Policy:
             offload_text_encoders=config.offload_text_encoders,
             gradient_checkpointing=config.gradient_checkpointing, compile=config.compile)
         distributed.broadcast_parameters(policy.parameters)
-        # Call the gradient sum once now, because NCCL takes its buffers at an operation's first call, outside
-        # PyTorch's reserve, and batch sizes are chosen by the memory that is left.
+        # Sum gradients once, because NCCL takes its buffers at the first call, outside PyTorch's reserve, and
+        # batch sizes are chosen by the memory that is left.
         distributed.sum_gradients(policy.parameters)
     for p in policy.parameters:
         p.grad = None
@@ -161,24 +156,23 @@ def make_policy(config: Config, device: torch.device) -> Policy:
     return policy
 
 
-def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> "Run":
-    """The run that is asked for. `held` gets the lock."""  # all ranks
+def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) -> "Run":  # all ranks
+    """The run that is asked for. `held` gets the lock."""
     preset, config, train_prompts, test_prompts = prepare(arguments)
     signals.end_with_launcher()
     device = distributed.setup(config.collective_timeout)
-    # torchrun --max-restarts starts us again without a name: the run is then the one that its first start
-    # named.
-    name = config.run_name or signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
-    named = "" if config.run_name else f" --run-name {name}"
-    command = f"{signals.command_line() or 'the same command'}{named}"
-    config = replace(config, run_name=name)
-    directory, lock, config = open_run(config) if is_main() else (None, contextlib.nullcontext(), None)
-    held.enter_context(lock)
-    directory, config = distributed.broadcast_object((directory, config))
-    checkpoint = newest_whole(directory, not config.eval_only) if is_main() else None
-    checkpoint = distributed.broadcast_object(checkpoint)
-    # One rank of each machine builds its rewards before the others, because engines may fetch models into one
-    # directory without a lock.
+    command = signals.command_line() or "the same command"
+    # torchrun --max-restarts starts us again without a name: the run is the one that its first start named.
+    if not config.run_name:
+        name = signals.remembered("run_name", f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        config, command = replace(config, run_name=name), f"{command} --run-name {name}"
+    found = None
+    if is_main():
+        directory, lock, config = open_run(config)
+        held.enter_context(lock)
+        found = directory, config, newest_whole(directory, set_aside=not config.eval_only)
+    directory, config, checkpoint = distributed.broadcast_object(found)
+    # A machine's first rank builds its rewards first, because engines may fetch models without a lock.
     goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not goes_first:
         disable_progress_bars()                # of downloads, which the first rank shows
@@ -196,8 +190,6 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
                test_prompts=test_prompts, evaluate_policy=evaluate, command=command)
 
 
-# ---------------------------------------------------------------------------------------------------- the run
-
 @dataclass
 class Run:
     """What a run has, and what it does around its epochs. Only the main rank keeps the record."""
@@ -211,23 +203,21 @@ class Run:
     test_prompts: list[Prompt]
     evaluate_policy: Callable          # train.evaluate
     command: str                       # that goes on with this run
-    learner: Learner = field(init=False)
-    scorer: Scorer = field(init=False)             # of the rewards that are trained on
-    eval_scorer: Scorer = field(init=False)        # of all rewards
 
     def __post_init__(self):
-        config, self.learner = self.config, Learner(self.policy, self.config)
-        self.eval_scorer = Scorer(self.rewards, self.policy, config)
+        config, policy = self.config, self.policy
+        self.learner, self.eval_scorer = Learner(policy, config), Scorer(self.rewards, policy, config)
         trained = Rewards(dict(config.rewards), self.rewards.components, self.rewards.start_thread)
-        self.scorer = Scorer(trained, self.policy, config, self.eval_scorer.thread)
-        self.plan = describe(config, distributed.world_size(), self.policy.branches(config.guidance_scale))
+        self.scorer = Scorer(trained, policy, config, self.eval_scorer.thread)
+        self.plan = describe(config, distributed.world_size(), policy.branches(config.guidance_scale))
 
     def resume(self) -> None:
         """Go on from the checkpoint, if there is one, and say what this run is."""
         config, checkpoint = self.config, self.checkpoint
-        state = load_state(checkpoint) if checkpoint else {"metrics": {"epoch": 0}}
-        self.done = self.learner.restore(state) if checkpoint else 0        # epochs
-        self.whole = state["metrics"]                                       # metrics of the last whole epoch
+        self.done, self.whole = 0, {"epoch": 0}              # epochs, and metrics of the last whole one
+        if checkpoint:
+            state = load_state(checkpoint)
+            self.done, self.whole = self.learner.restore(state), state["metrics"]
         keeps = is_main() and not config.eval_only           # the record; on other ranks it stays empty
         history = cut_metrics(self.directory, self.done if checkpoint else -1) if keeps else []
         self.record = Record(self.directory, self.done, history, config.keep_checkpoints)
@@ -235,10 +225,11 @@ class Run:
         missing = self.done + bool(history and history[-1]["epoch"] == self.done) if keeps else None
         self.display = Display(self.directory, missing, config.wandb) if is_main() else None
         self.license = find_license(config.model) if keeps else {}
+        weights = sum(p.numel() for p in self.policy.parameters)
+        rewards = ", ".join(f"{name} x {weight:g}" for name, weight in config.rewards)
         say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
-            f"{sum(p.numel() for p in self.policy.parameters):,} trained weights, "
-            f"{len(self.prompts)} prompts, {len(self.test_prompts)} for evaluation, "
-            f"rewards: {', '.join(f'{name} x {weight:g}' for name, weight in config.rewards)}")
+            f"{weights:,} trained weights, {len(self.prompts)} prompts, {len(self.test_prompts)} for "
+            f"evaluation, rewards: {rewards}")
         if not config.eval_only:
             say(self.plan)
         if checkpoint:
@@ -248,8 +239,7 @@ class Run:
     def epochs_left(self) -> Iterator[int]:
         """The epochs to train. First it concludes the last whole one if that is still due."""  # all ranks
         if self.checkpoint and self.done >= self.config.epochs:
-            say(f"nothing is left to train: epoch {self.done} of --epochs {self.config.epochs} is done; "
-                "a higher --epochs goes on")
+            say(f"epoch {self.done} of --epochs {self.config.epochs} is done; a higher --epochs goes on")
         if is_main() and self.checkpoint:
             self.record.reduce_older()
         # An epoch may have been saved before it was evaluated.
@@ -260,25 +250,23 @@ class Run:
 
     @contextlib.contextmanager
     def all_or_nothing(self, epoch: int) -> Iterator[dict]:
-        """Within, an epoch samples and trains, and puts its metrics into the dict. It counts whole or not at
-        all.
+        """Within, an epoch samples and trains, and puts its metrics into the dict.
 
         Samples that are not finite leave the epoch out if --skip-nonfinite allows it, because advantages need
-        all scores of the epoch. What else is raised in here ends the run, and
-        `saved_whatever_happens` undoes the epoch.
+        all scores of the epoch. Other errors end the run, and `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
-        self.scorer.waited = 0.0
+        self.scorer.begin()
         try:
             yield metrics
             waited = distributed.gather_vectors(torch.tensor([self.scorer.waited])).mean().item()
-            seconds, images = time.perf_counter() - started, config.groups_per_epoch * config.group_size
-            metrics |= {"learning_rate": self.learner.learning_rate, "seconds": seconds,
-                        "images_per_second": images / seconds, "reward_wait": waited}
+            images = config.groups_per_epoch * config.group_size
+            metrics |= {"learning_rate": self.learner.learning_rate, "reward_wait": waited,
+                        "images_per_second": images / (time.perf_counter() - started)}
         except (NonFinite, NonFiniteScore) as error:
             self.learner.skip(error, config.updates_per_epoch)
-            metrics |= {"skipped_updates": config.updates_per_epoch,
-                        "seconds": time.perf_counter() - started}
+            metrics["skipped_updates"] = config.updates_per_epoch
+        metrics["seconds"] = time.perf_counter() - started
         self.learner.end_updates()
         self.whole = metrics
         say(epoch_line(metrics, self.record.history, config))
@@ -290,7 +278,7 @@ class Run:
         try:
             yield
         except BaseException as error:
-            signals.at_safe_point()
+            signals.safe_point.set()
             try:
                 if not self.config.eval_only and self.learner.undo_updates():
                     self.save(self.whole)
@@ -298,14 +286,15 @@ class Run:
                 print(f"warning: epoch {self.whole['epoch']} could not be saved ({failure})", file=sys.stderr)
             saved, whole = self.record.saved, self.whole["epoch"]
             note = f"epoch {saved} is saved" if saved else "that was before the first epoch was whole"
-            if is_main() and not self.config.eval_only and saved < whole:
+            lost = is_main() and not self.config.eval_only and saved < whole
+            if lost:
                 note = f"epoch {whole} was whole and is not saved: epoch {saved} is the last one that is"
             error.add_note(note)
             # Wait for the others after these errors alone, because any other may be this rank's alone.
             if isinstance(error, (RewardError, NonFinite, Interrupted)):
                 distributed.wait_for_all()
-            if isinstance(error, Interrupted) and "not saved" in note:
-                raise TrainingError(f"{error}; {note}") from error
+            if lost and isinstance(error, Interrupted):
+                raise TrainingError(f"stopped by a signal; {note}") from error
             raise
 
     def conclude(self, metrics: dict) -> None:  # all ranks
@@ -315,20 +304,16 @@ class Run:
             metrics = {**metrics, **self.evaluate(epoch)}
         with signals.taking_its_time():
             if is_main():
-                self.record_epoch(metrics)
+                metrics |= spread_shares(metrics, self.record.history)
+                self.warn_of_collapse(metrics)
+                self.record.add(metrics)
+                self.display.curves(metrics)
+                if "eval/total" in metrics:
+                    self.display.page()
             self.whole = metrics
             if epoch % config.save_every == 0 or epoch == config.epochs:
                 self.save(metrics)
             distributed.wait_for_all()           # nobody goes on, or ends the run, while this is written
-
-    def record_epoch(self, metrics: dict) -> None:
-        """Put an epoch's metrics on the disk and on the page."""
-        metrics |= spread_shares(metrics, self.record.history)
-        self.warn_of_collapse(metrics)
-        self.record.add(metrics)
-        self.display.curves(metrics)
-        if "eval/total" in metrics:
-            self.display.page()
 
     def warn_of_collapse(self, metrics: dict) -> None:
         """Say once that the pictures have become alike, because a score does not show it."""
@@ -336,8 +321,7 @@ class Run:
         for name, pictures in sets:
             if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
                 warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by "
-                     "their mean colour: the policy is losing its diversity; --shared-start-noise with a "
-                     "late --window-range keeps it")
+                     "their mean colour; --shared-start-noise with a late --window-range keeps diversity")
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
         """Metrics of the held-out prompts. The images go to the page."""
@@ -389,9 +373,7 @@ class Run:
         if not evaluated:
             return say(f"no evaluation in {directory / 'metrics.jsonl'}")
         first, last = evaluated[0], evaluated[-1]
-        after = "; no later evaluation"
-        if last is not first:
-            after = f", {last['eval/total']:.4f} after {last['epoch']} epochs"
+        after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else ""
         say(f"eval/total {first['eval/total']:.4f} before training{after}")
         if "spread/eval_share" in last:
             say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before "
@@ -400,11 +382,11 @@ class Run:
             say(f"images and curves: {directory / 'index.html'}")
         if picture := self.display.comparison(first["epoch"], last["epoch"]):
             say(f"before above after: {picture}")
-        best, newest = record.best(), record.saved
-        named = [("best and last", best)] if best == newest else [("best", best), ("last", newest)]
-        for which, epoch in named:
+        best, newest = record.best() or 0, record.saved
+        named = {"best": best, "last": newest} if best != newest else {"best and last": best}
+        for which, epoch in named.items():
             # The weights are in a directory, adapter or transformer.
-            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch or 0).glob("*")):
+            for weights in filter(Path.is_dir, checkpoint_path(directory, epoch).glob("*")):
                 say(f"the {which} weights, of epoch {epoch}: {weights}")
         say(f"metrics: {directory / 'metrics.jsonl'}")
         if record.saved != self.config.epochs > self.done:

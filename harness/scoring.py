@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import distributed
 from config import Config
 from harness import signals
 from harness.faults import Interrupted, NonFinite, save_debug_tensors
@@ -24,7 +23,6 @@ from rewards import REGISTRY, NonFiniteScore, Rewards, import_reward, one_line
 # torch.from_numpy warns of the rewards' read-only pictures. Ignore it, because each reward has a copy.
 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
-
 # States of the global random streams: the rewards' while the trainer draws, the trainer's while rewards do.
 states_aside: list = []
 
@@ -33,8 +31,8 @@ states_aside: list = []
 def own_random_streams() -> Iterator[None]:
     """Within, the global random streams of `random`, numpy and torch are the rewards' own.
 
-    What rewards seed or draw moves no stream of the trainer, and goes on the next time. One thread at a time
-    may be within. Sampling may go on beside it, because the trainer draws from generators of its own.
+    They go on the next time. One thread at a time may be within. Sampling may go on beside it, because the
+    trainer draws from generators of its own.
     """
     exchange_random_states()
     try:
@@ -95,13 +93,10 @@ class Scorer:
                  thread: ThreadPoolExecutor | None = None):
         """thread: that of another scorer, because a reward must not be called twice at a time."""
         self.rewards, self.config = rewards, config
-        # A rank with one core that computes its own rewards gains nothing by two threads, because they would
-        # only share the core.
-        self.waits = policy.device.type == "cpu" and distributed.cores() <= 1 and not config.reward_urls
         # One thread for the rewards. The current CUDA device is per thread, so set it there.
         on_gpu = policy.device.type == "cuda"
-        self.thread = thread or ThreadPoolExecutor(1, initializer=torch.cuda.set_device if on_gpu else None,
-                                                   initargs=(policy.device,) if on_gpu else ())
+        start = functools.partial(torch.cuda.set_device, policy.device) if on_gpu else None
+        self.thread = thread or ThreadPoolExecutor(1, initializer=start)
         self.pending: list[Future] = []
         self.waited = 0.0        # seconds in which this rank did nothing else
 
@@ -114,38 +109,28 @@ class Scorer:
         Raises what scoring an earlier batch raised, so that a reward that fails ends the sampling now.
         """
         wait_for_copy = to_host(latents.isfinite().flatten(1).all(1), images, *columns.values())
-        job = functools.partial(self._score, wait_for_copy, prompts, where, debug_tensors, list(columns))
-        self.pending.append(self.thread.submit(job))
-        try:
-            self._wait() if self.waits else self._raise_failed()
-        except BaseException:
-            self._forget()
-            raise
+        self.pending.append(self.thread.submit(self._score, wait_for_copy, prompts, where, debug_tensors,
+                                               list(columns)))
+        self._raise_failed()
 
     def collect(self) -> dict[str, np.ndarray]:
         """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.
 
-        "thumbnail" is no score but (samples, 3, 8, 8), from which a run tells how much its pictures differ.
-        A metric that a batch says nothing about is NaN there. Raises what scoring raised, or Interrupted at a
-        stop signal.
+        "thumbnail" is no score but (samples, 3, 8, 8). A metric that a batch says nothing about is NaN there.
+        Raises what scoring raised, or Interrupted at a stop signal.
         """
-        try:
-            self._wait()
-            parts = [future.result() for future in self.pending]
-        finally:
-            self._forget()
+        self._wait()
+        parts = [future.result() for future in self.pending]
+        self.pending = []
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts])
                 for name in names}
 
-    def _forget(self) -> None:
-        """Leave out what waits to be scored, so that the next epoch's batches do not wait for it."""
+    def begin(self) -> None:
+        """Begin an epoch: leave out what waits to be scored of one that failed."""
         for future in self.pending:
             future.cancel()
-        self.pending = []
-
-    def close(self) -> None:
-        self.thread.shutdown()
+        self.pending, self.waited = [], 0.0
 
     def _score(self, wait_for_copy: Callable, prompts: list[Prompt], where: str,
                debug_tensors: dict[str, Tensor], names: list[str]) -> dict[str, np.ndarray]:

@@ -30,21 +30,15 @@ PR_SET_PDEATHSIG = 1         # from linux/prctl.h
 END = b"\0"                  # ends the watcher, because no signal has this number
 
 
-# ----------------------------------------------------------------------------- the launcher
-
 def end_with_launcher() -> None:
-    """End this worker when torchrun is killed, because it would write on alone, and its children with it.
-
-    Call it before `distributed.setup`.
-    """
+    """End this worker and its children when torchrun is killed, because the worker would write on alone."""
     global _worker
     _worker = os.getpid()
-    if "RANK" not in os.environ:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != LAUNCHER:                                 # it died before that
-        os._exit(1)
+    if "RANK" in os.environ:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != LAUNCHER:                             # it died before that
+            os._exit(1)
 
 
 def remembered(key: str, value: str) -> str:
@@ -60,9 +54,9 @@ def command_line() -> str:
     return shlex.join(os.fsdecode(path.read_bytes()).rstrip("\0").split("\0")) if path.exists() else ""
 
 
-# ----------------------------------------------------------------------------- stopping
-
-_asked, _safe = threading.Event(), threading.Event()
+_asked = threading.Event()
+# Set where all ranks have agreed to stop, or while something is written: saving may then take its time.
+safe_point = threading.Event()
 
 
 def stop_asked() -> bool:
@@ -70,19 +64,14 @@ def stop_asked() -> bool:
     return _asked.is_set()
 
 
-def at_safe_point() -> None:
-    """Tell the watcher that all ranks have agreed to stop, so that saving may take its time."""
-    _safe.set()
-
-
 @contextlib.contextmanager
 def taking_its_time() -> Iterator[None]:
     """Let no signal cut short what happens within, because a checkpoint is being written."""
-    _safe.set()
+    safe_point.set()
     try:
         yield
     finally:
-        _safe.clear()
+        safe_point.clear()
 
 
 @contextlib.contextmanager
@@ -90,13 +79,12 @@ def stopping_on_signals(to_go_on: str = "") -> Iterator[None]:  # all ranks
     """Make `stop_asked` true on every rank within a second of a signal to any rank, even on one that waits.
 
     SIGTERM, Ctrl-C and NOTICES count. A second SIGTERM or Ctrl-C ends its process at once. So do GRACE
-    seconds without a safe point, on every rank, because a rank may wait for one that is dead, and whoever
-    sent the signal will not wait forever. A notice that was ignored before, as nohup ignores SIGHUP, stays
-    ignored. to_go_on: the command to name then.
+    seconds without a safe point, on every rank, because a rank may wait for one that is dead. A notice that
+    was ignored before, as nohup ignores SIGHUP, stays ignored. to_go_on: the command to name then.
     """
     global _pipe
     _asked.clear()
-    _safe.clear()
+    safe_point.clear()
     key = distributed.broadcast_object(f"stop {time.time()}")    # new at each start: the store outlives it
     _pipe = reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -144,11 +132,10 @@ def _watch(reading: int, key: str, to_go_on: str) -> None:
         except RuntimeError:                     # the store is gone, and soon the collectives will tell
             store = None
         if _asked.is_set():
-            asked = now if _safe.is_set() else asked or now
-            if now - asked > GRACE and not _safe.is_set():
+            asked = now if safe_point.is_set() else asked or now
+            if now - asked > GRACE and not safe_point.is_set():
                 print(f"rank {distributed.rank()}: no safe point within {GRACE:g} s of the signal; the last "
-                      f"checkpoint stands"
-                      f"{to_go_on and '; to go on: ' + to_go_on}", file=sys.stderr, flush=True)
+                      f"checkpoint stands{to_go_on and '; to go on: ' + to_go_on}", file=sys.stderr)
                 os._exit(1)
 
 

@@ -42,8 +42,8 @@ SETTINGS = dict(
     eval_images=8, eval_every=100, save_every=1, rollout_batch=8, train_batch=16, dtype="float32")
 # What the trainer calls -> what it is for.
 KINDS = {"gather_vectors": "statistics, stop flags", "gather_scores": "scores", "gather_objects": "pickled objects",
-         "gather_rows": "pictures", "wait_for_all": "barriers", "broadcast_object": "broadcast objects",
-         "broadcast_parameters": "broadcast weights", "sum_gradients": "gradients"}
+         "wait_for_all": "barriers", "broadcast_object": "broadcast objects", "broadcast_parameters": "broadcast weights",
+         "sum_gradients": "gradients"}
 PHASES = ("start-up", "an epoch", "evaluation, saving")
 
 

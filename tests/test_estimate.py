@@ -148,7 +148,7 @@ def test_an_evaluation_is_estimated_by_the_calls_that_the_trainer_makes(settings
         policy.before_call = lambda: calls.append(1)
         scorer = Scorer(make_rewards(config, device), policy, config)
         evaluate_slice(Learner(policy, config), scorer, prompts, [0, 1], config)
-        scorer.close()
+        scorer.thread.shutdown()
     finally:
         distributed.shutdown()
     estimated = Estimate(config).eval_times

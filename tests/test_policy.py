@@ -232,7 +232,7 @@ def test_before_call_runs_before_each_call_of_the_network_and_may_stop_it(model,
         with pytest.raises(KeyError):
             velocity(x, sigma)
     assert len(order) == 6
-    policy.before_call = None
+    policy.before_call = lambda: None
     assert guided(x, sigma).isfinite().all() and order[6:] == ["network"]            # the adapter is on again
 
 
