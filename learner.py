@@ -48,7 +48,7 @@ class Learner:
         # Make its state now, because a rank may have nothing to scale.
         self.scaler.scale(torch.zeros((), device=policy.device))
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite    # updates: so far, and at most
+        self.skipped = 0                         # updates that were not finite
         self.started = False                     # whether there was an update in this process
         self._before: dict | None = None
         self._changed = False                    # whether the weights are between two whole epochs
@@ -118,14 +118,14 @@ class Learner:
 
     def skip(self, error: Exception, updates: int) -> None:
         """Leave out what was not finite, where --skip-nonfinite allows it; else raise it."""
-        if self.skipped + updates > self.skip_nonfinite:
+        most = self.config.skip_nonfinite
+        if self.skipped + updates > most:
             raise error
         self.skipped += updates
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             self.scaler.update(FIRST_SCALE)      # the update has halved it in vain
         if is_main():
-            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates",
-                       file=sys.stderr)
+            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {most} updates", file=sys.stderr)
 
     def save_weights(self, directory: Path) -> None:
         """The averaged weights, for use."""

@@ -39,7 +39,8 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     Raises FileNotFoundError if there is no such file, and ValueError if the file holds no valid prompts or
     the split is unknown. Either message is one line that names the place and the way out.
     """
-    _check_split(split)
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     if source in BUILT_IN:
         return BUILT_IN[source](split)
     path = os.path.expanduser(source)
@@ -59,11 +60,6 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts; write one a line")
     return prompts
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
 
 
 def _split_file(directory: str, split: str) -> str:
@@ -105,6 +101,7 @@ def _metadata_prompt(line: str, place: str) -> Prompt:
     def refuse(reason: str) -> NoReturn:
         raise ValueError(f"{place}: {reason}") from None
 
+    shown = line if len(line) <= 80 else line[:77] + "..."
     try:
         metadata = json.loads(line)
         # Encode it once, because JSON can hold half of a surrogate pair, which no tokenizer would take.
@@ -112,17 +109,13 @@ def _metadata_prompt(line: str, place: str) -> Prompt:
     except json.JSONDecodeError as error:
         refuse(f"not JSON: {error.msg} at column {error.colno}; write one object a line")
     except UnicodeEncodeError:
-        refuse(f"{_shortened(line)} holds half of a surrogate pair, which is no character")
+        refuse(f"{shown} holds half of a surrogate pair, which is no character")
     except (ValueError, RecursionError):    # Python limits the digits of a number and the depth of nesting
-        refuse(f"{_shortened(line)} holds a number of thousands of digits, or is nested too deeply")
+        refuse(f"{shown} holds a number of thousands of digits, or is nested too deeply")
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
-        refuse(f'{_shortened(line)} is not an object with a non-empty string "prompt"; add one')
+        refuse(f'{shown} is not an object with a non-empty string "prompt"; add one')
     return Prompt(text.strip(), metadata)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---- words: single words, which the bundled model can spell ------------------------------------------------
@@ -133,7 +126,6 @@ WORDS_TEST_PER_LENGTH = {3: 43, 4: 43, 5: 42}
 
 def words(split: str) -> list[str]:
     """List the words of `split` ("train" or "test"), lengths mixed, in a fixed order."""
-    _check_split(split)
     # Order by hash rather than by a random generator, because the bundled model was trained on this split and
     # the split must not depend on the Python version.
     ordered = sorted(VOCABULARY, key=lambda word: sha256(word.encode()).digest())
