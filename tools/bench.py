@@ -29,6 +29,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -112,23 +113,17 @@ class Clock:
                     return call(latents, sigma)
             return counted
 
-        wrapped = [(policy, "velocity", counted_velocity)]
-        for owner, name, phase in [
-                (policy, "cache_text", "text"), (policy, "encode", "text"), (policy, "decode", "decode"),
-                (scorer, "submit", "reward_wait"), (scorer, "collect", "reward_wait"),
-                (learner, "step", "optimizer")]:
-            wrapped.append((owner, name, self.timed(phase, getattr(owner, name))))
-        for owner, name, function in wrapped:
-            setattr(owner, name, function)
-        distributed.around_collective = self.collective
-        self.since = time.perf_counter()
-        try:
+        with contextlib.ExitStack() as patches:
+            for owner, name, phase in [
+                    (policy, "cache_text", "text"), (policy, "encode", "text"), (policy, "decode", "decode"),
+                    (scorer, "submit", "reward_wait"), (scorer, "collect", "reward_wait"),
+                    (learner, "step", "optimizer")]:
+                patches.enter_context(patch.object(owner, name, self.timed(phase, getattr(owner, name))))
+            patches.enter_context(patch.object(policy, "velocity", counted_velocity))
+            patches.enter_context(patch.object(distributed, "around_collective", self.collective))
+            self.since = time.perf_counter()
             yield
             self._switch()
-        finally:
-            distributed.around_collective = contextlib.nullcontext
-            for owner, name, _ in wrapped:
-                delattr(owner, name)             # the class's own method shows again
 
     def split_waiting(self) -> None:  # all ranks
         """Tell waiting for other ranks from the collectives' own time.
@@ -310,9 +305,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
         raise ValueError(message)
 
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="The settings are the trainer's: python train.py [PRESET] --help.",
-        usage="python -m tools.bench [PRESET] [--field value ...] [-- ...] [--rounds 5] [--ranks N] "
-              "[--json FILE] [--estimate [--card NAME]]",
+        prog="python -m tools.bench [PRESET] [--field value ...] [-- ...]", description=__doc__,
+        epilog="The settings are the trainer's: python train.py [PRESET] --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--rounds", type=positive, default=5, help="timed epochs of each setting")

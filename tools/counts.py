@@ -7,7 +7,6 @@ published size and in the run's dtype, and each operation tells what it takes.
 import functools
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from config import Config
 from policy import Policy
+from tools.floor import network_calls, random_latents
 
 # A hub id -> the `random:` model of its size, and billions of weights in its text encoders.
 PUBLISHED = {"stabilityai/stable-diffusion-3.5-medium": ("random:sd35m", 5.58),
@@ -143,10 +143,9 @@ class Counts:
         policy.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         self.trained_weights = sum(p.numel() for p in policy.parameters)
         self.trained = sum(p.nbytes for p in policy.parameters)                      # bytes of these
-        self.branches = policy.branches(config.guidance_scale)
+        self.guidance_scale, self.branches = config.guidance_scale, policy.branches(config.guidance_scale)
         self.alive = [tensor for part in (*networks, policy.pipe.vae)
                       for tensor in (*part.parameters(), *part.buffers())]
-        self.phases = phases(policy, config.guidance_scale)
         self.known: dict[str, Call] = {}
 
     def call(self, phase: str) -> Call:
@@ -157,11 +156,13 @@ class Counts:
 
     def tally(self, phase: str, images: int) -> np.ndarray:
         """Count a call of a phase on so many images."""
-        call = self.phases[phase](images)          # its text has values, because lengths are read from it
+        # Text has values, because lengths are read from it.
+        calls = network_calls(self.policy, ["a"] * images, self.guidance_scale)
+        calls["training"] = calls["replay"]
+        calls["decode"] = lambda: self.policy.decode(random_latents(self.policy, images))
         with self.fake, torch.no_grad(), Tally(self.alive) as counted:
-            call()
-        for p in self.policy.parameters:
-            p.grad = None
+            calls[phase]()
+        self.policy.network.zero_grad()
         return np.array([counted.flops, counted.moved, counted.kernels, counted.peak], dtype=float)
 
 
@@ -188,27 +189,3 @@ def lose_values(part: nn.Module, fake: FakeTensorMode, like_a_gpu: bool = False)
                         empty = torch.empty(value.shape, dtype=value.dtype)
                         tensors[name] = nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(
                             value, nn.Parameter) else empty
-
-
-def phases(policy: Policy, guidance_scale: float) -> dict[str, Callable[[int], Callable[[], object]]]:
-    """Phase -> a function that prepares a call of it on so many images."""
-    def inputs(images: int) -> tuple[Tensor, Tensor]:
-        latents = torch.zeros(images, *policy.latent_shape, dtype=policy.compute_dtype)
-        return latents, latents.new_full((images,), 0.5)
-
-    def network(images: int, make: Callable) -> Callable[[], Tensor]:
-        velocity = make(policy.encode(["a"] * images), guidance_scale)
-        return lambda: velocity(*inputs(images))
-
-    def train(images: int) -> Callable[[], None]:
-        call = network(images, policy.velocity)
-
-        def forward_and_backward() -> None:
-            with torch.enable_grad():
-                call().sum().backward()
-
-        return forward_and_backward
-
-    return {"rollout": lambda images: network(images, policy.velocity), "training": train,
-            "reference": lambda images: network(images, policy.reference_velocity),
-            "decode": lambda images: lambda: policy.decode(inputs(images)[0])}

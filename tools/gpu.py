@@ -34,7 +34,8 @@ from pipelines import check_model
 from policy import Policy, to_device, to_host
 from prompts import load_prompts
 from sampler import Trajectory, replay, rollout, timestep_schedule
-from tools.measure import Check, clear_gradients, make_policy, network_calls, network_speed
+from tools.floor import PIECES, network_calls, synchronize
+from tools.measure import Check, make_policy, network_speed
 
 SECTIONS: dict[str, tuple[float, Callable]] = {}           # name -> seconds that it needs, what it does
 # The lines of a trainer that are noted.
@@ -196,7 +197,7 @@ def loss_scales(check: Check, name: str, policy: Policy, trajectory: Trajectory,
         (log_prob.sum() * scale).backward()
         found = {layer: p.grad.double().cpu() / scale for layer, p in policy.network.named_parameters()
                  if p.requires_grad}
-        clear_gradients(policy)
+        policy.network.zero_grad()
         return found
 
     exponents = (16, 24, 26, 28, 30, 32, 34)
@@ -266,11 +267,11 @@ def levers(check: Check, name: str) -> None:
     images, guidance = check.sampling["images"], check.sampling["guidance"]
 
     def measure(lever: str) -> None:
-        calls = network_calls(check, policy, guidance, images)
+        calls = network_calls(policy, ["a"] * images, guidance)
         for call in calls.values():
             call()                                         # warm
-        ms = {f"{what} ms": round(1e3 * check.timed(call, 5)[0], 1) for what, call in calls.items()}
-        check.note(name, **{lever: ms})
+        check.note(name, **{lever: {f"{PIECES[piece]} ms": round(1e3 * check.timed(call, 5)[0], 1)
+                                    for piece, call in calls.items()}})
 
     measure("as trained")
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -278,18 +279,18 @@ def levers(check: Check, name: str) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     with disable_input_dtype_casting(policy.network):
         measure("without the adapter's input cast")
-    for what, call in network_calls(check, policy, guidance, images).items():
+    for piece, call in network_calls(policy, ["a"] * images, guidance).items():
         # Where the time goes, by operation.
         activities = [ProfilerActivity.CPU] if check.smoke else [ProfilerActivity.CUDA, ProfilerActivity.CPU]
         with profile(activities=activities, acc_events=True) as profiled:
             call()
-            check.synchronize()
+            synchronize(check.device)
         events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
         operations = {event.key: round(event.self_device_time_total / 1e3, 2) for event in events
                       if event.key.startswith("aten::") and event.self_device_time_total}
         launches = sum(event.count for event in events if "LaunchKernel" in event.key)
         longest = dict(list(operations.items())[:16])
-        check.note(name, **{f"profile, {what}": {"launches": launches, "ms": longest}})
+        check.note(name, **{f"profile, {PIECES[piece]}": {"launches": launches, "ms": longest}})
 
 
 @section("compile", 110)
@@ -306,10 +307,10 @@ def compile(check: Check, name: str) -> None:
     deviation = largest_deviation(policy, trajectory, prompts, guidance, list(range(images)))
     check.note(name, **{"max |ratio - 1|": deviation})
     check.require(name, "the ratio is exactly 1", deviation == 0)
-    for what, call in network_calls(check, policy, guidance, images).items():
+    for piece, call in network_calls(policy, ["a"] * images, guidance).items():
         first, _ = check.timed(call)
         seconds, _ = check.timed(call, 5)
-        check.note(name, **{what: {"first s": round(first, 1), "ms": round(1e3 * seconds, 1)}})
+        check.note(name, **{PIECES[piece]: {"first s": round(first, 1), "ms": round(1e3 * seconds, 1)}})
 
 
 # ---- other networks, ranks and precisions ------------------------------------------------------------------
