@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from config import Config
 from policy import Policy
@@ -32,6 +32,9 @@ PUBLISHED = {"stabilityai/stable-diffusion-3.5-medium": ("random:sd35m", 5.58),
              "Tongyi-MAI/Z-Image": ("random:z_image", 4.02)}
 
 aten = torch.ops.aten
+# PyTorch counts attention on a GPU alone.
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu_backward] = sdpa_backward_flop
 
 
 class Tally(TorchDispatchMode):
@@ -49,13 +52,8 @@ class Tally(TorchDispatchMode):
         if function.namespace != "aten":
             return out
         operation = function.overloadpacket
-        # PyTorch's own counter, FlopCounterMode, does not know attention on a CPU, and keeps alive what
-        # checkpointing computes again.
-        if operation is aten._scaled_dot_product_flash_attention_for_cpu:
-            self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))
-        elif operation is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.flops += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
-        elif operation in flop_registry:
+        # PyTorch's own FlopCounterMode would keep alive what checkpointing computes again.
+        if operation in flop_registry:
             self.flops += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not function.is_view and operation is not aten.detach:
@@ -106,9 +104,10 @@ COUNTED = ("model", "dtype", "resolution", "max_sequence_length", "guidance_scal
 def count(config: Config) -> "Counts":
     """Make the counts of a setting, or find those of an earlier one whose calls are the same."""
     kept = float(config.full_finetune and config.beta > 0)      # whether training keeps a copy as reference
-    return _counts(Config(**{name: getattr(config, name) for name in COUNTED}, beta=kept))
+    return Counts(Config(**{name: getattr(config, name) for name in COUNTED}, beta=kept))
 
 
+@functools.cache
 class Counts:
     """What calls of a policy take, by phase, and the bytes of what stays in memory.
 
@@ -164,9 +163,6 @@ class Counts:
             calls[phase]()
         self.policy.network.zero_grad()
         return np.array([counted.flops, counted.moved, counted.kernels, counted.peak], dtype=float)
-
-
-_counts = functools.cache(Counts)
 
 
 def size_of(part: nn.Module) -> int:
