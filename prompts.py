@@ -14,7 +14,6 @@ from io import StringIO
 from itertools import combinations, permutations, product
 from pathlib import Path
 from random import Random
-from typing import NoReturn
 
 
 SPLITS = ("train", "test")
@@ -98,23 +97,16 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
 
 def _metadata_prompt(line: str, place: str) -> Prompt:
     """A line as a prompt. A reward that reads more of the object checks it, such as engines/geneval.py."""
-    def refuse(reason: str) -> NoReturn:
-        raise ValueError(f"{place}: {reason}") from None
-
-    shown = line if len(line) <= 80 else line[:77] + "..."
     try:
         metadata = json.loads(line)
         # Encode it once, because JSON can hold half of a surrogate pair, which no tokenizer would take.
         json.dumps(metadata, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        refuse(f"not JSON: {error.msg} at column {error.colno}; write one object a line")
-    except UnicodeEncodeError:
-        refuse(f"{shown} holds half of a surrogate pair, which is no character")
-    except (ValueError, RecursionError):    # Python limits the digits of a number and the depth of nesting
-        refuse(f"{shown} holds a number of thousands of digits, or is nested too deeply")
+    except (ValueError, RecursionError) as error:   # Python limits a number's digits and the depth of nesting
+        raise ValueError(f"{place}: not JSON that can be used: {error}; write one object a line") from None
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
-        refuse(f'{shown} is not an object with a non-empty string "prompt"; add one')
+        shown = line if len(line) <= 80 else line[:77] + "..."
+        raise ValueError(f'{place}: {shown} is not an object with a non-empty string "prompt"; add one')
     return Prompt(text.strip(), metadata)
 
 
