@@ -5,10 +5,10 @@ end.
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -83,16 +83,17 @@ class Learner:
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
-        self._changed |= np.isfinite(grad_norm)
-        if np.isfinite(grad_norm) or self.scaler.is_enabled():          # the scaler skips the step by itself
+        finite = math.isfinite(grad_norm)
+        self._changed |= finite
+        if finite or self.scaler.is_enabled():                          # the scaler skips the step by itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if np.isfinite(grad_norm):
+        if finite:
             self.average.step()
         # Blame the scale if it has come down by this, and not below 1.
         may_overflow = 1 <= self.scaler.get_scale() < scale
-        self.started |= bool(np.isfinite(grad_norm)) or may_overflow
+        self.started |= finite or may_overflow
         return grad_norm, may_overflow
 
     def begin_updates(self, epoch: int) -> None:

@@ -2,7 +2,6 @@
 
 `device` is torch's, `batch` the most pictures that a network sees at once. A model is a hub id or a path.
 """
-import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -30,7 +29,7 @@ def network_reward(score: Callable, batch: int) -> Reward:
 
     They are pillow's, because transformers would have to guess the colour axis of an array 3 high or wide.
     """
-    torch = importlib.import_module("torch")
+    import torch
     lock = threading.Lock()  # one thread at a time, because tokenizers keep state between calls
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
@@ -84,7 +83,8 @@ def read_tensors(path: str) -> dict[str, Any]:
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
         return load_file(path)
-    return importlib.import_module("torch").load(path, map_location="cpu", weights_only=True)
+    import torch
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def aesthetic(*, device: str = "cpu", batch: int = 16, clip: str = CLIP,
@@ -99,7 +99,7 @@ def aesthetic(*, device: str = "cpu", batch: int = 16, clip: str = CLIP,
                   for i in (0, 2, 4, 6, 7)]  # with dropout in between
     network = load_pretrained("aesthetic", "CLIPModel", clip, dtype="float32").to(device).eval()
     processor = load_pretrained("aesthetic", "CLIPProcessor", clip)
-    functional = importlib.import_module("torch.nn.functional")
+    from torch.nn import functional
 
     def score(pictures: list, prompts: list[str]) -> Any:
         inputs = processor(images=pictures, return_tensors="pt").to(device)
@@ -125,7 +125,7 @@ def imagereward(*, device: str = "cpu", batch: int = 16, model: str = "ImageRewa
         files = {"name": f"{model}/ImageReward.pt", "med_config": f"{model}/med_config.json"}
     with one_line_errors(f"cannot load the model of 'imagereward' from {model!r}"):
         network = load(**files, device=device)
-    torch = importlib.import_module("torch")
+    import torch
 
     def score(pictures: list, prompts: list[str]) -> Any:
         # Not the package's own `score`, because it would rank a list of pictures for one prompt.

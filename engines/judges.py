@@ -4,7 +4,6 @@ A judge runs in this process or behind an OpenAI-compatible server (vLLM, sglang
 """
 import base64
 import collections
-import importlib
 import os
 import re
 import threading
@@ -142,6 +141,7 @@ def openai_judge(name: str, question: str, url: str, model: str, deadline: float
 def qwenvl_in_process(model: str, device: str, batch: int) -> Ask:
     """Return an `Ask` of Qwen2.5-VL by transformers in this process, `batch` pictures at once."""
     with one_line_errors("reward 'qwenvl' needs: pip install transformers torch torchvision"):
+        import torch
         import torchvision  # noqa: F401, which transformers needs for this model's processor
         from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
@@ -151,7 +151,6 @@ def qwenvl_in_process(model: str, device: str, batch: int) -> Ask:
     content = [{"type": "image"}, {"type": "text", "text": QUALITY_QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     lock = threading.Lock()  # one thread at a time, because tokenizers keep state between calls
-    torch = importlib.import_module("torch")
 
     def ask(images: np.ndarray, prompts: list[str], temperature: float) -> list[str]:
         sampling = {"do_sample": False}

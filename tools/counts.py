@@ -182,6 +182,5 @@ def lose_values(part: nn.Module, fake: FakeTensorMode, like_a_gpu: bool = False)
             for tensors in (module._parameters, module._buffers, vars(module)):
                 for name, value in tensors.items():
                     if isinstance(value, Tensor):
-                        empty = torch.empty(value.shape, dtype=value.dtype)
-                        tensors[name] = nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(
-                            value, nn.Parameter) else empty
+                        tensors[name] = torch.empty(value.shape, dtype=value.dtype,
+                                                    requires_grad=value.requires_grad)
