@@ -222,9 +222,7 @@ def loss_scales(check: Check, name: str, policy: Policy, trajectory: Trajectory,
 @section("first command", 20)
 def first_command(check: Check, name: str) -> None:
     words = check.run_words if check.smoke else ["--epochs", "6", "--eval-every", "6", *check.to_here]
-    code = check.wait("tiny", check.start("tiny", [*words, "--run-name", "tiny"]), 90)
-    check.note(name, code=code, lines=check.said("tiny", *SPOKEN))
-    check.require(name, "the trainer ends with 0", code == 0)
+    check.finish(name, "tiny", check.start("tiny", [*words, "--run-name", "tiny"]), 90, *SPOKEN)
 
 
 @section("kill and resume", 130)
@@ -254,9 +252,7 @@ def bench(check: Check, name: str) -> None:
              "--rollout-batch", "8", "--train-batch", "8", "--rewards", "jpeg_compressibility", "1",
              *check.to_here, "--rounds", "1", "--ranks", "1", "--json", str(check.out / "bench.json")]
     model = ["tiny_ocr"] if check.smoke else ["sd35m_ocr_1gpu", "--model", "random:sd35m"]
-    code = check.wait("bench", check.start("bench", [*model, *words], program="tools.bench"), 140)
-    check.note(name, code=code, lines=check.said("bench")[-30:])
-    check.require(name, "the bench ends with 0", code == 0)
+    check.finish(name, "bench", check.start("bench", [*model, *words], program="tools.bench"), 140)
 
 
 # ---- levers: what a network call costs with each on and off ------------------------------------------------
@@ -356,9 +352,7 @@ def two_ranks(check: Check, name: str) -> None:
     program.write_text(TWO_RANKS)
     words = check.run_words if check.smoke else ["--epochs", "2", *check.to_here]
     process = check.start("two", [*words, "--run-name", "two"], program=str(program), ranks=2)
-    code = check.wait("two", process, 80)
-    check.note(name, code=code, lines=check.said("two", *SPOKEN))
-    check.require(name, "the trainer ends with 0", code == 0)
+    check.finish(name, "two", process, 80, *SPOKEN)
 
 
 @section("tiny in half precision", 180)
@@ -369,9 +363,7 @@ def tiny_in_half_precision(check: Check, name: str) -> None:
     processes = {dtype: check.start(dtype, [*words, "--dtype", dtype, "--run-name", dtype])
                  for dtype in dtypes}
     for dtype, process in processes.items():
-        code = check.wait(dtype, process, 600)
-        check.note(name, **{dtype: {"code": code, "lines": check.said(dtype, *SPOKEN)[-6:]}})
-        check.require(name, f"the trainer in {dtype} ends with 0", code == 0)
+        check.finish(name, dtype, process, 600, *SPOKEN)
 
 
 # ---- program -----------------------------------------------------------------------------------------------

@@ -125,6 +125,12 @@ class Check:
             log.write("\n".join([f"===== {name}: {process.returncode}", *self.said(name)[-200:], ""]))
         return process.returncode
 
+    def finish(self, name: str, log: str, process: subprocess.Popen, seconds: float, *words: str) -> None:
+        """Wait for a process, note its exit code and what it said, and require that it ends with 0."""
+        code = self.wait(log, process, seconds)
+        self.note(name, **{log: {"code": code, "lines": self.said(log, *words)[-30:]}})
+        self.require(name, f"{log} ends with 0", code == 0)
+
     def wait_for(self, process: subprocess.Popen, came: Callable, seconds: float) -> bool:
         """Wait until `came()` is true, but not beyond the end of the process; whether it is true then."""
         end = time.time() + seconds
