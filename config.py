@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import math
 import os
 import re
@@ -384,7 +385,7 @@ def validate(config: Config) -> None:
             require(value < 2**63, field.name, "it must be less than 2^63")
     for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "reward_threads", "reward_batch",
                   "eval_every", "eval_num_steps", "save_every", "keep_checkpoints", "ema_every", "lora_rank",
-                  "lora_alpha", "max_sequence_length"):
+                  "lora_alpha", "max_sequence_length", "guidance_scale"):
         require(getattr(config, field) >= 1, field, "it must be at least 1")
     for field in ("epochs", "rollout_batch", "train_batch", "eval_prompts", "eval_images", "window_size",
                   "beta", "weight_decay", "learning_rate_half_life", "skip_nonfinite", "seed"):
@@ -399,7 +400,6 @@ def validate(config: Config) -> None:
     for field in ("guard", "shared_start_noise"):
         require(config.objective == "grpo" or not getattr(config, field), field,
                 f"--objective awm trains no step that was taken; give --no-{field.replace('_', '-')}")
-    require(config.guidance_scale >= 1, "guidance_scale", "it must be at least 1, which is no guidance")
     require(0 <= config.ema_decay < 1, "ema_decay", "it must lie in [0, 1)")
     require(config.reward_deadline <= config.collective_timeout / 2, "reward_deadline",
             f"other ranks wait --collective-timeout {config.collective_timeout:g} seconds at most; "
@@ -443,8 +443,6 @@ def _validate_rewards(config: Config, require: Callable[[bool, str, str], None])
 
 def to_dict(config: Config) -> dict:
     """As json has it: tuples are lists."""
-    def plain(value):
-        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 

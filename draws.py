@@ -63,11 +63,9 @@ def draw_first_steps(config: Config, epoch: int) -> Tensor:
 def noise_levels(first_step: Tensor, config: Config) -> Tensor:
     """How stochastic each step of each sample is, (T, B) float64. It is 0 outside a window, and under AWM."""
     level = config.noise_level if config.objective == "grpo" else 0.0
-    levels = torch.full((config.num_steps, len(first_step)), level, dtype=torch.float64)
-    if not config.window_size:
-        return levels
     step = torch.arange(config.num_steps)[:, None]                                               # (T, 1)
-    return levels * ((step >= first_step) & (step < first_step + config.window_size))
+    last = first_step + (config.window_size or config.num_steps)
+    return level * ((step >= first_step) & (step < last)).double()
 
 
 def epoch_prompt_indices(num_prompts: int, groups_per_epoch: int, seed: int, epoch: int) -> list[int]:
@@ -76,20 +74,11 @@ def epoch_prompt_indices(num_prompts: int, groups_per_epoch: int, seed: int, epo
     Training goes through the set in passes. Each pass is a permutation seeded by (seed, pass), and an epoch
     takes the next `groups_per_epoch` places of that endless sequence. So every prompt is drawn once before
     any is drawn twice.
-
-    Raises ValueError if there are no prompts or groups, or if the seed or the epoch is negative.
     """
-    for name, value, least in (("num_prompts", num_prompts, 1), ("groups_per_epoch", groups_per_epoch, 1),
-                               ("seed", seed, 0), ("epoch", epoch, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}")
-    start, stop = epoch * groups_per_epoch, (epoch + 1) * groups_per_epoch
-    indices = []
-    for pass_index in range(start // num_prompts, (stop - 1) // num_prompts + 1):
-        order = np.random.default_rng([seed, pass_index]).permutation(num_prompts)
-        first = pass_index * num_prompts
-        indices += order[max(start - first, 0):stop - first].tolist()
-    return indices
+    places = range(epoch * groups_per_epoch, (epoch + 1) * groups_per_epoch)
+    orders = {k: np.random.default_rng([seed, k]).permutation(num_prompts)
+              for k in range(places[0] // num_prompts, places[-1] // num_prompts + 1)}
+    return [int(orders[place // num_prompts][place % num_prompts]) for place in places]
 
 
 # ------------------------------------------------------------------------------------------------------ dealt

@@ -224,9 +224,7 @@ class QwenImage(Family):
     published = {"qwen_image": {}}      # Qwen/Qwen-Image has the defaults of diffusers' classes
     scheduler = dict(use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
     guidance_argument = ('negative_prompt="", true_cfg_scale', 1)
-
-    def tiling(self) -> tuple[int, int, int, int | None]:
-        return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
+    tiling = FLUX.tiling
 
     def encode(self, prompt: str, length: int, device: torch.device) -> Text:
         embeds, _ = self.pipe.encode_prompt(prompt, device=device)                   # (1, its own length, D)

@@ -5,10 +5,10 @@ end.
 """
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -48,7 +48,7 @@ class Learner:
         # Make its state now, because a rank may have nothing to scale.
         self.scaler.scale(torch.zeros((), device=policy.device))
         self.average = WeightAverage(policy.parameters, config.ema_decay, config.ema_every)
-        self.skipped, self.skip_nonfinite = 0, config.skip_nonfinite    # updates: so far, and at most
+        self.skipped = 0                         # updates that were not finite
         self.started = False                     # whether there was an update in this process
         self._before: dict | None = None
         self._changed = False                    # whether the weights are between two whole epochs
@@ -83,16 +83,17 @@ class Learner:
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters, max_grad_norm).item()
-        self._changed |= np.isfinite(grad_norm)
-        if np.isfinite(grad_norm) or self.scaler.is_enabled():          # the scaler skips the step by itself
+        finite = math.isfinite(grad_norm)
+        self._changed |= finite
+        if finite or self.scaler.is_enabled():                          # the scaler skips the step by itself
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if np.isfinite(grad_norm):
+        if finite:
             self.average.step()
         # Blame the scale if it has come down by this, and not below 1.
         may_overflow = 1 <= self.scaler.get_scale() < scale
-        self.started |= bool(np.isfinite(grad_norm)) or may_overflow
+        self.started |= finite or may_overflow
         return grad_norm, may_overflow
 
     def begin_updates(self, epoch: int) -> None:
@@ -118,14 +119,14 @@ class Learner:
 
     def skip(self, error: Exception, updates: int) -> None:
         """Leave out what was not finite, where --skip-nonfinite allows it; else raise it."""
-        if self.skipped + updates > self.skip_nonfinite:
+        most = self.config.skip_nonfinite
+        if self.skipped + updates > most:
             raise error
         self.skipped += updates
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             self.scaler.update(FIRST_SCALE)      # the update has halved it in vain
         if is_main():
-            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {self.skip_nonfinite} updates",
-                       file=sys.stderr)
+            tqdm.write(f"warning: {error}; skipped, {self.skipped} of {most} updates", file=sys.stderr)
 
     def save_weights(self, directory: Path) -> None:
         """The averaged weights, for use."""

@@ -14,7 +14,6 @@ from io import StringIO
 from itertools import combinations, permutations, product
 from pathlib import Path
 from random import Random
-from typing import NoReturn
 
 
 SPLITS = ("train", "test")
@@ -39,7 +38,8 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     Raises FileNotFoundError if there is no such file, and ValueError if the file holds no valid prompts or
     the split is unknown. Either message is one line that names the place and the way out.
     """
-    _check_split(split)
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
     if source in BUILT_IN:
         return BUILT_IN[source](split)
     path = os.path.expanduser(source)
@@ -59,11 +59,6 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path}: holds no prompts; write one a line")
     return prompts
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
 
 
 def _split_file(directory: str, split: str) -> str:
@@ -102,27 +97,17 @@ def _numbered_lines(path: str) -> list[tuple[int, str]]:
 
 def _metadata_prompt(line: str, place: str) -> Prompt:
     """A line as a prompt. A reward that reads more of the object checks it, such as engines/geneval.py."""
-    def refuse(reason: str) -> NoReturn:
-        raise ValueError(f"{place}: {reason}") from None
-
     try:
         metadata = json.loads(line)
         # Encode it once, because JSON can hold half of a surrogate pair, which no tokenizer would take.
         json.dumps(metadata, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        refuse(f"not JSON: {error.msg} at column {error.colno}; write one object a line")
-    except UnicodeEncodeError:
-        refuse(f"{_shortened(line)} holds half of a surrogate pair, which is no character")
-    except (ValueError, RecursionError):    # Python limits the digits of a number and the depth of nesting
-        refuse(f"{_shortened(line)} holds a number of thousands of digits, or is nested too deeply")
+    except (ValueError, RecursionError) as error:   # Python limits a number's digits and the depth of nesting
+        raise ValueError(f"{place}: not JSON that can be used: {error}; write one object a line") from None
     text = metadata.get("prompt") if isinstance(metadata, dict) else None
     if not isinstance(text, str) or not text.strip():
-        refuse(f'{_shortened(line)} is not an object with a non-empty string "prompt"; add one')
+        shown = line if len(line) <= 80 else line[:77] + "..."
+        raise ValueError(f'{place}: {shown} is not an object with a non-empty string "prompt"; add one')
     return Prompt(text.strip(), metadata)
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # ---- words: single words, which the bundled model can spell ------------------------------------------------
@@ -133,7 +118,6 @@ WORDS_TEST_PER_LENGTH = {3: 43, 4: 43, 5: 42}
 
 def words(split: str) -> list[str]:
     """List the words of `split` ("train" or "test"), lengths mixed, in a fixed order."""
-    _check_split(split)
     # Order by hash rather than by a random generator, because the bundled model was trained on this split and
     # the split must not depend on the Python version.
     ordered = sorted(VOCABULARY, key=lambda word: sha256(word.encode()).digest())

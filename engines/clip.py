@@ -2,7 +2,6 @@
 
 `device` is torch's, `batch` the most pictures that a network sees at once. A model is a hub id or a path.
 """
-import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -30,7 +29,7 @@ def network_reward(score: Callable, batch: int) -> Reward:
 
     They are pillow's, because transformers would have to guess the colour axis of an array 3 high or wide.
     """
-    torch = importlib.import_module("torch")
+    import torch
     lock = threading.Lock()  # one thread at a time, because tokenizers keep state between calls
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
@@ -84,7 +83,8 @@ def read_tensors(path: str) -> dict[str, Any]:
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
         return load_file(path)
-    return importlib.import_module("torch").load(path, map_location="cpu", weights_only=True)
+    import torch
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def aesthetic(*, device: str = "cpu", batch: int = 16, clip: str = CLIP,
@@ -95,14 +95,11 @@ def aesthetic(*, device: str = "cpu", batch: int = 16, clip: str = CLIP,
     """
     with one_line_errors(f"cannot load the model of 'aesthetic' from {model!r}"):
         weights = read_tensors(model)
-    names = [(f"layers.{i}.weight", f"layers.{i}.bias") for i in (0, 2, 4, 6, 7)]  # with dropout in between
-    missing = [name for pair in names for name in pair if name not in set(weights)]
-    if missing:
-        raise ValueError(f"{model!r} does not hold LAION's aesthetic predictor: no {missing[0]!r}")
-    layers = [[weights[name].float().to(device) for name in pair] for pair in names]
+        layers = [[weights[f"layers.{i}.{kind}"].float().to(device) for kind in ("weight", "bias")]
+                  for i in (0, 2, 4, 6, 7)]  # with dropout in between
     network = load_pretrained("aesthetic", "CLIPModel", clip, dtype="float32").to(device).eval()
     processor = load_pretrained("aesthetic", "CLIPProcessor", clip)
-    functional = importlib.import_module("torch.nn.functional")
+    from torch.nn import functional
 
     def score(pictures: list, prompts: list[str]) -> Any:
         inputs = processor(images=pictures, return_tensors="pt").to(device)
@@ -128,7 +125,7 @@ def imagereward(*, device: str = "cpu", batch: int = 16, model: str = "ImageRewa
         files = {"name": f"{model}/ImageReward.pt", "med_config": f"{model}/med_config.json"}
     with one_line_errors(f"cannot load the model of 'imagereward' from {model!r}"):
         network = load(**files, device=device)
-    torch = importlib.import_module("torch")
+    import torch
 
     def score(pictures: list, prompts: list[str]) -> Any:
         # Not the package's own `score`, because it would rank a list of pictures for one prompt.
@@ -147,10 +144,8 @@ def deqa(*, device: str = "cpu", batch: int = 16, model: str = "zhiyuanyou/DeQA-
     The network is code that its hub repository holds, so it runs only if `trust_remote_code` allows it.
     """
     if not trust_remote_code:
-        way_out = "read it, then set trust_remote_code (--trust-remote-code)"
-        raise ValueError(f"reward 'deqa' runs code that {model!r} holds: {way_out}")
-    torch = importlib.import_module("torch")
-    dtype = torch.float16 if device.startswith("cuda") else torch.float32
+        raise ValueError(f"reward 'deqa' runs code that {model!r} holds: read it, then set trust_remote_code")
+    dtype = "float16" if device.startswith("cuda") else "float32"
     arguments = {"trust_remote_code": True, "attn_implementation": "eager", "torch_dtype": dtype}
     network = load_pretrained("deqa", "AutoModelForCausalLM", model, **arguments).to(device).eval()
     return network_reward(lambda pictures, prompts: network.score(pictures).float() / 5, batch)

@@ -5,7 +5,6 @@ objects and CLIP names their colours.
 """
 import difflib
 import functools
-import importlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,7 +199,7 @@ def geneval_detector(model: str, device: str) -> Callable[[np.ndarray], list[lis
     """
     processor = load_pretrained("Mask2FormerImageProcessor", model)
     network = load_pretrained("Mask2FormerForUniversalSegmentation", model).to(device).eval()
-    functional = importlib.import_module("torch.nn.functional")
+    from torch.nn import functional
     labels = network.config.id2label
     names = [GENEVAL_NAMES.get(labels[index], labels[index]) for index in range(len(labels))]
 
@@ -241,7 +240,7 @@ def geneval_color_reader(model: str, device: str, batch: int) -> Callable[[list]
     """Return CLIP as list of (image (H, W, 3) uint8, Detection) -> the colour of each, zero-shot."""
     processor = load_pretrained("CLIPProcessor", model)
     network = load_pretrained("CLIPModel", model).to(device).eval()
-    normalize = importlib.import_module("torch.nn.functional").normalize
+    from torch.nn.functional import normalize
 
     @functools.cache
     def color_features(name: str) -> Any:

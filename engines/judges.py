@@ -4,7 +4,6 @@ A judge runs in this process or behind an OpenAI-compatible server (vLLM, sglang
 """
 import base64
 import collections
-import importlib
 import os
 import re
 import threading
@@ -88,9 +87,9 @@ def judge_reward(name: str, ask: Ask, pattern: str, max_unanswered: float) -> Re
         # Of fewer than ten pictures one may lack a score, because a share would say little.
         if silent.any() and (not len(known) or asked - len(known) > max_unanswered * max(asked, 10)):
             last = answers[np.flatnonzero(silent[missing])[-1]]
-            lacking = f"no score from 1 to 5 for {asked - len(known)} of the last {asked} pictures"
-            allowed = f"(max_unanswered is {max_unanswered:.0%}); the last answer is {one_line(last, 200)!r}"
-            raise RewardError(f"reward {name!r}: {lacking} {allowed}")
+            raise RewardError(f"reward {name!r}: no score from 1 to 5 for {asked - len(known)} of the last "
+                              f"{asked} pictures (max_unanswered is {max_unanswered:.0%}); the last answer "
+                              f"is {one_line(last, 200)!r}")
         texts = np.array(prompts, object)
         for i in np.flatnonzero(silent):
             same = scores[~silent & (texts == prompts[i])]
@@ -100,10 +99,10 @@ def judge_reward(name: str, ask: Ask, pattern: str, max_unanswered: float) -> Re
     return reward
 
 
-def openai_judge(name: str, question: Callable[[str], str], url: str, model: str, deadline: float) -> Ask:
+def openai_judge(name: str, question: str, url: str, model: str, deadline: float) -> Ask:
     """Return an `Ask` of an OpenAI-compatible server, which sees up to 64 pictures at once.
 
-    `question(prompt)` is asked of each picture. The server's key, if it wants one, is in OPENAI_API_KEY.
+    `question` may hold {prompt}, the picture's own. The server's key, if it wants one, is in OPENAI_API_KEY.
     """
     how_to_start = f"vllm serve {model}"
     if not url.startswith(("openai+http://", "openai+https://")):
@@ -117,7 +116,8 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
     def ask_one(image: np.ndarray, prompt: str, temperature: float) -> str:
         encoded = base64.b64encode(picture_file(image, "PNG", compress_level=1)).decode()
         picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded}"}}
-        messages = [{"role": "user", "content": [picture, {"type": "text", "text": question(prompt)}]}]
+        text = {"type": "text", "text": question.format(prompt=prompt)}
+        messages = [{"role": "user", "content": [picture, text]}]
         request = {"model": model, "messages": messages, "temperature": temperature,
                    "max_tokens": ANSWER_TOKENS}
         response = post(url, json=request, headers=headers, deadline=deadline, how_to_start=how_to_start)
@@ -127,9 +127,8 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
             parts = [{"text": content}] if isinstance(content, str) else content
             return "".join(part.get("text") or "" for part in parts)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            answer = one_line(response.text, 200)
-            answered = f"it answered {answer!r}"
-            raise RewardError(f"{without_user(url)} is no OpenAI-compatible server: {answered}") from error
+            said = one_line(response.text, 200)
+            raise RewardError(f"no OpenAI-compatible server: {without_user(url)} said {said!r}") from error
 
     def ask(images: np.ndarray, prompts: list[str], temperature: float) -> list[str]:
         with ThreadPool(min(64, len(images))) as threads:  # daemons, for which no program's end waits
@@ -142,6 +141,7 @@ def openai_judge(name: str, question: Callable[[str], str], url: str, model: str
 def qwenvl_in_process(model: str, device: str, batch: int) -> Ask:
     """Return an `Ask` of Qwen2.5-VL by transformers in this process, `batch` pictures at once."""
     with one_line_errors("reward 'qwenvl' needs: pip install transformers torch torchvision"):
+        import torch
         import torchvision  # noqa: F401, which transformers needs for this model's processor
         from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
     dtype = "bfloat16" if device.startswith("cuda") else "float32"
@@ -151,7 +151,6 @@ def qwenvl_in_process(model: str, device: str, batch: int) -> Ask:
     content = [{"type": "image"}, {"type": "text", "text": QUALITY_QUESTION}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     lock = threading.Lock()  # one thread at a time, because tokenizers keep state between calls
-    torch = importlib.import_module("torch")
 
     def ask(images: np.ndarray, prompts: list[str], temperature: float) -> list[str]:
         sampling = {"do_sample": False}
@@ -178,7 +177,7 @@ def qwenvl(*, device: str = "cpu", batch: int = 16, model: str = "Qwen/Qwen2.5-V
     It runs in this process by transformers, or through the OpenAI-compatible server at `url`.
     """
     if url:
-        ask = openai_judge("qwenvl", lambda prompt: QUALITY_QUESTION, url, model, deadline)
+        ask = openai_judge("qwenvl", QUALITY_QUESTION, url, model, deadline)
     else:
         ask = qwenvl_in_process(model, device, batch)
     return judge_reward("qwenvl", ask, QWENVL_SCORE, max_unanswered)
@@ -190,8 +189,5 @@ def unifiedreward(*, model: str = "CodeGoat24/UnifiedReward-7b-v1.5", url: str =
 
     It needs an OpenAI-compatible server at `url`.
     """
-    def question(prompt: str) -> str:
-        return ALIGNMENT_QUESTION.format(prompt=prompt)
-
-    ask = openai_judge("unifiedreward", question, url, model, deadline)
+    ask = openai_judge("unifiedreward", ALIGNMENT_QUESTION, url, model, deadline)
     return judge_reward("unifiedreward", ask, UNIFIED_SCORE, max_unanswered)

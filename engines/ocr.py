@@ -146,17 +146,6 @@ def rapidocr_line_reader() -> Reader:
     return read
 
 
-def paddle_text(result: list) -> str:
-    """Return the text in what PaddleOCR says of one picture, its lines joined by a space.
-
-    3.x: `[{"rec_texts": [text, ...], ...}]`. 2.x: `[[[box, (text, score)], ...]]`, or `[None]` without text.
-    """
-    page = result[0]
-    if isinstance(page, dict):
-        return " ".join(page["rec_texts"])
-    return " ".join(text for _, (text, _) in page or ())
-
-
 def paddle_model(kind: str, model: str) -> dict[str, str]:
     """Return PaddleOCR's arguments for a model, which is a directory, a name or "" for its own choice."""
     if not os.path.isdir(model):
@@ -170,19 +159,14 @@ def paddle_model(kind: str, model: str) -> dict[str, str]:
 
 
 def paddleocr_reader(detection: str = "", recognition: str = "") -> Reader:
-    """Build a reader of scenes by PaddleOCR 3.x or 2.x, as the reference reads.
+    """Build a reader of scenes by PaddleOCR 3.x, as the reference reads. Lines are joined by a space.
 
-    `detection`, `recognition`: directories of models or, in 3.x, names of PaddleOCR's own. PaddleOCR fetches
-    those for English in place of "". 3.x runs on paddlepaddle, or on onnxruntime if that is missing or a
-    model is an .onnx.
+    `detection`, `recognition`: directories of models, or names of PaddleOCR's own, which fetches those for
+    English in place of "". It runs on paddlepaddle, or on onnxruntime if that is missing or a model is an
+    .onnx.
     """
     with one_line_errors("cannot read text: pip install paddleocr paddlepaddle"):
         from paddleocr import PaddleOCR
-    if not hasattr(PaddleOCR, "predict"):
-        models = {"det_model_dir": detection or None, "rec_model_dir": recognition or None}
-        reader = PaddleOCR(lang="en", use_gpu=False, use_angle_cls=False, cpu_threads=1, show_log=False,
-                           **models)
-        return lambda images: [paddle_text(reader.ocr(image, cls=False)) for image in to_bgr(images)]
     models = paddle_model("detection", detection) | paddle_model("recognition", recognition)
     engine = {"cpu_threads": 1}
     onnx = any(model and os.path.isfile(f"{model}/inference.onnx") for model in (detection, recognition))
@@ -192,9 +176,9 @@ def paddleocr_reader(detection: str = "", recognition: str = "") -> Reader:
         engine = {"engine": "onnxruntime", "engine_config": {"intra_op_num_threads": 1}}
     reader = PaddleOCR(
         **(models or {"lang": "en"}), **engine, device="cpu",
-        text_rec_score_thresh=0.5,  # the default of 2.x
+        text_rec_score_thresh=0.5,  # the default of 2.x, which the reference runs
         use_doc_orientation_classify=False, use_doc_unwarping=False, use_textline_orientation=False)
-    return lambda images: [paddle_text(reader.predict(image)) for image in to_bgr(images)]
+    return lambda images: [" ".join(reader.predict(image)[0]["rec_texts"]) for image in to_bgr(images)]
 
 
 # ---------------------------------------------------------------- the rewards

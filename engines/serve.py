@@ -234,21 +234,18 @@ class RequestReader:
 
         length = request.headers.get("content-length", "")
         too_large = length.isdecimal() and int(length) > self.max_request
+        most = f"a request has at most {self.max_request_mb} MB; send fewer images at once"
+        late = f"the request did not come within {READ_SECONDS} s; ask again"
         try:
             # Read a body that is too large for 2 seconds, because a client that is cut off sees no answer.
             body, size = await asyncio.wait_for(self.read_body(request), 2 if too_large else READ_SECONDS)
-            too_large = size > self.max_request
+            if size > self.max_request:
+                raise TooLarge(most)
+            return await run_in_threadpool(self.parse, body)
         except asyncio.TimeoutError:
-            if not too_large:
-                late = f"the request did not come within {READ_SECONDS} s; ask again"
-                raise HTTPException(503, late) from None
+            raise HTTPException(*(413, most) if too_large else (503, late)) from None
         except ClientDisconnect:
             raise HTTPException(400, "the client left") from None
-        if too_large:
-            most = f"a request has at most {self.max_request_mb} MB"
-            raise HTTPException(413, f"{most}; send fewer images at once")
-        try:
-            return await run_in_threadpool(self.parse, body)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
@@ -354,25 +351,34 @@ def make_app(name: str, reward: Reward, batch: int = 16, max_request_mb: int = 2
 
 # ---------------------------------------------------------------- the command
 
-def serve(name: str, host: str, port: int, max_request_mb: int, max_waiting: int, **options: Any) -> None:
-    """Serve one reward until SIGTERM or Ctrl-C; `options` are those of `rewards.build_rewards`.
+def serve(given: argparse.Namespace) -> None:
+    """Serve one reward until SIGTERM or Ctrl-C. `given`: the command line that `main` parses.
 
     Raises ValueError, ImportError or OSError if that cannot be.
     """
-    check_reward_weights({name: 1.0}, options["urls"])
+    if len(given.models) % 2:
+        raise ValueError(f"--models {' '.join(given.models)}: give pairs, a name and a path")
+    if min(given.max_request_mb, given.max_waiting) < 1:
+        raise ValueError(f"--max-request-mb is {given.max_request_mb} and --max-waiting {given.max_waiting}: "
+                         "each must be at least 1")
+    name, host, urls = given.name, given.host, {given.name: given.url} if given.url else {}
+    check_reward_weights({name: 1.0}, urls)
     with one_line_errors("cannot serve: pip install fastapi uvicorn"):
         import fastapi  # noqa: F401, which make_app needs
         from uvicorn import Config, Server
     # Listen before the reward loads, so that a port that is taken is an error now and early clients wait.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family, backlog=1024)
+    listening = socket.create_server((host, given.port), family=family, backlog=1024)
     token = os.environ.get("REWARD_TOKEN", "")
-    batch = options["batch"] * options["threads"]  # so that all workers are busy for most of it
-    reward = build_rewards({name: 1.0}, **options).components[name]
+    reward = build_rewards(
+        {name: 1.0}, threads=given.threads, device=given.device, batch=given.batch, deadline=given.deadline,
+        max_unanswered=given.max_unanswered, trust_remote_code=given.trust_remote_code, urls=urls,
+        models=dict(zip(given.models[::2], given.models[1::2]))).components[name]
     # A reward that another server computes may not be importable here.
-    known = name in REGISTRY or not options["urls"]
+    known = name in REGISTRY or not urls
     check = getattr(import_reward(name), "check_prompt", None) if known else None
-    app = make_app(name, reward, batch=batch, max_request_mb=max_request_mb, max_waiting=max_waiting,
+    batch = given.batch * given.threads  # so that all workers are busy for most of it
+    app = make_app(name, reward, batch, max_request_mb=given.max_request_mb, max_waiting=given.max_waiting,
                    token=token, check=check)
     shown = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
@@ -406,19 +412,8 @@ def main(arguments: list[str]) -> int:
     command.add_argument("--url", default="", help="where it asks in turn: openai+http://..., pickle+...")
     command.add_argument("--max-request-mb", type=int, default=256, help="of a request, as sent and decoded")
     command.add_argument("--max-waiting", type=int, default=4096, help="images held at once")
-    given = parser.parse_args(arguments)
     try:
-        if len(given.models) % 2:
-            raise ValueError(f"--models {' '.join(given.models)}: give pairs, a name and a path")
-        for flag in ("max_request_mb", "max_waiting"):
-            if getattr(given, flag) < 1:
-                name = f"--{flag.replace('_', '-')}"
-                raise ValueError(f"{name} is {getattr(given, flag)}; it must be at least 1")
-        serve(given.name, given.host, given.port, given.max_request_mb, given.max_waiting,
-              threads=given.threads, device=given.device, batch=given.batch, deadline=given.deadline,
-              max_unanswered=given.max_unanswered, trust_remote_code=given.trust_remote_code,
-              models=dict(zip(given.models[::2], given.models[1::2])),
-              urls={given.name: given.url} if given.url else {})
+        serve(parser.parse_args(arguments))
     except (ValueError, ImportError, OSError, OverflowError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

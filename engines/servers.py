@@ -6,6 +6,7 @@ gets nothing new until it answers, and the others compute what it holds up. One 
 each of these. Scores keep the order of the pictures, whoever computed them.
 """
 import collections
+import contextlib
 import sys
 import threading
 import time
@@ -163,23 +164,16 @@ class Servers:
         busy = error.status in (408, 429, 503)
         if not busy:
             self.say(server, f"is gone ({error}); the others go on, and it is asked again")
-        self.look_later(server, max(LOOK_AGAIN[0], error.after), busy)
+        in_thread(self.wait_until_back, server, max(LOOK_AGAIN[0], error.after), busy)
 
-    def look_later(self, server: Server, seconds: float, quiet: bool) -> None:
-        timer = threading.Timer(seconds, self.look, [server, seconds, quiet])
-        timer.daemon = True
-        timer.start()
-
-    def look(self, server: Server, seconds: float, quiet: bool) -> None:
-        """See whether a server answers at all, whatever it says."""
-        try:
-            address = server.url.rstrip("/").removesuffix("/score")
-            there = http_client().get(f"{address}/health", timeout=10).status_code < 500
-        except Exception:  # of any type, because this thread is nobody's
-            there = False
-        if not there:
-            return self.look_later(server, min(2 * seconds, LOOK_AGAIN[1]), quiet)
-        server.away = False
+    def wait_until_back(self, server: Server, seconds: float, quiet: bool) -> None:
+        """Look at a server less and less often, until it answers at all, whatever it says."""
+        address = server.url.rstrip("/").removesuffix("/score")
+        while server.away:
+            time.sleep(seconds)
+            with contextlib.suppress(Exception):  # of any type, because this thread is nobody's
+                server.away = http_client().get(f"{address}/health", timeout=10).status_code >= 500
+            seconds = min(2 * seconds, LOOK_AGAIN[1])
         if not quiet:
             self.say(server, "is back")
 

@@ -127,7 +127,6 @@ def prepared(model: Path, device: torch.device, **changes) -> tuple:
     _, config, prompts, _ = prepare([*SETTING, "--model", str(model)])
     config = replace(config, **changes)
     learner = Learner(make_policy(config, device), config)
-    learner.set_learning_rate(1)
     return learner, Scorer(make_rewards(config, device), learner.policy, config), prompts, config
 
 

@@ -1,7 +1,7 @@
 """Claims about rewards.py, proven on the real rapidocr engines.
 
 PaddleOCR is not installed here: of the reward `ocr`, only the parsing of its results is tested, on results built
-by hand in the two shapes that its versions return.
+by hand.
 """
 
 import functools
@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,12 +304,17 @@ def test_a_background_worker_gives_the_scores_of_the_main_thread():
             }
 
 
-def test_paddle_text_joins_the_lines_of_both_result_shapes():
-    box = [[0, 0], [9, 0], [9, 9], [0, 9]]
-    assert ocr.paddle_text([{"rec_texts": ["green", "tea"], "rec_scores": [0.9, 0.8]}]) == "green tea"
-    assert ocr.paddle_text([{"rec_texts": [], "rec_scores": []}]) == ""
-    assert ocr.paddle_text([[[box, ("green", 0.9)], [box, ("tea", 0.8)]]]) == "green tea"
-    assert ocr.paddle_text([None]) == ocr.paddle_text([[]]) == ""
+def test_the_lines_that_paddleocr_finds_are_joined(monkeypatch):
+    class PaddleOCR:
+        def __init__(self, **settings):
+            self.texts = iter((["green", "tea"], []))
+
+        def predict(self, image):
+            return [{"rec_texts": next(self.texts), "rec_scores": []}]
+
+    monkeypatch.setitem(sys.modules, "paddleocr", SimpleNamespace(PaddleOCR=PaddleOCR))
+    images, prompt = np.zeros((2, 8, 8, 3), np.uint8), 'a sign that says "green tea"'
+    assert build_rewards({"ocr": 1})(images, [prompt] * 2, [{}] * 2)["ocr"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -112,23 +113,17 @@ class Clock:
                     return call(latents, sigma)
             return counted
 
-        wrapped = [(policy, "velocity", counted_velocity)]
-        for owner, name, phase in [
-                (policy, "cache_text", "text"), (policy, "encode", "text"), (policy, "decode", "decode"),
-                (scorer, "submit", "reward_wait"), (scorer, "collect", "reward_wait"),
-                (learner, "step", "optimizer")]:
-            wrapped.append((owner, name, self.timed(phase, getattr(owner, name))))
-        for owner, name, function in wrapped:
-            setattr(owner, name, function)
-        distributed.around_collective = self.collective
-        self.since = time.perf_counter()
-        try:
+        with contextlib.ExitStack() as patches:
+            for owner, name, phase in [
+                    (policy, "cache_text", "text"), (policy, "encode", "text"), (policy, "decode", "decode"),
+                    (scorer, "submit", "reward_wait"), (scorer, "collect", "reward_wait"),
+                    (learner, "step", "optimizer")]:
+                patches.enter_context(patch.object(owner, name, self.timed(phase, getattr(owner, name))))
+            patches.enter_context(patch.object(policy, "velocity", counted_velocity))
+            patches.enter_context(patch.object(distributed, "around_collective", self.collective))
+            self.since = time.perf_counter()
             yield
             self._switch()
-        finally:
-            distributed.around_collective = contextlib.nullcontext
-            for owner, name, _ in wrapped:
-                delattr(owner, name)             # the class's own method shows again
 
     def split_waiting(self) -> None:  # all ranks
         """Tell waiting for other ranks from the collectives' own time.
@@ -220,9 +215,10 @@ class Setting:
         medians = distributed.gather_objects(
             {phase: statistics.median(seconds) for phase, seconds in self.phases.items()})
         phases = {phase: statistics.mean(rank[phase] for rank in medians) for phase in PHASES}
-        total = sum(phases.values())
+        total, on_gpu = sum(phases.values()), self.device.type == "cuda"
         result = {
-            "setting": self.name, "ranks": distributed.world_size(), "device": device_name(self.device),
+            "setting": self.name, "ranks": distributed.world_size(),
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else f"CPU, {os.cpu_count()} cores",
             "images": self.images, "plan": self.plan.splitlines(),
             "epoch_seconds": epoch, "epochs": self.seconds, "images_per_second": self.images / epoch,
             "floor_seconds": floor, "efficiency": floor / epoch,
@@ -233,7 +229,7 @@ class Setting:
             "transformer_calls": {piece: sum(rank[piece] for rank in rows) for piece in NETWORK},
             "flops": flops,
             "peak_memory_bytes": max(distributed.gather_objects(self.peak_memory))}
-        if self.device.type == "cuda":
+        if on_gpu:
             rate = matrix_product_rate(self.device)
             in_network = sum(phases[phase] for phase in NETWORK)
             result |= {"matrix_product_rate": rate,
@@ -253,10 +249,6 @@ def filler_rows(samples: train.Samples, advantages: torch.Tensor, config: Config
                for j in positions)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU, or resident in this process."""
     if device.type == "cuda":
@@ -264,7 +256,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def show(result: dict, first: dict | None) -> None:
+def show(result: dict, first: dict) -> None:
     print(f"\n{result['setting']}: {result['ranks']} x {result['device']}", *result["plan"], sep="\n")
     for phase, seconds in result["phases"].items():
         if seconds:
@@ -287,7 +279,7 @@ def show(result: dict, first: dict | None) -> None:
         print(f"bf16 products     {result['matrix_product_rate'] / 1e12:.0f} TFLOP/s; of that, replay "
               f"{result['replay_share_of_rate']:.1%}, all of the transformer "
               f"{result['transformer_share_of_rate']:.1%}")
-    if first and first is not result:
+    if first is not result:
         measured = result["images_per_second"] / first["images_per_second"]
         predicted = (first["floor_seconds"] / first["images"]) / (result["floor_seconds"] / result["images"])
         print(f"against the first {measured:.2f} times as fast; the floors say {predicted:.2f}: "
@@ -310,9 +302,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[list[str]]]:
         raise ValueError(message)
 
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog="The settings are the trainer's: python train.py [PRESET] --help.",
-        usage="python -m tools.bench [PRESET] [--field value ...] [-- ...] [--rounds 5] [--ranks N] "
-              "[--json FILE] [--estimate [--card NAME]]",
+        prog="python -m tools.bench [PRESET] [--field value ...] [-- ...]", description=__doc__,
+        epilog="The settings are the trainer's: python train.py [PRESET] --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = refuse
     parser.add_argument("--rounds", type=positive, default=5, help="timed epochs of each setting")
@@ -365,7 +356,6 @@ def launch(settings: list[list[str]], ranks: int | None) -> None:
 
 def main() -> None:
     os.environ["TQDM_DISABLE"] = "1"
-    plan = ""
     try:
         own, words_of_settings = parse(sys.argv[1:])
         if own.estimate:
@@ -376,7 +366,7 @@ def main() -> None:
         device = distributed.setup()
         settings = [Setting(words, device) for words in words_of_settings]
     except (RewardError, ValueError, OSError, ImportError, DoesNotFit, distributed.LostRank) as error:
-        end_with(error, plan, "")
+        end_with(error, "", "")
     for setting in settings[1:]:
         setting.floor.share(settings[0].floor)
     plan = "; ".join(setting.plan for setting in settings)

@@ -7,7 +7,6 @@ published size and in the run's dtype, and each operation tells what it takes.
 import functools
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 from config import Config
 from policy import Policy
+from tools.floor import network_calls, random_latents
 
 # A hub id -> the `random:` model of its size, and billions of weights in its text encoders.
 PUBLISHED = {"stabilityai/stable-diffusion-3.5-medium": ("random:sd35m", 5.58),
@@ -32,6 +32,9 @@ PUBLISHED = {"stabilityai/stable-diffusion-3.5-medium": ("random:sd35m", 5.58),
              "Tongyi-MAI/Z-Image": ("random:z_image", 4.02)}
 
 aten = torch.ops.aten
+# PyTorch counts attention on a GPU alone.
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu] = sdpa_flop
+flop_registry[aten._scaled_dot_product_flash_attention_for_cpu_backward] = sdpa_backward_flop
 
 
 class Tally(TorchDispatchMode):
@@ -49,13 +52,8 @@ class Tally(TorchDispatchMode):
         if function.namespace != "aten":
             return out
         operation = function.overloadpacket
-        # PyTorch's own counter, FlopCounterMode, does not know attention on a CPU, and keeps alive what
-        # checkpointing computes again.
-        if operation is aten._scaled_dot_product_flash_attention_for_cpu:
-            self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))
-        elif operation is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.flops += sdpa_backward_flop_count(*(x.shape for x in args[:4]))
-        elif operation in flop_registry:
+        # PyTorch's own FlopCounterMode would keep alive what checkpointing computes again.
+        if operation in flop_registry:
             self.flops += flop_registry[operation](*args, **(kwargs or {}), out_val=out)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not function.is_view and operation is not aten.detach:
@@ -106,9 +104,10 @@ COUNTED = ("model", "dtype", "resolution", "max_sequence_length", "guidance_scal
 def count(config: Config) -> "Counts":
     """Make the counts of a setting, or find those of an earlier one whose calls are the same."""
     kept = float(config.full_finetune and config.beta > 0)      # whether training keeps a copy as reference
-    return _counts(Config(**{name: getattr(config, name) for name in COUNTED}, beta=kept))
+    return Counts(Config(**{name: getattr(config, name) for name in COUNTED}, beta=kept))
 
 
+@functools.cache
 class Counts:
     """What calls of a policy take, by phase, and the bytes of what stays in memory.
 
@@ -143,10 +142,9 @@ class Counts:
         policy.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         self.trained_weights = sum(p.numel() for p in policy.parameters)
         self.trained = sum(p.nbytes for p in policy.parameters)                      # bytes of these
-        self.branches = policy.branches(config.guidance_scale)
+        self.guidance_scale, self.branches = config.guidance_scale, policy.branches(config.guidance_scale)
         self.alive = [tensor for part in (*networks, policy.pipe.vae)
                       for tensor in (*part.parameters(), *part.buffers())]
-        self.phases = phases(policy, config.guidance_scale)
         self.known: dict[str, Call] = {}
 
     def call(self, phase: str) -> Call:
@@ -157,15 +155,14 @@ class Counts:
 
     def tally(self, phase: str, images: int) -> np.ndarray:
         """Count a call of a phase on so many images."""
-        call = self.phases[phase](images)          # its text has values, because lengths are read from it
+        # Text has values, because lengths are read from it.
+        calls = network_calls(self.policy, ["a"] * images, self.guidance_scale)
+        calls["training"] = calls["replay"]
+        calls["decode"] = lambda: self.policy.decode(random_latents(self.policy, images))
         with self.fake, torch.no_grad(), Tally(self.alive) as counted:
-            call()
-        for p in self.policy.parameters:
-            p.grad = None
+            calls[phase]()
+        self.policy.network.zero_grad()
         return np.array([counted.flops, counted.moved, counted.kernels, counted.peak], dtype=float)
-
-
-_counts = functools.cache(Counts)
 
 
 def size_of(part: nn.Module) -> int:
@@ -185,30 +182,5 @@ def lose_values(part: nn.Module, fake: FakeTensorMode, like_a_gpu: bool = False)
             for tensors in (module._parameters, module._buffers, vars(module)):
                 for name, value in tensors.items():
                     if isinstance(value, Tensor):
-                        empty = torch.empty(value.shape, dtype=value.dtype)
-                        tensors[name] = nn.Parameter(empty, requires_grad=value.requires_grad) if isinstance(
-                            value, nn.Parameter) else empty
-
-
-def phases(policy: Policy, guidance_scale: float) -> dict[str, Callable[[int], Callable[[], object]]]:
-    """Phase -> a function that prepares a call of it on so many images."""
-    def inputs(images: int) -> tuple[Tensor, Tensor]:
-        latents = torch.zeros(images, *policy.latent_shape, dtype=policy.compute_dtype)
-        return latents, latents.new_full((images,), 0.5)
-
-    def network(images: int, make: Callable) -> Callable[[], Tensor]:
-        velocity = make(policy.encode(["a"] * images), guidance_scale)
-        return lambda: velocity(*inputs(images))
-
-    def train(images: int) -> Callable[[], None]:
-        call = network(images, policy.velocity)
-
-        def forward_and_backward() -> None:
-            with torch.enable_grad():
-                call().sum().backward()
-
-        return forward_and_backward
-
-    return {"rollout": lambda images: network(images, policy.velocity), "training": train,
-            "reference": lambda images: network(images, policy.reference_velocity),
-            "decode": lambda images: lambda: policy.decode(inputs(images)[0])}
+                        tensors[name] = torch.empty(value.shape, dtype=value.dtype,
+                                                    requires_grad=value.requires_grad)

@@ -327,9 +327,7 @@ def load_examples(options: DemoOptions, config: Config) -> list[Prompt]:
 def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...]) -> tuple[Studio, list[str]]:
     """Load everything, and say what the page should tell of it. Raises ValueError, ImportError or OSError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    usual_dtype = "bfloat16" if device.type == "cuda" else "float32"
     rewards, examples, notes = None, [], []
     weights = dict(config.rewards)
     with noting(notes, bool(options.rewards), "The run's rewards cannot be had, so nothing is scored: {}. "
@@ -339,9 +337,9 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
             urls={name: url for name, url in config.urls.items() if name in weights}) if weights else None
     with noting(notes, bool(options.prompts), "The run's prompts cannot be had: {}. Others: --prompts SET"):
         examples = load_examples(options, config)
-    policy = Policy(config.model, device, dtype, resolution=config.resolution, lora_rank=0,
-                    max_sequence_length=config.max_sequence_length,
-                    offload_text_encoders=options.offload_text_encoders)
+    policy = Policy(config.model, device, usual_dtype if options.dtype == "auto" else options.dtype,
+                    resolution=config.resolution, max_sequence_length=config.max_sequence_length,
+                    lora_rank=0, offload_text_encoders=options.offload_text_encoders)
     studio = Studio(policy, rewards, examples)
     for adapter in adapters:
         studio.add(adapter)
@@ -373,11 +371,10 @@ def export(options: DemoOptions) -> None:
         for note in notes:
             print(f"warning: {note}", file=sys.stderr)
         steps, guidance, (height, width) = config.eval_num_steps, config.guidance_scale, config.resolution
-        firsts = [PictureRequest(example.text, 1, steps, guidance, (height, width))
-                  for example in studio.examples]
         about = (f"{config.model}, test prompts of {config.prompts}, {steps} steps, guidance {guidance:g}, "
                  f"height {height}, width {width}. {COLUMNS}")
-        columns = [requests_of(first, options.num_seeds) for first in firsts]
+        columns = [requests_of(PictureRequest(example.text, 1, steps, guidance, (height, width)),
+                               options.num_seeds) for example in studio.examples]
         print(write_gallery(studio, columns, pictures, about))
 
 

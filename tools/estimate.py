@@ -81,6 +81,17 @@ class Estimate:
         self.memory = max(self.encoding, *itertools.starmap(self.needed, [
             ("training", self.train_batch), ("rollout", self.rollout_batch),
             ("decode", min(self.images_per_decode, self.rollout_batch))]))
+        # Phase -> how often an image passes through it in an epoch, and in an evaluation.
+        calls = {"rollout": self.plan.rollout_calls, "training": self.plan.replay_calls,
+                 "reference": self.plan.reference_calls}
+        self.times = {phase: n / counts.branches / self.plan.samples for phase, n in calls.items() if n}
+        self.times["decode"] = 1.0
+        # Drift calls the policy and its reference once, unless full fine-tuning keeps no reference.
+        drift = int(config.beta > 0 or not config.full_finetune)
+        self.eval_times = {"rollout": config.eval_num_steps + drift, "reference": drift, "decode": 1}
+        # FLOPs of an image in an epoch, and an epoch's seconds.
+        self.image_flops = sum(times * self.flops(phase) for phase, times in self.times.items())
+        self.epoch = self.plan.samples_per_rank * self.image_seconds(self.times)
 
     def needed(self, phase: str, batch: int) -> float:
         """Bytes of a batch and of all that stays."""
@@ -120,15 +131,6 @@ class Estimate:
         """FLOPs of an image in one call of a phase."""
         return self.counts.call(phase).on(1)[0]
 
-    @functools.cached_property
-    def times(self) -> dict[str, float]:
-        """Phase -> how often an image passes through it in an epoch."""
-        plan = self.plan
-        calls = {"rollout": plan.rollout_calls, "training": plan.replay_calls,
-                 "reference": plan.reference_calls}
-        times = {phase: n / self.counts.branches / plan.samples for phase, n in calls.items() if n}
-        return times | {"decode": 1.0}
-
     def seconds(self, phase: str) -> float:
         """Seconds of an image in one call of a phase."""
         batch = {"rollout": self.rollout_batch, "decode": self.images_per_decode}.get(phase, self.train_batch)
@@ -138,16 +140,9 @@ class Estimate:
         compiled = COMPILED if self.config.compile and phase != "decode" else 1
         return compiled * max(SLOWER * bare, LAUNCH * kernels) / batch
 
-    @functools.cached_property
-    def image_flops(self) -> float:
-        """FLOPs of an image in an epoch."""
-        return sum(times * self.flops(phase) for phase, times in self.times.items())
-
-    @functools.cached_property
-    def epoch(self) -> float:
-        """Seconds."""
-        image = sum(times * self.seconds(phase) for phase, times in self.times.items())
-        return self.plan.samples_per_rank * image
+    def image_seconds(self, times: dict[str, float]) -> float:
+        """Seconds of an image that passes through each phase so often."""
+        return sum(n * self.seconds(phase) for phase, n in times.items() if n)
 
     @functools.cached_property
     def evaluations(self) -> tuple[int, int]:
@@ -159,19 +154,12 @@ class Estimate:
         except (OSError, ValueError):
             return len(due), 0
 
-    @property
-    def eval_times(self) -> dict[str, int]:
-        """Phase -> how often an image passes through it in an evaluation."""
-        # Drift calls the policy and its reference once, unless full fine-tuning keeps no reference.
-        drift = int(self.config.beta > 0 or not self.config.full_finetune)
-        return {"rollout": self.config.eval_num_steps + drift, "reference": drift, "decode": 1}
-
     @functools.cached_property
     def hours(self) -> float:
         """Hours of the whole recipe on its cards, evaluations included."""
         number, prompts = self.evaluations
-        image = sum(times * self.seconds(phase) for phase, times in self.eval_times.items() if times)
-        return (self.config.epochs * self.epoch + number * -(-prompts // self.gpus) * image) / 3600
+        evaluation = -(-prompts // self.gpus) * self.image_seconds(self.eval_times)
+        return (self.config.epochs * self.epoch + number * evaluation) / 3600
 
 
 # ---- what is printed ---------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The floor of an epoch: the bare calls that the algorithm needs, each as fast as this machine makes it."""
 
-import functools
 import math
 import os
 import statistics
@@ -10,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
@@ -35,7 +35,7 @@ class Floor:
         self.branches = policy.branches(config.guidance_scale)
         self.images = config.groups_per_epoch * config.group_size
         # The trainer's own, (B, H, W, 3) uint8, because a reward's time may depend on what it sees.
-        self.pictures: torch.Tensor
+        self.pictures: Tensor
         self.rows: dict[str, int] = {}                     # piece -> of this rank in an epoch
         self.fastest: dict[str, tuple[int, int]] = {}      # piece -> batch size, threads
         self.rates = defaultdict(list)                     # piece -> seconds of a row, measured
@@ -49,38 +49,17 @@ class Floor:
                 getattr(self.config, name) == getattr(other.config, name) for name in same):
             self.rates, self.fastest = other.rates, other.fastest
 
-    def pieces(self) -> dict[str, Callable[[int], Callable[[], object]]]:
-        """Piece -> batch size -> one call of it on that many images."""
-        policy, guidance_scale = self.policy, self.config.guidance_scale
-
-        def latents(batch: int) -> torch.Tensor:
-            return torch.randn(batch, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
-
-        def prompts(batch: int) -> list:
-            return [self.prompts[i % len(self.prompts)] for i in range(batch)]
-
-        def network(velocity: Callable, batch: int) -> Callable:
-            call = velocity(policy.encode([p.text for p in prompts(batch)]), guidance_scale)
-            x = latents(batch)
-            sigma = x.new_full((batch,), 0.5)
-            return lambda: call(x, sigma)
-
-        def replay(batch: int):
-            forward, gradient = network(policy.velocity, batch), torch.full_like(latents(batch), 1e-6)
-            return lambda: torch.autograd.backward(forward(), gradient)
-
-        def decode(batch: int):
-            x = latents(batch)
-            return lambda: policy.decode(x)
-
-        def reward(batch: int):
-            pictures = np.take(self.pictures.cpu().numpy(), range(batch), axis=0, mode="wrap")
-            drawn = prompts(batch)
-            return lambda: self.rewards(pictures, [p.text for p in drawn], [p.metadata for p in drawn])
-
-        return {"rollout": lambda batch: torch.no_grad()(network(policy.velocity, batch)), "replay": replay,
-                "reference": functools.partial(network, policy.reference_velocity), "decode": decode,
-                "reward": reward}
+    def call(self, piece: str, batch: int) -> Callable[[], object]:
+        """Prepare a call of a piece on that many images."""
+        drawn = [self.prompts[i % len(self.prompts)] for i in range(batch)]
+        texts = [prompt.text for prompt in drawn]
+        if piece in NETWORK:
+            return network_calls(self.policy, texts, self.config.guidance_scale)[piece]
+        if piece == "decode":
+            latents = random_latents(self.policy, batch)
+            return lambda: self.policy.decode(latents)
+        pictures = np.take(self.pictures.cpu().numpy(), range(batch), axis=0, mode="wrap")
+        return lambda: self.rewards(pictures, texts, [prompt.metadata for prompt in drawn])
 
     def rate(self, piece: str, batch: int, threads: int, seconds: float) -> float:  # all ranks
         """Seconds of a row in a batch of this size on so many threads, on all ranks at once."""
@@ -89,7 +68,7 @@ class Floor:
         torch.set_num_threads(threads)
         distributed.wait_for_all()
         try:
-            call = self.pieces()[piece](batch)
+            call = self.call(piece, batch)
             call()                               # warm
             return seconds_per_call(call, self.policy.device, seconds) / rows
         except RuntimeError as error:            # larger than what the trainer was given
@@ -98,7 +77,7 @@ class Floor:
             return math.inf
         finally:
             torch.set_num_threads(before)
-            self._clear_gradients()
+            self.policy.network.zero_grad()
 
     def choose_fastest(self) -> None:  # all ranks
         """Find the fastest batch size and threads of each piece.
@@ -139,16 +118,35 @@ class Floor:
         counts = dict.fromkeys(NETWORK, 0.0)
         for piece in NETWORK:
             if self.rows[piece]:
-                call = self.pieces()[piece](1)
+                call = self.call(piece, 1)
                 with FlopCounterMode(display=False) as counter:
                     call()
                 counts[piece] = counter.get_total_flops() / self.branches
-        self._clear_gradients()
+        self.policy.network.zero_grad()
         return counts
 
-    def _clear_gradients(self) -> None:
-        for p in self.policy.parameters:
-            p.grad = None
+
+def random_latents(policy: Policy, images: int) -> Tensor:
+    return torch.randn(images, *policy.latent_shape, dtype=policy.compute_dtype, device=policy.device)
+
+
+def network_calls(policy: Policy, texts: list[str], guidance_scale: float) -> dict[str, Callable[[], object]]:
+    """Piece of NETWORK -> a call of it on an image for each text. A replay adds to the weights' gradients."""
+    text = policy.encode(texts)
+    velocity = policy.velocity(text, guidance_scale)
+    reference = policy.reference_velocity(text, guidance_scale)
+
+    def forward(velocity: Callable) -> Tensor:
+        latents = random_latents(policy, len(texts))
+        return velocity(latents, latents.new_full((len(texts),), 0.5))
+
+    @torch.enable_grad()
+    def replay() -> None:
+        v = forward(velocity)
+        v.backward(torch.full_like(v, 1e-6))
+
+    return {"rollout": torch.no_grad()(lambda: forward(velocity)), "replay": replay,
+            "reference": lambda: forward(reference)}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------

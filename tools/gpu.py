@@ -34,7 +34,8 @@ from pipelines import check_model
 from policy import Policy, to_device, to_host
 from prompts import load_prompts
 from sampler import Trajectory, replay, rollout, timestep_schedule
-from tools.measure import Check, clear_gradients, make_policy, network_calls, network_speed
+from tools.floor import PIECES, network_calls, synchronize
+from tools.measure import Check, make_policy, network_speed
 
 SECTIONS: dict[str, tuple[float, Callable]] = {}           # name -> seconds that it needs, what it does
 # The lines of a trainer that are noted.
@@ -196,7 +197,7 @@ def loss_scales(check: Check, name: str, policy: Policy, trajectory: Trajectory,
         (log_prob.sum() * scale).backward()
         found = {layer: p.grad.double().cpu() / scale for layer, p in policy.network.named_parameters()
                  if p.requires_grad}
-        clear_gradients(policy)
+        policy.network.zero_grad()
         return found
 
     exponents = (16, 24, 26, 28, 30, 32, 34)
@@ -221,9 +222,7 @@ def loss_scales(check: Check, name: str, policy: Policy, trajectory: Trajectory,
 @section("first command", 20)
 def first_command(check: Check, name: str) -> None:
     words = check.run_words if check.smoke else ["--epochs", "6", "--eval-every", "6", *check.to_here]
-    code = check.wait("tiny", check.start("tiny", [*words, "--run-name", "tiny"]), 90)
-    check.note(name, code=code, lines=check.said("tiny", *SPOKEN))
-    check.require(name, "the trainer ends with 0", code == 0)
+    check.finish(name, "tiny", check.start("tiny", [*words, "--run-name", "tiny"]), 90, *SPOKEN)
 
 
 @section("kill and resume", 130)
@@ -253,9 +252,7 @@ def bench(check: Check, name: str) -> None:
              "--rollout-batch", "8", "--train-batch", "8", "--rewards", "jpeg_compressibility", "1",
              *check.to_here, "--rounds", "1", "--ranks", "1", "--json", str(check.out / "bench.json")]
     model = ["tiny_ocr"] if check.smoke else ["sd35m_ocr_1gpu", "--model", "random:sd35m"]
-    code = check.wait("bench", check.start("bench", [*model, *words], program="tools.bench"), 140)
-    check.note(name, code=code, lines=check.said("bench")[-30:])
-    check.require(name, "the bench ends with 0", code == 0)
+    check.finish(name, "bench", check.start("bench", [*model, *words], program="tools.bench"), 140)
 
 
 # ---- levers: what a network call costs with each on and off ------------------------------------------------
@@ -266,11 +263,11 @@ def levers(check: Check, name: str) -> None:
     images, guidance = check.sampling["images"], check.sampling["guidance"]
 
     def measure(lever: str) -> None:
-        calls = network_calls(check, policy, guidance, images)
+        calls = network_calls(policy, ["a"] * images, guidance)
         for call in calls.values():
             call()                                         # warm
-        ms = {f"{what} ms": round(1e3 * check.timed(call, 5)[0], 1) for what, call in calls.items()}
-        check.note(name, **{lever: ms})
+        check.note(name, **{lever: {f"{PIECES[piece]} ms": round(1e3 * check.timed(call, 5)[0], 1)
+                                    for piece, call in calls.items()}})
 
     measure("as trained")
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -278,18 +275,18 @@ def levers(check: Check, name: str) -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
     with disable_input_dtype_casting(policy.network):
         measure("without the adapter's input cast")
-    for what, call in network_calls(check, policy, guidance, images).items():
+    for piece, call in network_calls(policy, ["a"] * images, guidance).items():
         # Where the time goes, by operation.
         activities = [ProfilerActivity.CPU] if check.smoke else [ProfilerActivity.CUDA, ProfilerActivity.CPU]
         with profile(activities=activities, acc_events=True) as profiled:
             call()
-            check.synchronize()
+            synchronize(check.device)
         events = sorted(profiled.key_averages(), key=lambda event: -event.self_device_time_total)
         operations = {event.key: round(event.self_device_time_total / 1e3, 2) for event in events
                       if event.key.startswith("aten::") and event.self_device_time_total}
         launches = sum(event.count for event in events if "LaunchKernel" in event.key)
         longest = dict(list(operations.items())[:16])
-        check.note(name, **{f"profile, {what}": {"launches": launches, "ms": longest}})
+        check.note(name, **{f"profile, {PIECES[piece]}": {"launches": launches, "ms": longest}})
 
 
 @section("compile", 110)
@@ -306,10 +303,10 @@ def compile(check: Check, name: str) -> None:
     deviation = largest_deviation(policy, trajectory, prompts, guidance, list(range(images)))
     check.note(name, **{"max |ratio - 1|": deviation})
     check.require(name, "the ratio is exactly 1", deviation == 0)
-    for what, call in network_calls(check, policy, guidance, images).items():
+    for piece, call in network_calls(policy, ["a"] * images, guidance).items():
         first, _ = check.timed(call)
         seconds, _ = check.timed(call, 5)
-        check.note(name, **{what: {"first s": round(first, 1), "ms": round(1e3 * seconds, 1)}})
+        check.note(name, **{PIECES[piece]: {"first s": round(first, 1), "ms": round(1e3 * seconds, 1)}})
 
 
 # ---- other networks, ranks and precisions ------------------------------------------------------------------
@@ -355,9 +352,7 @@ def two_ranks(check: Check, name: str) -> None:
     program.write_text(TWO_RANKS)
     words = check.run_words if check.smoke else ["--epochs", "2", *check.to_here]
     process = check.start("two", [*words, "--run-name", "two"], program=str(program), ranks=2)
-    code = check.wait("two", process, 80)
-    check.note(name, code=code, lines=check.said("two", *SPOKEN))
-    check.require(name, "the trainer ends with 0", code == 0)
+    check.finish(name, "two", process, 80, *SPOKEN)
 
 
 @section("tiny in half precision", 180)
@@ -368,9 +363,7 @@ def tiny_in_half_precision(check: Check, name: str) -> None:
     processes = {dtype: check.start(dtype, [*words, "--dtype", dtype, "--run-name", dtype])
                  for dtype in dtypes}
     for dtype, process in processes.items():
-        code = check.wait(dtype, process, 600)
-        check.note(name, **{dtype: {"code": code, "lines": check.said(dtype, *SPOKEN)[-6:]}})
-        check.require(name, f"the trainer in {dtype} ends with 0", code == 0)
+        check.finish(name, dtype, process, 600, *SPOKEN)
 
 
 # ---- program -----------------------------------------------------------------------------------------------

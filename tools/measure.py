@@ -16,6 +16,7 @@ import torch
 
 from config import ATTENTION
 from policy import Policy
+from tools.floor import PIECES, network_calls, synchronize
 
 
 class Check:
@@ -79,16 +80,12 @@ class Check:
         """Median seconds of a call, and what the last one returned. The smoke calls once."""
         seconds, times = [], 1 if self.smoke else times
         for _ in range(times):
-            self.synchronize()
+            synchronize(self.device)
             began = time.perf_counter()
             value = function()
-            self.synchronize()
+            synchronize(self.device)
             seconds.append(time.perf_counter() - began)
         return sorted(seconds)[times // 2], value
-
-    def synchronize(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
 
     def peak(self, function: Callable) -> tuple[float, object]:
         """The most memory that was allocated during the call, in GiB, and what it returned."""
@@ -97,7 +94,7 @@ class Check:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         value = function()
-        self.synchronize()
+        synchronize(self.device)
         return round(torch.cuda.max_memory_allocated() / 2**30, 2), value
 
     # ---- trainers, in processes of their own -------------------------------------------------------------
@@ -128,6 +125,12 @@ class Check:
             log.write("\n".join([f"===== {name}: {process.returncode}", *self.said(name)[-200:], ""]))
         return process.returncode
 
+    def finish(self, name: str, log: str, process: subprocess.Popen, seconds: float, *words: str) -> None:
+        """Wait for a process, note its exit code and what it said, and require that it ends with 0."""
+        code = self.wait(log, process, seconds)
+        self.note(name, **{log: {"code": code, "lines": self.said(log, *words)[-30:]}})
+        self.require(name, f"{log} ends with 0", code == 0)
+
     def wait_for(self, process: subprocess.Popen, came: Callable, seconds: float) -> bool:
         """Wait until `came()` is true, but not beyond the end of the process; whether it is true then."""
         end = time.time() + seconds
@@ -147,37 +150,17 @@ def make_policy(check: Check, dtype: str, *, model: str, targets, rank: int, res
     return policy
 
 
-def clear_gradients(policy: Policy) -> None:
-    for p in policy.parameters:
-        p.grad = None
-
-
-def network_calls(check: Check, policy: Policy, guidance: float, images: int) -> dict[str, Callable]:
-    """One forward, one forward and backward, and one forward of the reference."""
-    text = policy.encode(["a"] * images)
-    velocity, reference = policy.velocity(text, guidance), policy.reference_velocity(text, guidance)
-    x = torch.randn(images, *policy.latent_shape, device=check.device, dtype=policy.compute_dtype)
-    sigma = x.new_full((images,), 0.5)
-
-    def backward():
-        velocity(x, sigma).sum().backward()
-        clear_gradients(policy)
-
-    return {"forward": torch.no_grad()(lambda: velocity(x, sigma)), "forward + backward": backward,
-            "reference": lambda: reference(x, sigma)}
-
-
 def network_speed(check: Check, name: str, policy: Policy, guidance: float, sizes: tuple[int, ...]) -> None:
     """Note milliseconds and memory of a call on so many images."""
     for size in sizes:
-        calls = network_calls(check, policy, guidance, size)
-        found = {}
-        for what in ("forward", "forward + backward"):
+        calls, found = network_calls(policy, ["a"] * size, guidance), {}
+        for piece in ("rollout", "replay"):
+            what = PIECES[piece]
             try:
-                memory, _ = check.peak(calls[what])
-                seconds, _ = check.timed(calls[what], 2)
+                memory, _ = check.peak(calls[piece])
+                seconds, _ = check.timed(calls[piece], 2)
                 found[what] = {"ms an image": round(1e3 * seconds / size, 1), "peak GiB": memory}
             except RuntimeError as error:
                 found[what] = str(error)[:100]
         check.note(name, **{f"{size} images": found})
-        clear_gradients(policy)
+        policy.network.zero_grad()
