@@ -245,8 +245,8 @@ FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range
 LATE = dict(shared_start_noise=True, window_size=2)
 
 PRESETS = {
-    "tiny_ocr": Config(**LATE, window_range=(2, 4), noise_level=1.2, guidance_scale=2.5, epochs=10, eval_every=5,
-                       learning_rate=6e-4, learning_rate_half_life=15),
+    "tiny_ocr": Config(**LATE, window_range=(2, 4), noise_level=1.2, guidance_scale=2.5, epochs=10,
+                       eval_every=5, learning_rate=6e-4, learning_rate_half_life=15),
     "tiny_ocr_collapse": Config(),      # trains first steps, so that all pictures get one background
     # The fastest, which collapses where it goes on for longer: docs/experiments.md.
     "tiny_ocr_awm": Config(objective="awm", guidance_scale=2.5, clip_range=1.0, epochs=4, learning_rate=6e-4,

@@ -206,8 +206,7 @@ def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
     """Return metrics of the held-out prompts, each counted once, and the first images and their scores."""
     mine = list(rank_slice(len(prompts), distributed.rank(), distributed.world_size()))
     scores, kept = evaluate_slice(learner, scorer, prompts, mine, config)
-    # Ranks hold prompts in their order.
-    images = np.concatenate(distributed.gather_objects(kept.numpy()))       # (images, H, W, 3) uint8
+    images = np.concatenate(distributed.gather_objects(kept.numpy()))       # by rank, and so by prompt
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
     metrics = mean_scores("eval", scores) | spreads("eval", scores.pop("thumbnail"))
     scores.pop("drift", None)                                               # of the policy, not of an image

@@ -64,11 +64,11 @@ def continued(directory: Path, config: Config) -> Config:
     for name in changed_fields(old, config):
         raise ValueError(f"--{name.replace('_', '-')} is {to_dict(config)[name]!r}, but {config.run_name!r} "
                          f"was started with {old.get(name)!r}: give that, or choose another --run-name")
-    for name, _ in sorted(old["prompt_files"].items() - prompt_files(config).items()):
+    for name, _ in sorted(old.get("prompt_files", {}).items() - prompt_files(config).items()):
         raise ValueError(f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} "
                          "was started: put the old one back, or choose another --run-name")
-    return replace(config, rollout_batch=config.rollout_batch or old["rollout_batch"],
-                   train_batch=config.train_batch or old["train_batch"])
+    return replace(config, rollout_batch=config.rollout_batch or old.get("rollout_batch", 0),
+                   train_batch=config.train_batch or old.get("train_batch", 0))
 
 
 def changed_fields(saved: dict, config: Config) -> list[str]:

@@ -121,7 +121,7 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
         found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
         now_finite = ", but every batch of it was when computed again: suspect memory or the machine"
         said = next(filter(None, distributed.gather_objects(found)), now_finite)
-        learner.skip(NonFinite(f"the {quantity} of {where} is not finite{said}"), 1)
+        learner.skip(NonFinite(f"the {quantity} of {where} is not finite{said}; the weights stay as they were"), 1)
         statistics.leave_out_update()
 
 
@@ -155,8 +155,9 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
         path = save_debug_tensors(
             config, where.partition(",")[0], prompts, samples=torch.tensor(indices), log_prob_again=log_prob,
             steps=torch.tensor(steps), advantages=advantages[indices], mean_again=mean, **tensors_of(rows))
+        knobs = "--learning-rate" if config.objective == "awm" else "--learning-rate or --noise-level"
         return (f" on rank {distributed.rank()} for prompt {samples.prompts[worst].text!r}: tensors are in "
-                f"{path}; lower --learning-rate or --noise-level, or in float16 use --dtype bfloat16")
+                f"{path}; lower {knobs}, or in float16 use --dtype bfloat16")
     return ""
 
 
