@@ -121,7 +121,8 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
         found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
         now_finite = ", but every batch of it was when computed again: suspect memory or the machine"
         said = next(filter(None, distributed.gather_objects(found)), now_finite)
-        learner.skip(NonFinite(f"the {quantity} of {where} is not finite{said}; the weights stay as they were"), 1)
+        line = f"the {quantity} of {where} is not finite{said}; the weights stay as they were"
+        learner.skip(NonFinite(line), 1)
         statistics.leave_out_update()
 
 

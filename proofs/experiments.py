@@ -2,7 +2,7 @@
 
     python -m proofs.experiments TABLE [--seeds 1 2 3] [--at-once 2] [--directory runs/experiments]
 
-    half_precision    the default in float32, bfloat16 and float16
+    half_precision    a late window in float32, bfloat16 and float16
     windows           place of the window x shared start or not x noise level
     kl                the early window, with more and more KL to the reference
     steps             denoising steps in training, evaluated at the same 16 steps
@@ -30,7 +30,8 @@ from config import parse_config
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = {"0-1": "0 2", "2-3": "2 4", "4-5": "4 6", "6-7": "6 8"}      # trained steps -> --window-range
 TABLES = {                                                             # table -> row -> command line of train.py
-    "half_precision": {dtype: f"tiny_ocr --dtype {dtype}" for dtype in ("float32", "bfloat16", "float16")},
+    "half_precision": {dtype: f"tiny_ocr --window-range 3 6 --noise-level 0.9 --epochs 30 --dtype {dtype}"
+                       for dtype in ("float32", "bfloat16", "float16")},
     "windows": {
         f"steps {place}, {'shared' if shared else 'own'} start, noise {noise}":
             f"tiny_ocr --epochs 10 --window-range {PLACES[place]} --noise-level {noise}"

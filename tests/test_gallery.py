@@ -181,7 +181,7 @@ def test_a_run_shows_itself_and_goes_on_though_it_was_begun_before_it_could(trai
     (shown,) = runs_on(run / "index.html")
     assert [e["epoch"] for e in shown["evaluations"]] == [0, 1] == shown["epochs"]
     assert set(shown["evaluations"][0]["scores"]) == {"total", "jpeg_incompressibility"}
-    assert shown["config"]["preset"] == "tiny_ocr" and shown["config"]["differs_from_preset"]["epochs"] == 30
+    assert shown["config"]["preset"] == "tiny_ocr" and shown["config"]["differs_from_preset"]["epochs"] == 10
     assert "seed" not in shown["config"]["differs_from_preset"]
     assert_tensorboard_agrees(run)
 
