@@ -240,13 +240,13 @@ FLUX2_DEV = FLUX | dict(model="black-forest-labs/FLUX.2-dev", max_sequence_lengt
                         lora_targets=ATTENTION + FLUX2_FEED_FORWARD, offload_text_encoders=True)
 FLUX_FAST = FLUX | dict(rule="cps", noise_level=0.8, window_size=3, window_range=(0, 3), clip_range=1e-5)
 
-# A group shares its start and the ODE's steps down to some sigma 0.88, which decide an image's colour. So no
+# Steps down to some sigma 0.88 decide an image's colour. They are not trained, and a group shares them. So no
 # advantage can reward a background, and pictures stay as varied as they were: docs/experiments.md.
 LATE = dict(shared_start_noise=True, window_size=2)
 
 PRESETS = {
     "tiny_ocr": Config(**LATE, window_range=(2, 4), noise_level=1.2, guidance_scale=2.5, epochs=10,
-                       eval_every=5, learning_rate=6e-4, learning_rate_half_life=15),
+                       eval_every=5, save_every=5, learning_rate=6e-4, learning_rate_half_life=15),
     "tiny_ocr_collapse": Config(),      # trains first steps, so that all pictures get one background
     # The fastest, which collapses where it goes on for longer: docs/experiments.md.
     "tiny_ocr_awm": Config(objective="awm", guidance_scale=2.5, clip_range=1.0, epochs=4, learning_rate=6e-4,

@@ -119,7 +119,7 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
 
 
 def find_store(rank: int, timeout: float) -> dist.Store:
-    """The launcher's key-value store, or else rank 0's. Raises LostRank without an answer, and ValueError."""
+    """The launcher's key-value store, or else rank 0's. Raises LostRank without an answer."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     makes_it = not agent and rank == 0

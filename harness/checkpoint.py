@@ -79,7 +79,7 @@ def changed_fields(saved: dict, config: Config) -> list[str]:
         # A run of an older version, which lacks a setting, did what its default says.
         old, new = saved.get(name, defaults[name]), present[name]
         if name in PLACES:                                       # however the path is written
-            return places.get(name, os.path.realpath(old)) == os.path.realpath(new)
+            return places.get(name, os.path.realpath(old or "")) == os.path.realpath(new)
         return old == new
 
     return [name for name in present if name not in MAY_CHANGE and not same(name)]

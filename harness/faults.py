@@ -97,7 +97,7 @@ def on_all_ranks(task: Callable) -> Callable:
         failures = distributed.gather_objects(failure)           # None for a rank that went through
         # Numbers that are not finite come first. A reward that failed comes last, because the signal that
         # interrupts one rank may have killed the processes of another's reward.
-        for kind in (NonFinite, NonFiniteScore), Interrupted, RewardError:
+        for kind in (NonFinite, NonFiniteScore), Interrupted, Exception:
             for rank, error in enumerate(failures):
                 if isinstance(error, kind):
                     raise error if kind is Interrupted else type(error)(f"rank {rank}: {error}")

@@ -208,7 +208,7 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
 
 def evaluation_folders(directory: Path) -> dict[int, Path]:
     """Epoch -> folder of each evaluation that kept pictures, oldest first."""
-    folders = [picture.parent for picture in directory.glob("images/epoch_*/000.png")]
+    folders = [picture.parent for picture in directory.glob("images/epoch_*[0-9]/000.png")]
     return dict(sorted((int(folder.name.removeprefix("epoch_")), folder) for folder in folders))
 
 

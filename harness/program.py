@@ -78,9 +78,11 @@ def run_as_program(main: Callable[[], int | None]) -> None:
     keep_printing_from_failing()
     try:
         code = main() or 0
+    except SystemExit:
+        raise
     except KeyboardInterrupt:
         leave(130)
-    except Exception:
+    except BaseException:
         traceback.print_exc()
         leave(1)
     exit_within(EXIT_SECONDS, code)

@@ -256,7 +256,7 @@ class Run:
         all scores of the epoch. Other errors end the run, and `saved_whatever_happens` undoes the epoch.
         """
         config, started, metrics = self.config, time.perf_counter(), {"epoch": epoch}
-        self.scorer.begin()
+        self.scorer.waited = 0.0
         try:
             yield metrics
             waited = distributed.gather_vectors(torch.tensor([self.scorer.waited])).mean().item()

@@ -111,7 +111,11 @@ class Scorer:
         wait_for_copy = to_host(latents.isfinite().flatten(1).all(1), images, *columns.values())
         self.pending.append(self.thread.submit(self._score, wait_for_copy, prompts, where, debug_tensors,
                                                list(columns)))
-        self._raise_failed()
+        try:
+            self._raise_failed()
+        except BaseException:
+            self._forget()
+            raise
 
     def collect(self) -> dict[str, np.ndarray]:
         """The scores of everything submitted since the last call: name -> (samples,) float32, in that order.
@@ -119,18 +123,20 @@ class Scorer:
         "thumbnail" is no score but (samples, 3, 8, 8). A metric that a batch says nothing about is NaN there.
         Raises what scoring raised, or Interrupted at a stop signal.
         """
-        self._wait()
-        parts = [future.result() for future in self.pending]
-        self.pending = []
+        try:
+            self._wait()
+            parts = [future.result() for future in self.pending]
+        finally:
+            self._forget()
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: np.concatenate([part.get(name, np.full_like(part["total"], np.nan)) for part in parts])
                 for name in names}
 
-    def begin(self) -> None:
-        """Begin an epoch: leave out what waits to be scored of one that failed."""
+    def _forget(self) -> None:
+        """Leave out what waits to be scored, so that the next epoch's batches do not wait for it."""
         for future in self.pending:
             future.cancel()
-        self.pending, self.waited = [], 0.0
+        self.pending = []
 
     def _score(self, wait_for_copy: Callable, prompts: list[Prompt], where: str,
                debug_tensors: dict[str, Tensor], names: list[str]) -> dict[str, np.ndarray]:
