@@ -92,12 +92,13 @@ def setup(timeout: float = 3600.0) -> torch.device:
 def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> None:  # all ranks
     """Make the process group and its connections. Raises ValueError if the ranks cannot connect."""
     interface = repr(os.environ.get("GLOO_SOCKET_IFNAME"))
-    problem = (f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
-               "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each "
-               f"other (`ip -brief address` lists them; GLOO_SOCKET_IFNAME is {interface}), and open ports "
-               "between nodes; or one of the processes has ended since")
-    # Connect a pair of ranks when they first talk, because all pairs at once take ranks sockets of each rank
-    # and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
+    problem = (
+        f"all {size} processes have started, but rank {rank} cannot connect to the others: set "
+        "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface through which nodes reach each other "
+        f"(`ip -brief address` lists a node's; GLOO_SOCKET_IFNAME is {interface}), and let no firewall close "
+        "ports between nodes; or one of the processes has ended since")
+    # Gloo connects a pair of ranks when they first talk, because all pairs at once take ranks sockets of each
+    # rank and the cube of their number in bytes of the store. `wait_for_all` connects those that ever talk.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # A timer tells of the problem, because gloo tries an address that does not answer for several timeouts.
     late = threading.Timer(MEETING_SECONDS, print, [f"warning: {problem}"], dict(file=sys.stderr, flush=True))
@@ -109,9 +110,11 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
         wait_for_all()
     except RuntimeError as error:
         if "Unable to find" in str(error):
-            problem = ("gloo finds no network interface for processes to talk through: bring one up, such as "
-                       f"the loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, its name, is {interface}")
-        elif not isinstance(error, (LostRank, dist.DistError)) and "gloo" not in str(error):
+            raise ValueError(
+                "gloo finds no network interface for processes to talk through: bring one up, such as the "
+                f"loopback by `ip link set lo up`; GLOO_SOCKET_IFNAME, which names one, is {interface}"
+            ) from error
+        if not isinstance(error, (LostRank, dist.DistError)) and "gloo" not in str(error):
             raise
         raise ValueError(problem) from error
     finally:
@@ -119,23 +122,27 @@ def connect(device: torch.device, store: dist.Store, rank: int, size: int) -> No
 
 
 def find_store(rank: int, timeout: float) -> dist.Store:
-    """The launcher's key-value store, or else rank 0's. Raises LostRank without an answer."""
+    """The key-value store of the launcher, or rank 0's if the launcher has none.
+
+    Raises LostRank if it does not answer, and ValueError if rank 0 cannot make it.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    makes_it = not agent and rank == 0
-    absent = (f"no {'launcher' if agent else 'rank 0 yet'} at {address}:{port}: MASTER_ADDR has to be an "
-              "address that all nodes reach")
+    what, told = "launcher" if agent else "rank 0 yet", ""
     # Without an agent, rank 0 makes the store, perhaps later than this rank asks for it.
-    for seconds in [LAUNCHER_SECONDS] if agent else [MEETING_SECONDS, timeout]:
+    for seconds in (LAUNCHER_SECONDS,) if agent else (MEETING_SECONDS, timeout):
+        if told:
+            print(f"warning: rank {rank}: {told}", file=sys.stderr, flush=True)
         try:
-            return dist.TCPStore(address, port, is_master=makes_it, wait_for_workers=False,
+            return dist.TCPStore(address, port, is_master=not agent and rank == 0, wait_for_workers=False,
                                  timeout=timedelta(seconds=seconds), multi_tenant=True)
         except dist.DistNetworkError as error:
-            if makes_it:
+            if not agent and rank == 0:
                 taken = f"rank 0 cannot listen at {address}:{port}: choose another MASTER_PORT"
                 raise ValueError(taken) from error
-            print(f"warning: rank {rank}: {absent}", file=sys.stderr)
-    raise LostRank(absent)
+            told = f"no {what} at {address}:{port}: MASTER_ADDR has to be an address that all nodes reach"
+            failure = error
+    raise LostRank(told) from failure
 
 
 def shutdown() -> None:
@@ -186,8 +193,8 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
             return f"not all {size} ranks have started"
         absent = [key.rpartition("/")[2] for key in others if not store.check([key])][:9] or ["0"]
         return (f"of {size} ranks, {', '.join(absent)} {'has' if len(absent) == 1 else 'have'} not started "
-                f"{waited:.0f} s after rank {rank} did: see what other nodes say, and whether they run the "
-                "same command")
+                f"{time.monotonic() - began:.0f} s after rank {rank} did: see what the other nodes say, and "
+                "whether they run the same command")
 
     if rank == 0:
         store.set("start", name)
@@ -206,7 +213,7 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float) -> str:  # all
             raise LostRank(late())
         if waited > MEETING_SECONDS and not told and not (rank and name):
             told = True
-            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr)
+            print(f"warning: {late()}; waiting up to {timeout:g} s", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(2 * pause, 1.0)
 

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -207,7 +208,8 @@ def test_a_rank_that_starts_late_is_named_and_waited_for():
 @pytest.mark.slow
 def test_a_rank_that_never_starts_is_a_lost_rank():
     done = forked(NEVER, 3, 1)
-    assert done.returncode and "LostRank: of 3 ranks, 1 has not started" in done.stderr
+    # Two ranks write tracebacks at the same time. The warning before said this after 1 s.
+    assert done.returncode and re.search("of 3 ranks, 1 has not started [2-9] s after rank 0", done.stderr)
 
 
 @pytest.mark.slow
