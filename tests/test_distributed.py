@@ -202,7 +202,7 @@ def test_a_gather_takes_rounds_as_the_logarithm_of_the_ranks(ranks, rounds):
 def test_a_rank_that_starts_late_is_named_and_waited_for():
     done = forked(LATE, 2)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: of 2 ranks, 1 has not started 1 s after rank 0 did: see what other nodes say") == 1
+    assert done.stderr.count("warning: of 2 ranks, 1 has not started 1 s after rank 0 did: see what the other nodes say") == 1
 
 
 @pytest.mark.slow
