@@ -58,6 +58,17 @@ def to_host(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     return wait_for_copies
 
 
+def quiet_libraries() -> None:
+    """Turn off what diffusers and transformers print, but for how far a download is."""
+    hub_bars_off = are_progress_bars_disabled()
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()           # transformers turns off the hub's bars with its own
+        # They warn of each prompt that is cut, thrice, and of files that another try of loading finds.
+        logging.set_verbosity(logging.CRITICAL)
+    if not hub_bars_off:
+        enable_progress_bars()
+
+
 class Policy:
     """A pipeline's transformer, which an adapter or full fine-tuning trains, and the frozen parts around it.
 
@@ -79,14 +90,7 @@ class Policy:
         with_reference: full fine-tuning keeps a frozen copy. Raises ValueError if the model is not supported,
         the adapter does not fit it, or its patches do not tile the resolution.
         """
-        # Keep the hub's bars, which transformers turns off with its own, because a download may take long.
-        hub_bars_off = are_progress_bars_disabled()
-        for logging in (diffusers_logging, transformers_logging):
-            logging.disable_progress_bar()
-            # They warn of each prompt that is cut, thrice, and of files that another try of loading finds.
-            logging.set_verbosity(logging.CRITICAL)
-        if not hub_bars_off:
-            enable_progress_bars()
+        quiet_libraries()
         self.model, self.device, self.dtype = model, device, DTYPES[dtype]
         # Latents and trained weights have this dtype.
         self.compute_dtype = torch.float64 if dtype == "float64" else torch.float32

@@ -144,8 +144,10 @@ def deqa(*, device: str = "cpu", batch: int = 16, model: str = "zhiyuanyou/DeQA-
     The network is code that its hub repository holds, so it runs only if `trust_remote_code` allows it.
     """
     if not trust_remote_code:
-        raise ValueError(f"reward 'deqa' runs code that {model!r} holds: read it, then set trust_remote_code")
-    dtype = "float16" if device.startswith("cuda") else "float32"
+        raise ValueError(f"reward 'deqa' runs code that {model!r} holds: read it, then set trust_remote_code "
+                         "(--trust-remote-code)")
+    import torch  # because the older transformers that its code needs takes no dtype by name
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     arguments = {"trust_remote_code": True, "attn_implementation": "eager", "torch_dtype": dtype}
     network = load_pretrained("deqa", "AutoModelForCausalLM", model, **arguments).to(device).eval()
     return network_reward(lambda pictures, prompts: network.score(pictures).float() / 5, batch)

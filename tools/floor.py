@@ -132,21 +132,17 @@ def random_latents(policy: Policy, images: int) -> Tensor:
 
 def network_calls(policy: Policy, texts: list[str], guidance_scale: float) -> dict[str, Callable[[], object]]:
     """Piece of NETWORK -> a call of it on an image for each text. A replay adds to the weights' gradients."""
-    text = policy.encode(texts)
+    text, latents = policy.encode(texts), random_latents(policy, len(texts))
+    sigma, gradient = latents.new_full((len(texts),), 0.5), torch.full_like(latents, 1e-6)
     velocity = policy.velocity(text, guidance_scale)
     reference = policy.reference_velocity(text, guidance_scale)
 
-    def forward(velocity: Callable) -> Tensor:
-        latents = random_latents(policy, len(texts))
-        return velocity(latents, latents.new_full((len(texts),), 0.5))
-
     @torch.enable_grad()
     def replay() -> None:
-        v = forward(velocity)
-        v.backward(torch.full_like(v, 1e-6))
+        velocity(latents, sigma).backward(gradient)
 
-    return {"rollout": torch.no_grad()(lambda: forward(velocity)), "replay": replay,
-            "reference": lambda: forward(reference)}
+    return {"rollout": torch.no_grad()(lambda: velocity(latents, sigma)), "replay": replay,
+            "reference": lambda: reference(latents, sigma)}
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
