@@ -1,5 +1,6 @@
 """Models and adapters from a hub: the real libraries, over HTTP, from a hub on this machine into an empty cache."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -8,6 +9,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,10 +60,19 @@ def test_a_terminal_shows_how_far_the_download_is(hub, tmp_path):
     _, address, _ = hub
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))                  # rows and columns
+    chunks = []
+
+    def read() -> None:                          # beside the run, because a terminal holds 4 KiB and then makes it wait
+        with contextlib.suppress(OSError):       # at the end of all that write to it
+            while True:
+                chunks.append(os.read(ours, 4096))
+
+    (reader := threading.Thread(target=read)).start()
     small = flags(**SMALL | dict(epochs=0), model="someone/small", output_dir=tmp_path)
     done = start(1, tmp_path / "cache", address, *small, stderr=theirs)
     os.close(theirs)
-    shown = os.read(ours, 1 << 20).decode()
+    reader.join(timeout=10)
+    shown = b"".join(chunks).decode(errors="replace")
     assert done.returncode == 0, shown
     assert "Fetching" in shown
 
