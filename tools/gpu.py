@@ -3,9 +3,9 @@
     python -m tools.gpu [--only NAME ...] [--out DIR] [--limit SECONDS]
     python -m tools.gpu --smoke      on a CPU, with the bundled model: shows that this program itself works
 
-Sections run in the order of what they are worth. One is skipped if less time is left than it needs. Results
-are printed as they come and kept in DIR/gpu.json, and what the trainers said in DIR/logs.txt. The large
-models have random weights.
+Sections run in the order of what they are worth. One is skipped if less time is left than it needs, and the last
+line says how to run it. Results are printed as they come and kept in DIR/gpu.json, beside those that other sections
+had there, and what the trainers said in DIR/logs.txt. The large models have random weights.
 """
 
 import argparse
@@ -219,10 +219,13 @@ def loss_scales(check: Check, name: str, policy: Policy, trajectory: Trajectory,
 
 # ---- the trainer, as a user starts it ----------------------------------------------------------------------
 
-@section("first command", 20)
+@section("first command", 40)
 def first_command(check: Check, name: str) -> None:
-    words = check.run_words if check.smoke else ["--epochs", "6", "--eval-every", "6", *check.to_here]
-    check.finish(name, "tiny", check.start("tiny", [*words, "--run-name", "tiny"]), 90, *SPOKEN)
+    """The README's command, cut short, and its preset of the other objective."""
+    words = check.run_words[1:] if check.smoke else ["--epochs", "6", "--eval-every", "6", *check.to_here]
+    for preset in ("tiny_ocr", "tiny_ocr_awm"):
+        process = check.start(preset, [preset, *words, "--run-name", preset])
+        check.finish(name, preset, process, 90, *SPOKEN)
 
 
 @section("kill and resume", 130)
@@ -247,12 +250,24 @@ def kill_and_resume(check: Check, name: str) -> None:
 
 
 @section("bench", 110)
-def bench(check: Check, name: str) -> None:
+def bench(check: Check, name: str, compiled: bool = False) -> None:
+    log = name.replace(" ", "_")
     words = ["--group-size", "4", "--groups-per-epoch", "2", "--updates-per-epoch", "1",
              "--rollout-batch", "8", "--train-batch", "8", "--rewards", "jpeg_compressibility", "1",
-             *check.to_here, "--rounds", "1", "--ranks", "1", "--json", str(check.out / "bench.json")]
+             *check.to_here, "--rounds", "1", "--ranks", "1", "--json", str(check.out / f"{log}.json")]
     model = ["tiny_ocr"] if check.smoke else ["sd35m_ocr_1gpu", "--model", "random:sd35m"]
-    check.finish(name, "bench", check.start("bench", [*model, *words], program="tools.bench"), 140)
+    if compiled:
+        words.append("--compile")
+    process = check.start(log, [*model, *words], program="tools.bench")
+    check.finish(name, log, process, 300 if compiled else 140)
+
+
+@section("compiled bench", 240)
+def compiled_bench(check: Check, name: str) -> None:
+    """The same epoch with --compile, which takes minutes before it."""
+    if check.smoke:
+        return check.note(name, skipped="takes minutes on a CPU")
+    bench(check, name, compiled=True)
 
 
 # ---- levers: what a network call costs with each on and off ------------------------------------------------
@@ -383,7 +398,10 @@ def main() -> int:
     for name, (needs, function) in SECTIONS.items():
         if name in given.only:
             check.run(name, needs, function)
-    check.note("end", seconds=round(time.time() - check.started))
+    print(f"done in {time.time() - check.started:.0f} s", flush=True)
+    if check.skipped:
+        names = " ".join(f'"{name}"' for name in check.skipped)
+        print(f"no time was left for {len(check.skipped)} sections; run them with --only {names}", flush=True)
     distributed.shutdown()
     return int(check.failed)
 

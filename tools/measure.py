@@ -26,11 +26,13 @@ class Check:
         """out: the folder of the results. limit: seconds. smoke: whether all sizes are small, for a CPU."""
         self.device, self.out, self.limit, self.smoke = device, out, limit, smoke
         self.started, self.failed = time.time(), False
-        self.notes: dict[str, dict] = {}
+        self.skipped: list[str] = []                       # sections for which there was no time
         self.runs = out / "trainers"
         shutil.rmtree(self.runs, ignore_errors=True)
         self.runs.mkdir(parents=True)
-        (out / "logs.txt").write_text("")
+        # Keep what other sections found in an earlier run.
+        self.results = out / "gpu.json"
+        self.notes: dict[str, dict] = json.loads(self.results.read_text()) if self.results.exists() else {}
         self.to_here = ["--output-dir", str(self.runs)]
         short = ["--group-size", "4", "--epochs", "3", "--eval-prompts", "4", "--save-every", "1",
                  "--rewards", "jpeg_compressibility", "1", *self.to_here]
@@ -51,7 +53,7 @@ class Check:
     def note(self, name: str, **values) -> None:
         self.notes.setdefault(name, {}).update(values)
         print(f"[{time.time() - self.started:4.0f} s] {name}: {json.dumps(values, default=str)}", flush=True)
-        (self.out / "gpu.json").write_text(json.dumps(self.notes, indent=1, default=str) + "\n")
+        self.results.write_text(json.dumps(self.notes, indent=1, default=str) + "\n")
 
     def require(self, name: str, what: str, holds: bool) -> None:
         """Say that `what` does not hold, and let the program end with 1."""
@@ -62,8 +64,12 @@ class Check:
     def run(self, name: str, needs: float, function: Callable) -> None:
         """Run a section, or say that less than the seconds that it needs are left."""
         if self.left() < needs and not self.smoke:
-            return self.note(name, skipped=f"{self.left():.0f} s are left, {needs} needed")
+            self.skipped.append(name)
+            print(f"{name} is skipped: {self.left():.0f} s are left, {needs} needed", flush=True)
+            return
         began = time.time()
+        for note in [note for note in self.notes if note.partition(",")[0] == name]:   # of an earlier run
+            del self.notes[note]
         try:
             function(self, name)
         except Exception as error:
