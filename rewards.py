@@ -48,6 +48,7 @@ from PIL import Image
 Reward = Callable[[np.ndarray, list[str], list[dict]], Any]
 Columns = dict[str, np.ndarray]
 Places = dict[str, Any]  # reward -> a path, a URL or a list of URLs
+IN_FLIGHT = 4  # requests of one served reward at once, because pictures travel while others are scored
 
 
 class RewardError(RuntimeError):
@@ -71,11 +72,11 @@ class Rewards:
     """Several rewards that are computed side by side, and their weighted sum. Any thread may call it."""
 
     def __init__(self, weights: dict[str, float], components: dict[str, Reward],
-                 start_thread: Callable | None = None) -> None:
+                 start_thread: Callable = lambda: None) -> None:
         """`components` holds a reward for each name of `weights`; their threads call `start_thread` first."""
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.components = {name: components[name] for name in weights}
-        self.start_thread = start_thread or (lambda: None)
+        self.start_thread = start_thread
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[dict]) -> Columns:
         """Return each component's scores by name, its metrics as "name/metric", and their "total".
@@ -159,13 +160,13 @@ REGISTRY = {  # name -> module:function; the module is imported when its reward 
 }
 
 
-def build_rewards(weights: dict[str, float], start_thread: Callable | None = None, *, urls: Places = {},
+def build_rewards(weights: dict[str, float], start_thread: Callable = lambda: None, *, urls: Places = {},
                   models: Places = {}, **options: Any) -> Rewards:
     """Build the `Rewards` of `weights`, name -> weight. The rest is as `build_reward` takes and raises it."""
     check_reward_weights(weights, urls)
     for model in models:
-        if not any(f"{model}.".startswith(f"{name}.") for name in (*weights, *REGISTRY)):
-            raise ValueError(f"no reward has a model {model!r}; name a reward, or as pickscore.processor")
+        if not any(f"{model}.".startswith(f"{name}.") for name in {*weights, *REGISTRY} - {*urls}):
+            raise ValueError(f"no local reward has a model {model!r}; name one, or as pickscore.processor")
     components = {name: build_reward(name, urls, models, **options) for name in weights}
     return Rewards(weights, components, start_thread)
 
@@ -213,7 +214,9 @@ def import_reward(name: str) -> Callable:
     # A file that parses the command line of this program would make argparse print a usage and exit.
     parses = ValueError("it parses a command line when it is imported")
     with one_line_errors(problem), patch("argparse.ArgumentParser.error", side_effect=parses):
-        reward = getattr(import_module(module, os.getcwd()), attribute)
+        # No file of this directory hides a built-in reward.
+        built_in = importlib.import_module(module) if name in REGISTRY else None
+        reward = getattr(built_in or import_module(module, os.getcwd()), attribute)
         inspect.signature(reward)  # raises if it is no function
     return reward
 
@@ -248,8 +251,6 @@ def one_line_errors(problem: str, *passing: type) -> Iterator[None]:
         raise ValueError(f"{problem} ({one_line(error, 300)})") from error
 
 
-# ---------------------------------------------------------------- the checks
-
 def check_reward_weights(weights: dict[str, float], urls: Places = {}) -> None:
     """Raise ValueError, in one line, unless `weights` can be built. Loads no engine.
 
@@ -259,8 +260,10 @@ def check_reward_weights(weights: dict[str, float], urls: Places = {}) -> None:
     if not any(weights.values()):
         raise ValueError(f"no reward has a weight other than 0 (given: {list(weights)}); {known}")
     for name, weight in weights.items():
-        if not isinstance(weight, (int, float, np.number)) or not abs(weight) <= sys.float_info.max:
-            raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be a finite number")
+        if name in ("total", "thumbnail", "drift"):  # columns that a run has itself
+            raise ValueError(f"a reward cannot be called {name!r}: give it another name")
+        if not isinstance(weight, (int, float, np.number)) or not abs(weight) <= 1e30:
+            raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be finite, at most 1e30")
         if name not in REGISTRY and name not in urls:
             if ":" not in name:
                 raise ValueError(f"unknown reward {name!r}; {known}")
@@ -317,14 +320,11 @@ def jpeg_compressibility(images: np.ndarray, prompts: list[str], metadata: list[
 
 # ---------------------------------------------------------------- the client of a served reward
 
-IN_FLIGHT = 4  # requests of one served reward at once, because pictures travel while others are scored
-
-
 def remote_reward(name: str, servers: dict[str, str], batch: int, deadline: float) -> Reward:
     """Return the reward `name` as its `servers` compute it, at most `batch` pictures a request."""
     asks = {}  # address -> what asks there: (send, images, prompts, metadata) -> scores, metrics
     for address, scheme in servers.items():
-        ask = import_reward("engines.pickled:ask_pickle_server") if scheme else ask_server
+        ask = importlib.import_module("engines.pickled").ask_pickle_server if scheme else ask_server
         asks[address] = functools.partial(ask, name, address)
 
     def ask_all(parts: list[tuple]) -> list[tuple]:
@@ -333,7 +333,7 @@ def remote_reward(name: str, servers: dict[str, str], batch: int, deadline: floa
             return list(threads.imap(lambda part: asks[address](send, *part), parts))
 
     if len(asks) > 1:
-        ask_all = import_reward("engines.servers:Servers")(name, asks, deadline).ask_all
+        ask_all = importlib.import_module("engines.servers").Servers(name, asks, deadline).ask_all
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> tuple[np.ndarray, Columns]:
         share = len(images) / len(asks)  # of a server; all requests are about equally large

@@ -32,7 +32,8 @@ from config import Config
 from harness.run import make_rewards
 from harness.scoring import check_reward_prompts, probe
 from prompts import Prompt
-from rewards import RewardError, build_reward, build_rewards, check_reward_weights
+from rewards import (RewardError, build_reward, build_rewards, check_reward_weights, import_reward,
+                     jpeg_compressibility)
 
 LINE = (64, 32)  # width, height of a picture of one word
 SCENE = (512, 512)
@@ -634,6 +635,28 @@ def test_what_a_reward_returns_in_place_of_numbers_is_named(reward, named):
     with pytest.raises(RewardError) as error:
         rewards_of(odd=reward)(IMAGES, PROMPTS, METADATA)
     assert one_line(error, "reward 'odd'", named, repr(PROMPTS[0]))
+
+
+def test_files_of_the_current_directory_do_not_hide_built_in_rewards(own_rewards, tmp_path):
+    (tmp_path / "engines").mkdir()
+    for name in ("rewards.py", "engines/ocr.py"):
+        (tmp_path / name).write_text("def brightness(images, prompts, metadata):\n    return images.mean((1, 2, 3))\n")
+    assert import_reward("jpeg_compressibility") is jpeg_compressibility
+    assert import_reward("rapidocr").__module__ == "engines.ocr" and str(tmp_path) not in sys.modules["engines.ocr"].__file__
+    assert import_reward("rewards:brightness")(np.ones((1, 2, 2, 3)), [], []) == [1]
+
+
+@pytest.mark.parametrize("name", ["total", "thumbnail", "drift"])
+def test_a_served_reward_has_not_the_name_of_a_column_that_a_run_has_itself(name):
+    with pytest.raises(ValueError) as error:
+        check_reward_weights({name: 1.0}, {name: "http://host:1"})
+    assert one_line(error, f"a reward cannot be called {name!r}")
+
+
+def test_a_model_of_a_reward_that_is_served_elsewhere_is_refused():
+    with pytest.raises(ValueError) as error:
+        build_rewards({"geneval": 1.0}, urls={"geneval": "http://host:1"}, models={"geneval": "/nowhere"})
+    assert one_line(error, "no local reward has a model 'geneval'")
 
 
 def test_a_file_that_parses_a_command_line_is_one_line_and_prints_nothing(own_rewards, tmp_path, capfd):
