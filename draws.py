@@ -20,7 +20,7 @@ from torch import Tensor
 from config import Config
 
 # What a random stream is for. No two purposes share numbers.
-TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE, SHARES = range(5)
+TRAIN_NOISE, EVAL_NOISE, WINDOW, GROUP_NOISE, ROW_SIGMAS = range(5)
 
 
 # ----------------------------------------------------------------------------------------------------- random
@@ -37,14 +37,14 @@ def draw_noise(seed: int, purpose: int, epoch: int, samples: list[int], count: i
     return torch.stack([torch.randn(count, *shape, generator=stream) for stream in streams], 1)
 
 
-def draw_shares(config: Config, epoch: int, samples: list[int], sigmas: Tensor) -> Tensor:
-    """The shares of noise to which AWM noises images again, (S, B) float64.
+def draw_sigmas(config: Config, epoch: int, samples: list[int], sigmas: Tensor) -> Tensor:
+    """The times to which AWM noises images again, (S, B) float64.
 
     They are a function of (seed, epoch, sample), and stratified: one in each S-th part of the schedule
     `sigmas` (T + 1,), evenly between its values.
     """
     T, S = len(sigmas) - 1, config.trained_steps
-    streams = [generator(config.seed, SHARES, epoch, i) for i in samples]
+    streams = [generator(config.seed, ROW_SIGMAS, epoch, i) for i in samples]
     place = torch.stack([torch.rand(S, generator=stream, dtype=torch.float64) for stream in streams], 1)
     place = (torch.arange(S)[:, None] + place) * T / S                                # (S, B) from 0 to T
     step = place.long().clamp(max=T - 1)
@@ -152,7 +152,7 @@ def training_batches(draw: EpochDraw, update: int, advantages: Tensor,
 
     Row m is the trained step steps[m] of the sample at positions[m] of draw.indices. A row whose advantage is
     0 has no gradient unless there is a KL, so it is left out. In full precision a batch holds any rows, and
-    is full. In half precision it is a rollout batch at its samples' k-th trained step, in its order,
+    all are about even. In half precision it is a rollout batch at its samples' k-th trained step, in its order,
     or even parts of it if config.train_batch is smaller. It is left out only if all of it has no advantage.
     """
     trains = (advantages != 0).tolist() if not config.beta else [True] * len(advantages)

@@ -24,7 +24,7 @@ class NoisedRows:
     """Noised images as rows to train on. The loss takes them for `sampler.Rows`."""
     latents: Tensor            # (M, C, H, W)  x
     next_latents: Tensor       # (M, C, H, W)  x_0
-    sigma: Tensor              # (M,)          the share of noise
+    sigma: Tensor              # (M,)          the time at which it was noised
     sigma_next: Tensor         # (M,)          0
     log_prob: Tensor | None    # (M,)          of x_0 under the policy that sampled
     rule: str = "awm"
@@ -58,9 +58,9 @@ class NoisedImages:
 
 
 def noised(x_0: Tensor, eps: Tensor, sigma: Tensor, old: Tensor | None = None) -> NoisedRows:
-    """Rows of images x_0 with noise eps, (M, C, H, W) each, at shares sigma (M,). old: log-probs."""
-    share = sigma.view(-1, *[1] * (x_0.ndim - 1))
-    return NoisedRows((1 - share) * x_0 + share * eps, x_0, sigma, torch.zeros_like(sigma), old)
+    """Rows of images x_0 with noise eps, (M, C, H, W) each, at times sigma (M,). old: log-probs."""
+    s = sigma.view(-1, *[1] * (x_0.ndim - 1))
+    return NoisedRows((1 - s) * x_0 + s * eps, x_0, sigma, torch.zeros_like(sigma), old)
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def noise_again(velocity: Velocity, final: Tensor, sigma: Tensor, noise: Tensor)
     sigma = sigma.to(final)
     noise = noise[:len(sigma)].to(final, copy=True)        # so that what is more can be freed
     log_probs = []
-    for share, eps in zip(sigma, noise):
-        rows = noised(final, eps, share)
+    for s, eps in zip(sigma, noise):
+        rows = noised(final, eps, s)
         log_probs.append(log_prob(final, *rows.transition(velocity), rows.rule))
     return NoisedImages(final, noise, sigma, torch.stack(log_probs))

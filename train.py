@@ -18,7 +18,7 @@ from torch import Tensor
 import distributed
 from config import Config
 from draws import (EVAL_NOISE, GROUP_NOISE, TRAIN_NOISE, EpochDraw, batches, draw_epoch, draw_noise,
-                   draw_shares, noise_levels, rank_slice, training_batches)
+                   draw_sigmas, noise_levels, rank_slice, training_batches)
 from grpo import clipped_loss, gaussian_kl, guard_log_ratio, ratio_statistics, weighted_advantages
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
 from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
@@ -105,8 +105,8 @@ def sample(policy: Policy, scorer: Scorer, prompts: list[Prompt], config: Config
                       f"epoch {epoch}", {"samples": torch.tensor(batch), **tensors_of(trajectory)})
         # AWM trains no steps, but the image: noise it again, by noise that the ODE had no use for.
         if config.objective == "awm":
-            shares = to_device(draw_shares(config, epoch, batch, sigmas), policy.device)         # (S, B)
-            trajectory = noise_again(velocity, trajectory.final, shares, noise[1:])
+            row_sigmas = to_device(draw_sigmas(config, epoch, batch, sigmas), policy.device)     # (S, B)
+            trajectory = noise_again(velocity, trajectory.final, row_sigmas, noise[1:])
         trajectories.append(trajectory)
     return Samples(draw, prompts=list(prompt_of.values()), scores=scorer.collect(),
                    trajectory=trajectories[0].concatenate(trajectories) if trajectories else None)

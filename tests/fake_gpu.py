@@ -106,7 +106,7 @@ FAULTS = {
 def walk(family: str, fault: str = "") -> None:
     """Try a batch; sample, decode, replay, reference, loss, AWM's rows and drift, all on the GPU, at the published size."""
     from config import PRESETS
-    from draws import draw_shares, noise_levels
+    from draws import draw_sigmas, noise_levels
     from harness.batches import try_batch
     from matching import noise_again
     from policy import check_model
@@ -134,7 +134,7 @@ def walk(family: str, fault: str = "") -> None:
                 rows = FAULTS[fault](rows)
             A = torch.ones(images).to(GPU)
             loss, watched = step_loss(policy, rows, text, A, config)
-            noised = noise_again(velocity, trajectory.final, draw_shares(config, 1, [0, 1], sigmas), noise[1:])
+            noised = noise_again(velocity, trajectory.final, draw_sigmas(config, 1, [0, 1], sigmas), noise[1:])
             awm, _ = step_loss(policy, noised.rows([0, 1], [0, 1]), text, A, dataclasses.replace(config, guard=False))
             drift = policy.drift(text, noise[0], config.guidance_scale)
             gpu.host_may_wait = True                            # a trial waits until its call is done
