@@ -94,7 +94,7 @@ class Config:
     advantage_of: Literal["sum", "each"] = "sum"
     """Several rewards: the advantage of their weighted sum, or of each, then weighted and added (GDPO)."""
     clip_range: float = 2e-3
-    """How far the ratio may move from 1. Small, because log-probs are averaged over the latent."""
+    """How far the ratio may move from 1. Small where log-probs are averaged over latents; awm: about 1."""
     guard: bool = False
     """GRPO-Guard (arXiv 2510.22319): a centred ratio, and a loss over sigma - sigma'; see sd35m_ocr_guard."""
     beta: float = 0.0
@@ -174,7 +174,7 @@ class Config:
     save_every: int = 10
     """Epochs between checkpoints; there is one at the end besides."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that stay whole, beside the best by eval/total; older ones keep their adapter."""
+    """Newest checkpoints that stay whole, beside the best by eval/total; of older ones an adapter stays."""
     output_dir: str = "runs"
     """Where runs are kept."""
     wandb: bool = False
@@ -376,13 +376,13 @@ def validate(config: Config) -> None:
         if not ok:
             raise ConfigError(f"--{field.replace('_', '-')} is {getattr(config, field)!r}: {way_out}")
 
+    awm = config.objective == "awm"                        # it trains no step that was taken
     _validate_rewards(config, require)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, float):
-            require(math.isfinite(value), field.name, "it must be a finite number")
-        if isinstance(value, int):
-            require(value < 2**63, field.name, "it must be less than 2^63")
+        if isinstance(value, int | float):
+            most = 2**63 - 1 if field.name == "seed" else 10**9
+            require(abs(value) <= most, field.name, f"it must be a finite number, {most:,} at most")
     for field in ("num_steps", "groups_per_epoch", "updates_per_epoch", "reward_threads", "reward_batch",
                   "eval_every", "eval_num_steps", "save_every", "keep_checkpoints", "ema_every", "lora_rank",
                   "lora_alpha", "max_sequence_length", "guidance_scale"):
@@ -398,7 +398,7 @@ def validate(config: Config) -> None:
     require(config.updates_per_epoch <= samples, "updates_per_epoch",
             f"an epoch has only {samples} images to share among its updates")
     for field in ("guard", "shared_start_noise"):
-        require(config.objective == "grpo" or not getattr(config, field), field,
+        require(not (awm and getattr(config, field)), field,
                 f"--objective awm trains no step that was taken; give --no-{field.replace('_', '-')}")
     require(0 <= config.ema_decay < 1, "ema_decay", "it must lie in [0, 1)")
     require(config.reward_deadline <= config.collective_timeout / 2, "reward_deadline",
@@ -407,7 +407,8 @@ def validate(config: Config) -> None:
     require(0 <= config.max_unanswered <= 1, "max_unanswered", "it is a share and must lie in [0, 1]")
     require(0 < config.timestep_fraction <= 1, "timestep_fraction", "it must lie in (0, 1]")
     require(all(0 < n <= 8192 for n in config.resolution), "resolution", "height and width lie in 1 to 8192")
-    require(config.rule != "cps" or config.noise_level <= 1, "noise_level", "under cps, it lies in (0, 1]")
+    cps = config.rule == "cps" and not awm                 # which takes no stochastic step
+    require(not cps or config.noise_level <= 1, "noise_level", "under cps, it lies in (0, 1]")
     require(not (config.lora_path and config.full_finetune), "lora_path", "--full-finetune excludes it")
     if config.window_size:
         first, last = config.window_range
@@ -418,7 +419,7 @@ def validate(config: Config) -> None:
     trained = config.trained_steps
     require(trained >= 1, "timestep_fraction", f"of {config.num_steps} steps it trains none; raise it")
     last_trained = config.window_range[1] if config.window_size else trained
-    require(config.rule != "cps" or config.objective == "awm" or last_trained < config.num_steps, "rule",
+    require(not cps or last_trained < config.num_steps, "rule",
             "the last step of cps is deterministic; lower --timestep-fraction or --window-range")
     require(config.rule != "cps" or not config.guard, "guard",
             "its ratio needs the log-prob of a Gaussian, which cps has not; choose another --rule")
@@ -429,7 +430,8 @@ def validate(config: Config) -> None:
 def _validate_rewards(config: Config, require: Callable[[bool, str, str], None]) -> None:
     names = [name for name, _ in config.rewards]
     require(len(set(names)) == len(names), "rewards", "a reward is named twice; give each once")
-    require(all(math.isfinite(weight) for _, weight in config.rewards), "rewards", "weights must be finite")
+    require(all(abs(weight) <= 1e30 for _, weight in config.rewards), "rewards",
+            "weights must be finite and at most 1e30")
     require(len({*names, *config.eval_rewards}) == len(names) + len(config.eval_rewards), "eval_rewards",
             "a reward is named twice, or trained on as well; --rewards are logged at evaluation anyway")
     for name, _ in config.reward_urls:

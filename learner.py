@@ -70,10 +70,6 @@ class Learner:
         self.skipped = state["skipped"]
         return state["epoch"]
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
     def step(self, max_grad_norm: float) -> tuple[float, bool]:
         """Take one optimizer step on the accumulated gradients.
 

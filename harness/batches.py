@@ -100,8 +100,8 @@ def describe(config: Config, world_size: int, branches: int = 1) -> str:
 def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Config:
     """Choose the batch sizes that were not given: on a GPU the largest that fits, on a CPU the fastest.
 
-    In half precision the rollout takes the training's size, because both must run the same kernels. Raises
-    DoesNotFit if not one image fits.
+    In half precision the rollout takes the training's size, because both must run the same kernels. An
+    evaluation needs no training batch. Raises DoesNotFit if not one image fits.
     """  # all ranks
     plan, half = batch_plan(config, distributed.world_size()), config.half_precision
     memory = available_memory(policy)
@@ -120,10 +120,11 @@ def choose_batches(policy: Policy, prompts: list[Prompt], config: Config) -> Con
         return fastest(sizes, lambda size: seconds(size).max().item())       # of the slowest rank
 
     rollout_batch, train_batch = config.rollout_batch, config.train_batch
-    if half:
-        rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
-    train_batch = train_batch or choose(training=True)
-    rollout_batch = rollout_batch or (train_batch if half else choose(training=False))
+    if not config.eval_only:
+        if half:
+            rollout_batch, train_batch = rollout_batch or train_batch, train_batch or rollout_batch
+        train_batch = train_batch or choose(training=True)
+    rollout_batch = rollout_batch or (half and train_batch) or choose(training=False)
     rollout_sizes, train_sizes = zip(*distributed.gather_objects((rollout_batch, train_batch)))
     return replace(config, rollout_batch=min(rollout_sizes), train_batch=min(train_sizes))
 

@@ -25,13 +25,16 @@ from typing import IO
 import torch
 
 from config import PLACES, PRESETS, Config, to_dict
+from rewards import without_user
 
 # What a continued run may change: the machine, its length, what is looked at and what is kept.
 MAY_CHANGE = set("""
     epochs rollout_batch train_batch gradient_checkpointing compile offload_text_encoders reward_threads
     reward_batch reward_models reward_urls reward_deadline max_unanswered trust_remote_code
-    collective_timeout skip_nonfinite eval_rewards eval_every eval_prompts eval_num_steps eval_images
-    eval_only save_every keep_checkpoints output_dir wandb run_name""".split())
+    collective_timeout skip_nonfinite eval_rewards eval_every eval_images eval_only save_every
+    keep_checkpoints output_dir wandb run_name""".split())
+# What --eval-only may change besides. It changes scores, and those of one run are compared with each other.
+EVAL_ONLY_MAY_CHANGE = {"eval_prompts", "eval_num_steps"}
 # What a file system says that has no locks, or cannot sync a directory.
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
@@ -67,8 +70,9 @@ def continued(directory: Path, config: Config) -> Config:
     for name, _ in sorted(old.get("prompt_files", {}).items() - prompt_files(config).items()):
         raise ValueError(f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} "
                          "was started: put the old one back, or choose another --run-name")
-    return replace(config, rollout_batch=config.rollout_batch or old.get("rollout_batch", 0),
-                   train_batch=config.train_batch or old.get("train_batch", 0))
+    chosen = {} if old.get("eval_only") else old             # an evaluation did not try what training needs
+    return replace(config, rollout_batch=config.rollout_batch or chosen.get("rollout_batch", 0),
+                   train_batch=config.train_batch or chosen.get("train_batch", 0))
 
 
 def changed_fields(saved: dict, config: Config) -> list[str]:
@@ -82,7 +86,8 @@ def changed_fields(saved: dict, config: Config) -> list[str]:
             return places.get(name, os.path.realpath(old or "")) == os.path.realpath(new)
         return old == new
 
-    return [name for name in present if name not in MAY_CHANGE and not same(name)]
+    free = MAY_CHANGE | (EVAL_ONLY_MAY_CHANGE if config.eval_only else set())
+    return [name for name in present if name not in free and not same(name)]
 
 
 def take_lock(directory: Path) -> IO:
@@ -122,6 +127,8 @@ def write_settings(directory: Path, config: Config, preset: str) -> None:
     """Keep the settings and what they name on this machine. An evaluation of a begun run changes neither."""
     if config.eval_only and (directory / "metrics.jsonl").exists():
         return
+    # Leave out passwords, because the page and other trackers show the settings.
+    config = replace(config, reward_urls=tuple((name, without_user(url)) for name, url in config.reward_urls))
     settings, published = to_dict(config), to_dict(PRESETS[preset])
     differs = {name: value for name, value in published.items() if settings[name] != value}
     places = {name: os.path.realpath(settings[name]) for name in PLACES if os.path.exists(settings[name])}
@@ -178,7 +185,8 @@ def try_write(what: str, write: Callable, *arguments) -> bool:
 
 def checkpoints(directory: Path) -> list[Path]:
     """Checkpoints from which a run can go on, oldest first. `defect` tells whether one is sound."""
-    return sorted(p for p in (directory / "checkpoints").glob("epoch_*[0-9]") if (p / "state.pt").exists())
+    there = [p for p in (directory / "checkpoints").glob("epoch_*[0-9]") if (p / "state.pt").exists()]
+    return sorted(there, key=lambda p: int(p.name.removeprefix("epoch_")))
 
 
 def checkpoint_path(directory: Path, epoch: int) -> Path:
@@ -241,7 +249,8 @@ def defect(checkpoint: Path) -> str:
 def newest_whole(directory: Path, set_aside: bool) -> Path | None:
     """The newest sound checkpoint, or None if a run has none yet. `set_aside` renames defective ones.
 
-    Raises ValueError if all have a defect, because beginning anew over them is not for a program to decide.
+    Raises ValueError if all have a defect or no state.pt, because beginning anew over them is not for a
+    program to decide.
     """
     defects = {}
     for checkpoint in reversed(checkpoints(directory)):
@@ -250,6 +259,9 @@ def newest_whole(directory: Path, set_aside: bool) -> Path | None:
         defects[checkpoint] = what
     else:
         if not defects:
+            if weights := list((directory / "checkpoints").glob("epoch_*[0-9]")):
+                raise ValueError(f"no checkpoint in {weights[0].parent} has a state.pt to go on from: copy "
+                                 "one back, or choose another --run-name to begin anew")
             return None
         newest, what = next(iter(defects.items()))
         raise ValueError(f"no checkpoint in {newest.parent} is whole ({newest.name}: {what}): restore one "

@@ -119,8 +119,11 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
     except NonFiniteUpdate as error:
         quantity = str(error)
         found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
+        found, stops = zip(*distributed.gather_objects((found, signals.stop_asked())))
+        if any(stops):                   # not all was computed again
+            raise Interrupted from None
         now_finite = ", but every batch of it was when computed again: suspect memory or the machine"
-        said = next(filter(None, distributed.gather_objects(found)), now_finite)
+        said = next(filter(None, found), now_finite)
         line = f"the {quantity} of {where} is not finite{said}; the weights stay as they were"
         learner.skip(NonFinite(line), 1)
         statistics.leave_out_update()
@@ -142,7 +145,7 @@ def find_non_finite(learner, samples, batches: list, backward: Callable, advanta
 
     learner.optimizer.zero_grad(set_to_none=True)                # of the update that failed
     for positions, steps in batches:
-        if signals.stop_asked():         # the next collective of all ranks raises Interrupted
+        if signals.stop_asked():         # `skippable` raises Interrupted on all ranks
             break
         if finite(positions, steps):
             continue

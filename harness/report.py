@@ -50,7 +50,8 @@ class Statistics:
     def end_backward(self, rows: int) -> None:  # all ranks
         """Put all ranks' sums and stop flags together, in the one small collective of an update.
 
-        rows: of the update over all ranks. Those left out for their zero advantage count, with a ratio of 1.
+        rows: of the update over all ranks. Those left out for their zero advantage add nothing to the loss,
+        and nothing is known of their ratios.
         Raises Interrupted or NonFiniteUpdate on all ranks alike.
         """
         sums = (self._sums.get(name, torch.zeros(())).double().cpu() for name in self.NAMES)
@@ -60,9 +61,13 @@ class Statistics:
         *sums, counted, _, stop = every_rank.sum(0).tolist()
         if stop:
             raise Interrupted
-        self._update = {name: value / rows for name, value in zip(self.NAMES, sums)}
-        self._update["ratio"] += (rows - counted) / rows
-        self._update |= {"rows": rows, "ratio_deviation": every_rank[:, -2].max().item()}
+        replayed = max(counted, 1)
+        self._update = {name: value / (rows if name == "policy_loss" else replayed)
+                        for name, value in zip(self.NAMES, sums)}
+        if not counted:
+            self._update["ratio"] = 1.0
+        self._update |= {"rows": rows, "replayed": replayed,
+                         "ratio_deviation": every_rank[:, -2].max().item()}
         if not np.isfinite(sums).all():
             raise NonFiniteUpdate("loss")
 
@@ -101,12 +106,12 @@ class Statistics:
         """Means over the epoch's rows, gradient norms, and how often an update overflowed or was left out."""
         known = {} if self.before is None else {"ratio_deviation_before": self.before}
         if self.updates:
-            rows = [update["rows"] for update in self.updates]
-            known |= {name: float(np.average([update[name] for update in self.updates], weights=rows))
-                      for name in self.NAMES}
+            for name in self.NAMES:
+                rows = [update["rows" if name == "policy_loss" else "replayed"] for update in self.updates]
+                known[name] = float(np.average([update[name] for update in self.updates], weights=rows))
             known["ratio_deviation"] = max(update["ratio_deviation"] for update in self.updates)
             known["grad_norm"] = float(np.mean([update["grad_norm"] for update in self.updates]))
-        return {"grad_norm": 0.0} | known | {"overflows": self.overflows, "skipped_updates": self.skipped}
+        return known | {"overflows": self.overflows, "skipped_updates": self.skipped}
 
 
 def spreads(name: str, thumbnails: Tensor) -> dict[str, float]:

@@ -31,11 +31,12 @@ from harness.gallery import Display
 from harness.program import leave
 from harness.report import epoch_line, say, spread_shares, warn
 from harness.scoring import Scorer, check_reward_prompts, own_random_streams, probe
-from learner import Learner
+from learner import Learner, learning_rate
 from pipelines import check_memory, check_model
 from policy import DTYPES, Policy
 from prompts import Prompt, load_prompts
 from rewards import NonFiniteScore, RewardError, Rewards, build_rewards, check_reward_weights
+from sampler import timestep_schedule
 
 
 def launch(arguments: list[str], train: Callable[["Run"], None], evaluate: Callable) -> int:
@@ -121,7 +122,7 @@ def prepare(arguments: list[str]) -> tuple[str, Config, list[Prompt], list[Promp
 def make_rewards(config: Config, device: torch.device) -> Rewards:
     """Build the rewards of training and of evaluation, which have the weight 0."""
     # The rewards' threads set the CUDA device, because it is per thread and a reward may say "cuda" alone.
-    start_thread = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    start_thread = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else lambda: None
     with own_random_streams():
         rewards = build_rewards(
             dict(config.rewards) | dict.fromkeys(config.eval_rewards, 0.0), start_thread,
@@ -152,6 +153,8 @@ def make_policy(config: Config, device: torch.device) -> Policy:
         distributed.sum_gradients(policy.parameters)
     for p in policy.parameters:
         p.grad = None
+    for steps in (config.num_steps, config.eval_num_steps):    # a model's schedule may need more than one
+        timestep_schedule(steps, **policy.schedule_arguments(steps))
     policy.before_call = raise_if_stopping
     return policy
 
@@ -216,7 +219,11 @@ class Run:
         config, checkpoint = self.config, self.checkpoint
         self.done, self.whole = 0, {"epoch": 0}              # epochs, and metrics of the last whole one
         if checkpoint:
-            state = load_state(checkpoint)
+            try:
+                state = load_state(checkpoint)
+            except OSError as error:
+                raise TrainingError(f"rank {distributed.rank()} cannot read {checkpoint} ({error}): "
+                                    "--output-dir must be storage that all nodes see") from error
             self.done, self.whole = self.learner.restore(state), state["metrics"]
         keeps = is_main() and not config.eval_only           # the record; on other ranks it stays empty
         history = cut_metrics(self.directory, self.done if checkpoint else -1) if keeps else []
@@ -259,9 +266,8 @@ class Run:
         self.scorer.waited = 0.0
         try:
             yield metrics
-            waited = distributed.gather_vectors(torch.tensor([self.scorer.waited])).mean().item()
             images = config.groups_per_epoch * config.group_size
-            metrics |= {"learning_rate": self.learner.learning_rate, "reward_wait": waited,
+            metrics |= {"learning_rate": learning_rate(config, epoch),
                         "images_per_second": images / (time.perf_counter() - started)}
         except (NonFinite, NonFiniteScore) as error:
             self.learner.skip(error, config.updates_per_epoch)
@@ -269,6 +275,9 @@ class Run:
         metrics["seconds"] = time.perf_counter() - started
         self.learner.end_updates()
         self.whole = metrics
+        # Ranks meet again after the epoch counts, because one of them may be gone.
+        waited = distributed.gather_vectors(torch.tensor([self.scorer.waited]))
+        metrics["reward_wait"] = waited.mean().item()
         say(epoch_line(metrics, self.record.history, config))
 
     @contextlib.contextmanager

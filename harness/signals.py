@@ -20,6 +20,7 @@ import distributed
 
 # Read at import, because the launcher has died if our parent is another process later.
 LAUNCHER = os.getppid()
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ       # whether it is torchrun, and no shell or scheduler
 GRACE = 20.0                 # seconds from a signal to a safe point; torchrun kills after 30
 REPEATED = 1.0               # seconds in which a signal counts once, as two senders may be at work
 UNANSWERED = 5.0             # seconds for the store to answer, which may be on a node whose network is gone
@@ -34,7 +35,7 @@ def end_with_launcher() -> None:
     """End this worker and its children when torchrun is killed, because the worker would write on alone."""
     global _worker
     _worker = os.getpid()
-    if "RANK" in os.environ:
+    if TORCHRUN:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != LAUNCHER:                             # it died before that
@@ -48,7 +49,7 @@ def remembered(key: str, value: str) -> str:
 
 def command_line() -> str:
     """The command that started this run, torchrun's words included, as a shell takes it; "" if unknown."""
-    if "RANK" not in os.environ:
+    if not TORCHRUN:
         return shlex.join(sys.orig_argv)
     path = Path(f"/proc/{LAUNCHER}/cmdline")
     return shlex.join(os.fsdecode(path.read_bytes()).rstrip("\0").split("\0")) if path.exists() else ""

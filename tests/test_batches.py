@@ -51,6 +51,22 @@ def test_batches_hold_as_much_as_a_rank_has_for_one_call_and_leave_two_rollouts(
     assert (found.rollout_batch, found.train_batch) == chosen
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_evaluation_tries_no_training_batch(monkeypatch, dtype):
+    def try_batch(policy, texts, guidance_scale, training, memory):
+        assert not training
+        return 1.0
+
+    monkeypatch.setattr(batches, "try_batch", try_batch)
+    monkeypatch.setattr(distributed, "gather_vectors", lambda vector: vector[None])
+    monkeypatch.setattr(distributed, "world_size", lambda: 1)
+    monkeypatch.setattr(distributed, "gather_objects", lambda value: [value])
+    config = dataclasses.replace(Config(), rollout_batch=0, train_batch=0, dtype=dtype, eval_only=True)
+    policy = SimpleNamespace(parameters=[], device=torch.device("cpu"))
+    found = choose_batches(policy, [Prompt("a", {})], config)
+    assert found.rollout_batch > 0 and found.train_batch == 0
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has"),
                                    MemoryError("bad_alloc"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_running_out_of_memory_says_where_and_what_to_lower(error):

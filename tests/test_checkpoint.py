@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,42 @@ def test_where_no_checkpoint_is_whole_it_is_an_error_and_all_stays_as_it_is(tmp_
     with pytest.raises(ValueError, match="no checkpoint .* is whole .*epoch_00002: state.pt is not what was written.*--run-name"):
         newest_whole(tmp_path, set_aside=True)
     assert epochs(checkpoints(tmp_path)) == [1, 2]
+
+
+def test_checkpoints_without_a_state_are_an_error_and_nothing_is_begun_anew(tmp_path):
+    """As a copy has them that left out the large files."""
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+        (tmp_path / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .*checkpoints has a state.pt .*--run-name"):
+        newest_whole(tmp_path, set_aside=True)
+    assert epochs(sorted((tmp_path / "checkpoints").iterdir())) == [1, 2]
+
+
+def test_the_newest_checkpoint_is_that_of_the_highest_epoch_however_long_its_name(tmp_path):
+    for epoch in (99_999, 100_000):
+        save(tmp_path, epoch, newest=1)
+    assert epochs(checkpoints(tmp_path)) == [100_000] and newest_whole(tmp_path, set_aside=True).name == "epoch_100000"
+
+
+def test_settings_that_are_kept_hold_no_password_of_a_reward_server(tmp_path):
+    urls = (("geneval", "http://user:secret@host:1"), ("geneval", "https://other:2"))
+    write_settings(tmp_path, Config(rewards=(("geneval", 1.0),), reward_urls=urls), "tiny_ocr")
+    text = (tmp_path / "config.json").read_text()
+    assert "secret" not in text
+    assert json.loads(text)["reward_urls"] == [["geneval", "http://host:1"], ["geneval", "https://other:2"]]
+
+
+def test_batches_that_an_evaluation_chose_are_not_those_of_training(tmp_path):
+    config = Config(output_dir=str(tmp_path), run_name="run", rollout_batch=0, train_batch=0)
+    for eval_only, expected in ((True, (0, 0)), (False, (9, 5))):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)
+        write_settings(tmp_path / "run", replace(config, rollout_batch=9, train_batch=5, eval_only=eval_only), "tiny_ocr")
+        (tmp_path / "run" / "metrics.jsonl").touch()
+        _, lock, continued = open_run(config)
+        lock.close()
+        assert (continued.rollout_batch, continued.train_batch) == expected
 
 
 def test_a_state_that_would_run_code_is_refused_before_it_does(tmp_path):

@@ -134,6 +134,9 @@ def test_presets_are_valid_and_described(preset):
     ({"max_unanswered": 1.5}, "max-unanswered is 1.5"),
     ({"reward_batch": 0}, "reward-batch is 0"),
     ({"learning_rate_half_life": -1.0}, "learning-rate-half-life is -1.0"),
+    ({"epochs": 10**15}, "epochs is 1000000000000000: it must be a finite number, 1,000,000,000 at most"),
+    ({"collective_timeout": 1e14}, "collective-timeout is 1"),
+    ({"rewards": (("rapidocr", 1e300),)}, "rewards is (('rapidocr', 1e+300),): weights must be finite and at most 1e30"),
 ])
 def test_a_setting_that_cannot_be_is_named_with_its_value(changes, names):
     with pytest.raises(ConfigError) as error:
@@ -147,6 +150,7 @@ def test_a_continued_run_may_change_the_machine_and_the_length_alone():
                                eval_num_steps=3, eval_images=1, eval_only=True, save_every=9, run_name="x", output_dir="y",
                                reward_threads=2)
     assert changed_fields(saved, free) == []
+    assert changed_fields(saved, dataclasses.replace(free, eval_only=False)) == ["eval_prompts", "eval_num_steps"]
     older = {name: value for name, value in saved.items() if name != "advantage_of"}       # it has no such setting
     assert changed_fields(older, free) == []
     assert changed_fields(older, dataclasses.replace(Config(), advantage_of="each")) == ["advantage_of"]

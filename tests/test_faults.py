@@ -1,10 +1,12 @@
 """Errors become the right error, on the right ranks."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import distributed
 from harness import faults, signals
-from harness.faults import DoesNotFit, Interrupted, NonFinite, on_all_ranks, within_memory
+from harness.faults import DoesNotFit, Interrupted, NonFinite, NonFiniteUpdate, on_all_ranks, skippable, within_memory
 from rewards import NonFiniteScore, RewardError
 
 
@@ -30,6 +32,19 @@ def test_what_is_raised_on_all_ranks_is_what_tells_most(monkeypatch, failures, e
     with pytest.raises(expected) as error:
         on_all_ranks(lambda: "done")()
     assert type(error.value) is expected
+
+
+def test_a_stop_while_an_update_is_searched_for_a_fault_is_a_stop_and_no_diagnosis(monkeypatch):
+    """Nothing was computed again then, so nothing can be said of it."""
+    def update():
+        with skippable(learner, None, [([0], [0])], None, None, "epoch 1, update 0", None, None):
+            raise NonFiniteUpdate("loss")
+
+    learner = SimpleNamespace(optimizer=SimpleNamespace(zero_grad=lambda set_to_none: None))
+    monkeypatch.setattr(signals, "stop_asked", lambda: True)
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own])
+    with pytest.raises(Interrupted):
+        update()
 
 
 def test_a_policy_is_interrupted_only_where_a_task_may_end(monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers import CHEAP, metrics_of
 
-from harness.report import spread_shares, spreads
+import distributed
+from harness.report import Statistics, spread_shares, spreads
 from harness.run import Run
 from harness.scoring import thumbnails
 
@@ -57,6 +58,36 @@ def test_collapse_is_told_once(capsys):
         Run.warn_of_collapse(run, metrics)
         run.record.history.append(metrics)
     assert capsys.readouterr().err.count("differ by 30%") == 1 and "differ by 20%" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """One rank, without a process group."""
+    monkeypatch.setattr(distributed, "gather_vectors", lambda vector: vector[None])
+
+
+def test_what_is_watched_is_a_mean_over_the_rows_that_were_replayed_and_the_loss_over_all(alone):
+    """Four of ten rows, and then two of ten, have an advantage."""
+    statistics = Statistics()
+    for replayed in (4, 2):
+        ones = torch.ones(replayed)
+        statistics.add(ones * 0, policy_loss=ones, approx_kl=ones * 1e-6, clip_fraction_high=ones, ratio=ones * 1.5)
+        statistics.end_backward(10)
+        statistics.end_update(0.5, may_overflow=False)
+    metrics = statistics.metrics()
+    assert metrics["policy_loss"] == pytest.approx(0.3) and metrics["approx_kl"] == pytest.approx(1e-6)
+    assert metrics["clip_fraction_high"] == 1 and metrics["ratio"] == 1.5 and metrics["grad_norm"] == 0.5
+
+
+def test_updates_without_a_row_have_a_ratio_of_1_and_those_that_were_left_out_have_no_gradient(alone):
+    statistics = Statistics()
+    statistics.end_backward(10)
+    statistics.end_update(0.0, may_overflow=False)
+    metrics = statistics.metrics()
+    assert metrics["ratio"] == 1 and metrics["policy_loss"] == metrics["approx_kl"] == 0
+    statistics = Statistics()
+    statistics.leave_out_update()
+    assert statistics.metrics() == {"overflows": 0, "skipped_updates": 1}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Workers end with their launcher, and processes of user code are as in any other program and end with their worker."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ distributed.setup()                              # would wait for others, for an
 def test_a_worker_whose_launcher_is_killed_before_it_sets_up_ends_too(tmp_path):
     (tmp_path / "orphan.py").write_text(ORPHAN)
     environment = {**os.environ, "PYTHONPATH": str(Path(distributed.__file__).parent), "RANK": "0", "WORLD_SIZE": "2",
-                   "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "TORCHELASTIC_RUN_ID": "none"}
     words = f"'{sys.executable}' '{tmp_path}/orphan.py' '{tmp_path}' & echo $! > '{tmp_path}/pid'; wait"
     launcher = subprocess.Popen(["sh", "-c", words], env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -163,3 +164,12 @@ def test_a_worker_whose_launcher_is_killed_before_it_sets_up_ends_too(tmp_path):
     assert alive(worker)
     (tmp_path / "launcher is gone").touch()
     wait_until(lambda: not alive(worker), 5)
+
+
+def test_ranks_that_no_torchrun_started_name_their_own_command():
+    """The parent is a shell or a scheduler then, and its command line starts no run."""
+    script = "from harness.signals import command_line; print(command_line())"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    said = subprocess.run([sys.executable, "-c", script], env={**environment, "RANK": "0"}, text=True, check=True,
+                          cwd=Path(distributed.__file__).parent, capture_output=True).stdout
+    assert said == shlex.join([sys.executable, "-c", script]) + "\n"

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import (
-    CHEAP, ROOT, Stopped, equal, errors_in, metrics_of, replace_call, run_here, wait_until, without_times)
+    CHEAP, ROOT, Stopped, equal, errors_in, metrics_of, replace_call, run_here, wait_until, weights_of, without_times)
 from safetensors import safe_open
 
+import distributed
 import harness.run
 from config import Config, parse_config
 from harness import signals
@@ -330,6 +331,50 @@ def test_whatever_ends_a_run_the_last_whole_epoch_is_saved_and_goes_on(
     assert f"epoch {saved} is saved; to go on: " in capsys.readouterr().out
     assert [p.name for p in checkpoints(unbroken.with_name(name))] == [f"epoch_0000{saved}"]
     assert_same_bits(train_here(name, **THREE_EPOCHS), unbroken)
+
+
+def test_a_rank_that_is_gone_after_an_epochs_only_update_costs_no_epoch(train_here, monkeypatch):
+    """What ranks tell each other then is how long they waited."""
+    def gather(vector):
+        if sys._getframe(1).f_code.co_name == "all_or_nothing":
+            told.append(vector)
+            if len(told) == 2:
+                raise distributed.LostRank("gone")
+        return original(vector)
+
+    original, told = distributed.gather_vectors, []
+    monkeypatch.setattr(distributed, "gather_vectors", gather)
+    with pytest.raises(Stopped):
+        train_here("gone", **CHEAP, epochs=3, save_every=100)
+    monkeypatch.undo()
+    directory = train_here("gone", **CHEAP, epochs=3, save_every=100)
+    assert [c.name for c in checkpoints(directory)] == ["epoch_00002", "epoch_00003"] and [m["epoch"] for m in metrics_of(directory)] == [0, 1, 2, 3]
+    undisturbed = train_here("not-gone", **CHEAP, epochs=3, save_every=100)
+    assert torch.equal(weights_of(directory, 3), weights_of(undisturbed, 3))
+
+
+def test_a_checkpoint_that_a_rank_cannot_read_is_one_line(train_here, monkeypatch, capsys):
+    """As on a node that does not see the output directory."""
+    def load_state(path):
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    train_here("unseen", **CHEAP, epochs=1)
+    monkeypatch.setattr(harness.run, "load_state", load_state)
+    with pytest.raises(Stopped) as stopped:
+        train_here("unseen", **CHEAP, epochs=2)
+    assert stopped.value.code == 2
+    (line,) = errors_in(capsys.readouterr().err)
+    assert "rank 0 cannot read" in line and "--output-dir must be storage that all nodes see" in line
+
+
+@pytest.mark.parametrize("field", ["num_steps", "eval_num_steps"])
+def test_a_schedule_that_needs_more_steps_is_one_line_before_training(train_here, monkeypatch, capsys, field):
+    """Qwen-Image's is stretched so that its last step does not begin at 1."""
+    monkeypatch.setattr(harness.run.Policy, "schedule_arguments", lambda policy, steps: dict(shift_terminal=0.02))
+    with pytest.raises(Stopped) as stopped:
+        train_here(f"one-{field}", **{**CHEAP, "timestep_fraction": 1, field: 1})
+    (line,) = errors_in(capsys.readouterr().err)
+    assert stopped.value.code == 2 and "num_steps is 1: at least 2 is needed" in line
 
 
 def test_a_run_whose_output_nobody_reads_goes_on(start):
