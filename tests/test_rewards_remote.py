@@ -58,6 +58,11 @@ def slow(images, prompts, metadata):
 
 def broken(images, prompts, metadata):
     raise KeyError("a\\nbug")
+
+def tagged(images, prompts, metadata):
+    return np.zeros(len(images))
+
+tagged.check_prompt = lambda prompt, metadata: metadata["tag"]
 '''
 
 
@@ -350,6 +355,13 @@ def test_a_reward_that_fails_is_the_servers_fault_and_its_reason_reaches_the_cli
     with pytest.raises(RewardError) as error:
         remote("own:broken", url, deadline=0.5)(noise(1), ["a prompt"], [{}])
     assert one_line(error, url, "500", "KeyError", "'a prompt'")
+
+
+def test_a_prompt_that_the_rewards_check_fails_on_is_refused_with_the_reason(serve):
+    url = serve("own:tagged")[1]
+    answer = ask(url, [file_of(noise(1)[0])])
+    assert answer.status_code == 422 and answer.json()["detail"] == "the reward cannot check a prompt (KeyError: 'tag')"
+    assert ask(url, [file_of(noise(1)[0])], metadata=[{"tag": "colors"}]).status_code == 200
 
 
 def test_a_full_server_says_when_to_ask_again_and_a_client_that_does_gets_every_score(serve):
