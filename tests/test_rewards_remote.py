@@ -630,6 +630,17 @@ def test_deqa_of_an_existing_server_is_asked_with_images_alone():
     assert scores["deqa"].tolist() == [len(file_of(image, "JPEG")) for image in images]
 
 
+def test_lists_within_lists_of_a_small_pickle_are_an_error_and_are_not_expanded():
+    deep = [0.5]
+    for _ in range(25):
+        deep = [deep, deep]                                 # by reference, so that 250 bytes hold 2**25 numbers
+    with Peer(lambda number, body: (200, pickle.dumps({"outputs": deep}))) as peer:
+        started = time.process_time()
+        with pytest.raises(RewardError) as error:
+            remote("deqa", f"pickle+http://{peer.address}")(noise(2), [""] * 2, [{}] * 2)
+    assert one_line(error, peer.address, "TypeError", "list") and time.process_time() - started < 1
+
+
 PLAIN = {"a": [1, -2.5, True, None, "text", b"bytes", 2**70, (1, (2, 3)), {"b": [[], {}, ()]}], "s": {1, 2}, 3: float("inf")}
 SCALARS = [np.float64(0.1), np.float32(0.1), np.float16(0.5), np.int64(-7), np.uint8(200), np.int32(5), np.bool_(True),
            np.str_("word"), np.float64("nan")]
