@@ -368,8 +368,8 @@ def ask_server(name: str, url: str, send: Callable, images: np.ndarray, prompts:
 
 def read_answer(count: int, scores: Sequence, metrics: dict[str, Sequence]) -> tuple[np.ndarray, Columns]:
     """Return an answer's scores and metrics as (count,) float32, in which None becomes NaN."""
-    columns = [to_column(name, [math.nan if value is None else value for value in values], count)
-               for name, values in (("scores", scores), *metrics.items())]
+    columns = [to_column(name, [math.nan if value is None else value + 0.0 for value in values], count)
+               for name, values in (("scores", scores), *metrics.items())]  # + 0.0, because it refuses a list
     return columns[0], dict(zip(metrics, columns[1:]))
 
 

@@ -217,8 +217,9 @@ class RequestReader:
             raise ValueError(f"as many images as prompts and metadata are needed, not {found}")
         if counts[0] > self.max_waiting:
             raise TooLarge(f"{counts[0]} images are more than {self.max_waiting}; send fewer at once")
-        for prompt, metadata in zip(sent.prompts, sent.metadata) if self.check else ():
-            self.check(prompt, metadata)
+        with one_line_errors("the reward cannot check a prompt", ValueError):
+            for prompt, metadata in zip(sent.prompts, sent.metadata) if self.check else ():
+                self.check(prompt, metadata)
         images, by_size = decode_pictures(sent.images, self.max_request), {}
         for row, image in enumerate(images):
             by_size.setdefault(image.shape, []).append(row)

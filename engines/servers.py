@@ -3,7 +3,8 @@
 A request goes to the server that has the fewest. A server that gives no answer is left out, its requests go
 to the others, and a thread looks at it until it answers again. A server that is much slower than the others
 gets nothing new until it answers, and the others compute what it holds up. One line on stderr tells of
-each of these. Scores keep the order of the pictures, whoever computed them.
+each of these. What fails at a server goes to the others. Scores keep the order of the pictures, whoever
+computed them.
 """
 import collections
 import contextlib
@@ -35,6 +36,7 @@ class Server:
     requests: int = 0       # that it has now
     seconds: float = 0.0    # that its last answer took
     away: bool = False      # left out until it answers a look
+    busy: bool = False      # away only because it has too much to do
     slow: bool = False      # left out until it answers a request
 
 
@@ -53,13 +55,14 @@ class Servers:
         self.answered = time.monotonic()
         if not self.checked:
             self.check(tuple(column[:1] for column in parts[0]))
-        waiting, failures = collections.deque(range(len(parts))), collections.Counter()
+        waiting, failed = list(range(len(parts))), collections.defaultdict(list)  # number -> servers
         answers, running = {}, {}  # part's number -> answer; future -> number, server, when it started
         twice = set()  # numbers of parts that a slow server holds up, so that others compute them too
         while len(answers) < len(parts):
-            while waiting and (server := self.take_free()):
-                job = in_thread(self.request, server, parts[waiting[0]])
-                running[job] = waiting.popleft(), server, time.monotonic()
+            for number in waiting[:]:
+                if server := self.take_free(failed[number]):
+                    waiting.remove(number)
+                    running[in_thread(self.request, server, parts[number])] = number, server, time.monotonic()
             if not running:
                 self.wait_for_any()
             for job in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
@@ -71,16 +74,15 @@ class Servers:
                         continue
                     if not isinstance(error, Unanswered):
                         raise
-                    failures[number] += error.status == 500
-                    if failures[number] == 3:
-                        failed = f"{without_user(server.url)} and others failed 3 times"
-                        raise RewardError(f"{failed}; the last answer was {error}") from error
+                    if error.status == 500:
+                        failed[number].append(server)
+                        self.stop_if_all_failed(failed[number], error)
                     waiting.append(number)
             for number, server, started in running.values():
                 if number not in twice and self.is_slow(server, started):
                     twice.add(number)
                     waiting.append(number)
-            waiting = collections.deque(number for number in waiting if number not in answers)
+            waiting = [number for number in waiting if number not in answers]
         return [answers[number] for number in range(len(parts))]
 
     def check(self, part: Part) -> None:
@@ -106,11 +108,24 @@ class Servers:
             server.seconds = 0.0
         self.checked = True
 
-    def take_free(self) -> Server | None:
-        """Take the server with the fewest requests, and among equals the one that answered fastest."""
+    def others(self, failed: list[Server]) -> list[Server]:
+        """Return the servers that are here, or soon are, and are none of those at which a part failed."""
+        return [s for s in self.servers if (s.busy or not s.away) and s not in failed]
+
+    def stop_if_all_failed(self, failed: list[Server], error: Unanswered) -> None:
+        """Raise RewardError if a part failed at every server that is here, and at least 3 times."""
+        if len(failed) >= 3 and not self.others(failed):
+            urls = " and ".join(without_user(url) for url in sorted({server.url for server in failed}))
+            raise RewardError(f"{urls} failed {len(failed)} times; the last answer was {error}") from error
+
+    def take_free(self, failed: list[Server]) -> Server | None:
+        """Take the server with the fewest requests, and among equals the one that answered fastest.
+
+        failed: servers at which the part failed. It goes to one of them only where no other is here.
+        """
         with self.lock:
             # A server may answer while it is found to be slow. With nothing left to answer it is not slow.
-            free = [s for s in self.servers
+            free = [s for s in self.others(failed) or self.servers
                     if not s.away and not (s.slow and s.requests) and s.requests < IN_FLIGHT]
             server = min(free, key=lambda server: (server.requests, server.seconds), default=None)
             if server:
@@ -160,11 +175,10 @@ class Servers:
         with self.lock:
             if server.away:
                 return
-            server.away = True
-        busy = error.status in (408, 429, 503)
-        if not busy:
+            server.away, server.busy = True, error.status in (408, 429, 503)
+        if not server.busy:
             self.say(server, f"is gone ({error}); the others go on, and it is asked again")
-        in_thread(self.wait_until_back, server, max(LOOK_AGAIN[0], error.after), busy)
+        in_thread(self.wait_until_back, server, max(LOOK_AGAIN[0], error.after), server.busy)
 
     def wait_until_back(self, server: Server, seconds: float, quiet: bool) -> None:
         """Look at a server less and less often, until it answers at all, whatever it says."""
@@ -173,13 +187,14 @@ class Servers:
             time.sleep(seconds)
             with contextlib.suppress(Exception):  # of any type, because this thread is nobody's
                 server.away = http_client().get(f"{address}/health", timeout=10).status_code >= 500
+            server.busy &= not server.away  # because a busy server would have answered the look
             seconds = min(2 * seconds, LOOK_AGAIN[1])
         if not quiet:
             self.say(server, "is back")
 
     def say(self, server: Server, what: str) -> None:
-        server = f"the server {without_user(server.url)} of reward {self.name!r}"
-        print(f"warning: {server} {what}", file=sys.stderr, flush=True)
+        named = f"the server {without_user(server.url)} of reward {self.name!r}"
+        print(f"warning: {named} {what}", file=sys.stderr, flush=True)
 
 
 def in_thread(call: Callable, *arguments: Any) -> Future:

@@ -54,14 +54,17 @@ def is_whole(directory: Path, epochs: int) -> bool:
     return bool(lines) and lines[-1]["epoch"] >= epochs
 
 
-def train(directory: Path, command: str) -> None:
-    """Run train.py until its last epoch. Raises CalledProcessError, after which its log says why."""
+def train(directory: Path, command: str) -> bool:
+    """Run train.py until its last epoch. Returns whether that went well; if not, the run's log says why."""
     directory.mkdir(parents=True, exist_ok=True)
     arguments = [*command.split(), "--output-dir", str(directory.parent), "--run-name", directory.name]
     cores = ["-m", "proofs.tensor_cores"] if "float16" in arguments else []
     with open(f"{directory}.log", "a") as log:
-        subprocess.run([sys.executable, *cores, ROOT / "train.py", *arguments], stdout=log, stderr=log, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+        code = subprocess.run([sys.executable, *cores, ROOT / "train.py", *arguments], stdout=log, stderr=log,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        print(f"{directory.name} failed with exit code {code}: see {directory}.log", flush=True)
+    return not code
 
 
 def summary(directories: list[Path]) -> str:
@@ -101,6 +104,8 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side, one core each")
     parser.add_argument("--directory", type=Path, default=Path("runs/experiments"))
     options = parser.parse_args()
+    if options.at_once < 1:
+        parser.error(f"--at-once is {options.at_once}: it must be at least 1")
     place = options.directory / options.table
     rows = {row: [place / f"{row.replace(' ', '_')}-{seed}" for seed in options.seeds]
             for row in TABLES[options.table]}
@@ -110,20 +115,22 @@ def main() -> int:
     # Parse before threads start, because parsing turns the stdout of all threads aside.
     epochs = {command: parse_config(command.split())[1].epochs for _, command in cells}
 
-    def work(cell: tuple[Path, str]) -> None:
+    def work(cell: tuple[Path, str]) -> bool:
         directory, command = cell
-        if not is_whole(directory, epochs[command]):
-            start = time.perf_counter()
-            train(directory, command)
+        start = time.perf_counter()
+        if is_whole(directory, epochs[command]):
+            return True
+        if whole := train(directory, command):
             print(f"\n{directory.name}: {time.perf_counter() - start:.0f} s\n{table(options.table, rows)}",
                   flush=True)
+        return whole
 
     with ThreadPoolExecutor(options.at_once) as threads:
-        list(threads.map(work, cells))
+        done = list(threads.map(work, cells))
     print(f"\n{table(options.table, rows)}")
     if picture := sheet(rows):
         picture.save(place / f"{options.table}.png")
-    return 0
+    return int(not all(done))
 
 
 if __name__ == "__main__":

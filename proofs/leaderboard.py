@@ -17,8 +17,8 @@ table and a picture, score against spread, as DIRECTORY/table.md and DIRECTORY/p
 import argparse
 import functools
 import itertools
-import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,6 +51,8 @@ ALGORITHMS = {
     "full trajectory, no guidance": (f"{OWN_START} --window-size 0 --guidance-scale 1", SOME),
     "AWM, no guidance": ("tiny_ocr_awm --guidance-scale 1", SOME),
 }
+# One lock for each algorithm, because its seeds share the runs that tune it.
+TUNING = {algorithm: threading.Lock() for algorithm in ALGORITHMS}
 
 
 def rows_of_epoch(config: Config) -> int:
@@ -97,18 +99,15 @@ class Setting:
         name = f"{self.algorithm}-{self.learning_rate:g}-{self.beta:g}-{seed}"
         return place / name.replace(",", "").replace(" ", "_")
 
-    def run(self, place: Path, seed: int, epochs: int) -> bool:
-        """Train until then, or go on. Returns whether that went well; if not, the run's log says why."""
+    def run(self, place: Path, seed: int, epochs: int, end: float) -> bool:
+        """Train until then, or go on, unless `end` has passed. Returns whether the run came to its epochs."""
         command = (f"{self.command} --seed {seed} --epochs {epochs} --eval-every {self.tenth} "
                    f"--save-every {self.tenth} --learning-rate-half-life {self.epochs / 2}")
         directory = self.directory(place, seed)
         if is_whole(directory, epochs):
             return True
         started = time.perf_counter()
-        try:
-            train(directory, command)
-        except subprocess.CalledProcessError as error:
-            print(f"{directory.name} failed with exit code {error.returncode}: see {directory}.log", flush=True)
+        if time.monotonic() >= end or not train(directory, command):
             return False
         print(f"{directory.name}: {epochs} epochs, {time.perf_counter() - started:.0f} s", flush=True)
         return True
@@ -137,23 +136,25 @@ def tuned(algorithm: str, place: Path) -> Setting | None:
     return max(worth, key=worth.get, default=None)
 
 
-def tune(settings: list[Setting], place: Path) -> None:
+def tune(settings: list[Setting], place: Path, end: float) -> None:
     """Run the settings that are missing to a tenth of the budget, and say what came of each."""
     for setting in settings:
-        if not at_a_tenth(setting, place) and setting.run(place, 1, setting.tenth):
+        if not at_a_tenth(setting, place) and setting.run(place, 1, setting.tenth, end):
             score, share = at_a_tenth(setting, place)
             print(f"  {setting.algorithm}: learning rate {setting.learning_rate:g}, KL {setting.beta:g}, "
                   f"{setting.tenth} epochs: score {score:.3f}, share {share:.2f}", flush=True)
 
 
-def race(algorithm: str, place: Path, seed: int) -> None:
+def race(algorithm: str, place: Path, seed: int, end: float) -> None:
     """Tune an algorithm unless it is, run it out with a seed, and show where all stand."""
     first, *others = ALGORITHMS[algorithm][1]
-    tune([Setting(algorithm, rate, first) for rate in LEARNING_RATES], place)
-    if best := tuned(algorithm, place):
-        tune([Setting(algorithm, best.learning_rate, beta) for beta in others], place)
-        best = tuned(algorithm, place)
-        best.run(place, seed, best.epochs)
+    with TUNING[algorithm]:
+        tune([Setting(algorithm, rate, first) for rate in LEARNING_RATES], place, end)
+        if best := tuned(algorithm, place):
+            tune([Setting(algorithm, best.learning_rate, beta) for beta in others], place, end)
+            best = tuned(algorithm, place)
+    if best:
+        best.run(place, seed, best.epochs, end)
     show(place)
 
 
@@ -235,6 +236,8 @@ def main() -> int:
     parser.add_argument("--hours", type=float, default=8.0, help="no run begins after so many")
     parser.add_argument("--only", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS), metavar="NAME")
     options = parser.parse_args()
+    if options.at_once < 1:
+        parser.error(f"--at-once is {options.at_once}: it must be at least 1")
     options.directory.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 3600 * options.hours
     for algorithm in ALGORITHMS:         # before threads start, because parsing turns stdout aside for all
@@ -243,7 +246,7 @@ def main() -> int:
 
     def work(task: tuple[int, str]) -> None:
         if time.monotonic() < end:
-            race(task[1], options.directory, task[0])
+            race(task[1], options.directory, task[0], end)
 
     # The first seed of all algorithms comes first, so that a leaderboard that was cut short says something.
     with ThreadPoolExecutor(options.at_once) as threads:

@@ -1,7 +1,9 @@
 """Claims about tools/bench.py: what it counts is what the plan says, and its phases are the whole epoch."""
 
 import contextlib
+import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,26 @@ def test_what_is_wrong_is_said_before_anything_starts(monkeypatch, capsys, words
         bench.main()
     err = capsys.readouterr().err
     assert stopped.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_there_are_no_more_ranks_than_cores_that_may_be_used(monkeypatch):
+    commands, before = [], os.sched_getaffinity(0)
+    monkeypatch.setattr(bench.os, "execv", lambda _, words: commands.append(words))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        bench.launch([], None)
+    finally:
+        os.sched_setaffinity(0, before)
+    assert "--nproc_per_node=1" in commands[0]
+
+
+@pytest.mark.parametrize("platform, size", [("linux", 7 * 1024), ("darwin", 7)])
+def test_the_memory_of_a_process_is_in_bytes(monkeypatch, platform, size):
+    monkeypatch.setattr(bench.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=7))
+    monkeypatch.setattr(bench.sys, "platform", platform)
+    assert bench.peak_memory(torch.device("cpu")) == size
 
 
 def test_what_ranks_spend_in_a_collective_beyond_the_last_to_come_is_waiting(monkeypatch):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import distributed
 from tools import gpu
 from tools.measure import Check
 
@@ -48,8 +49,40 @@ def test_sections_that_run_later_keep_what_others_found(tmp_path):
 
 
 def test_the_check_deletes_nothing_but_its_own_trainers(tmp_path):
-    for name in ("runs", "trainers"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "kept").write_text("")
-    Check(torch.device("cpu"), tmp_path, limit=60, smoke=True)
-    assert (tmp_path / "runs" / "kept").exists() and not (tmp_path / "trainers" / "kept").exists()
+    (tmp_path / "runs").mkdir()
+    for _ in range(2):
+        check = Check(torch.device("cpu"), tmp_path, limit=60, smoke=True)
+        assert not list(check.runs.iterdir()) and (tmp_path / "runs").exists()
+        (check.runs / "of an earlier run").write_text("")
+    check.results.unlink()
+    with pytest.raises(ValueError, match="trainers is not from an earlier run.*: give another --out$"):
+        Check(torch.device("cpu"), tmp_path, limit=60, smoke=True)
+    assert list(check.runs.iterdir())
+
+
+def test_a_section_that_fails_leaves_no_attention_of_cudnn_on(tmp_path):
+    def fails(*_):
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        raise RuntimeError("out of memory")
+
+    check = Check(torch.device("cpu"), tmp_path, limit=60, smoke=True)
+    check.run("levers", 1, fails)
+    check.run("next", 1, lambda check, name: check.note(name, on=torch.backends.cuda.cudnn_sdp_enabled()))
+    assert check.notes["next"]["on"] is False
+
+
+def test_what_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys):
+    def refusal() -> str:
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--out", str(tmp_path)])
+        with pytest.raises(SystemExit, match="2"):
+            gpu.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    (tmp_path / "gpu.json").write_text('{"machine": {')
+    assert f"error: {tmp_path}/gpu.json is not whole (Expecting" in refusal()
+
+    def refused():
+        raise ValueError("2 processes but 1 GPUs here")
+
+    monkeypatch.setattr(distributed, "own_device", refused)
+    assert refusal().endswith("error: 2 processes but 1 GPUs here")

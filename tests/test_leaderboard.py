@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +94,41 @@ def test_the_picture_has_a_line_of_each_run(tmp_path):
     assert drawn.size == empty.size and drawn.tobytes() != empty.tobytes() and (tmp_path / "picture.png").exists()
 
 
+@pytest.fixture
+def begun(monkeypatch):
+    """The directories of runs in the order in which they begin. Each takes an hour, and is evaluated every epoch."""
+    begun, running, hours = [], set(), [0]
+
+    def train(directory: Path, command: str) -> bool:
+        assert directory not in running
+        begun.append(directory.name)
+        running.add(directory)
+        time.sleep(0.05)
+        words, evaluation = command.split(), {"eval/total": 0.8, "spread/eval_share": 0.9}
+        epochs = int(words[words.index("--epochs") + 1])
+        directory.mkdir(exist_ok=True)
+        (directory / "new").write_text("".join(json.dumps({"epoch": n, **evaluation}) + "\n" for n in range(epochs + 1)))
+        os.replace(directory / "new", directory / "metrics.jsonl")
+        running.remove(directory)
+        hours[0] += 1
+        return True
+
+    monkeypatch.setattr(leaderboard, "train", train)
+    monkeypatch.setattr(leaderboard, "time", SimpleNamespace(monotonic=lambda: 3600 * hours[0], perf_counter=lambda: 0))
+    return begun
+
+
+def test_seeds_of_one_algorithm_side_by_side_tune_it_once(tmp_path, monkeypatch, begun):
+    monkeypatch.setattr(sys, "argv", ["leaderboard", "--only", "default", "--at-once", "3", "--directory", str(tmp_path)])
+    assert leaderboard.main() == 0
+    assert len(begun) == 3 + 3 and begun[:3] == [f"default-{rate:g}-0-1" for rate in leaderboard.LEARNING_RATES]
+
+
+def test_no_run_begins_after_the_last_hour(tmp_path, monkeypatch, begun):
+    monkeypatch.setattr(sys, "argv", ["leaderboard", "--only", "default", "--hours", "2", "--directory", str(tmp_path)])
+    assert leaderboard.main() == 0 and len(begun) == 2
+
+
 # ---- proofs.experiments --------------------------------------------------------------------------------------
 
 def test_a_table_whose_runs_are_whole_is_printed_and_not_run_again(tmp_path, monkeypatch, capsys):
@@ -105,3 +143,21 @@ def test_a_table_whose_runs_are_whole_is_printed_and_not_run_again(tmp_path, mon
     assert experiments.main() == 0
     printed = capsys.readouterr().out
     assert printed.count("| 10, 10, 10 | 0.800, 0.800, 0.800 | 0.90, 0.90, 0.90 |") == len(experiments.TABLES["windows"])
+
+
+def test_a_run_that_fails_is_named_with_its_log_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiments", "kl", "--seeds", "1", "--directory", str(tmp_path)])
+    assert experiments.main() == 1
+    said = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
+    assert len(said) == len(experiments.TABLES["kl"])
+    assert said[0] == f"beta_0-1 failed with exit code 3: see {tmp_path}/kl/beta_0-1.log"
+
+
+@pytest.mark.parametrize("program, words", [(leaderboard, []), (experiments, ["kl"])])
+def test_no_run_at_once_is_refused_in_one_line(monkeypatch, capsys, program, words):
+    monkeypatch.setattr(sys, "argv", ["program", *words, "--at-once", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert "error: --at-once is 0: it must be at least 1\n" in capsys.readouterr().err

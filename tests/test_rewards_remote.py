@@ -58,6 +58,11 @@ def slow(images, prompts, metadata):
 
 def broken(images, prompts, metadata):
     raise KeyError("a\\nbug")
+
+def tagged(images, prompts, metadata):
+    return np.zeros(len(images))
+
+tagged.check_prompt = lambda prompt, metadata: metadata["tag"]
 '''
 
 
@@ -352,6 +357,13 @@ def test_a_reward_that_fails_is_the_servers_fault_and_its_reason_reaches_the_cli
     assert one_line(error, url, "500", "KeyError", "'a prompt'")
 
 
+def test_a_prompt_that_the_rewards_check_fails_on_is_refused_with_the_reason(serve):
+    url = serve("own:tagged")[1]
+    answer = ask(url, [file_of(noise(1)[0])])
+    assert answer.status_code == 422 and answer.json()["detail"] == "the reward cannot check a prompt (KeyError: 'tag')"
+    assert ask(url, [file_of(noise(1)[0])], metadata=[{"tag": "colors"}]).status_code == 200
+
+
 def test_a_full_server_says_when_to_ask_again_and_a_client_that_does_gets_every_score(serve):
     url = serve("own:slow", "--max-waiting", "2", "--batch", "1")[1]
     with ThreadPoolExecutor(6) as pool:
@@ -616,6 +628,17 @@ def test_deqa_of_an_existing_server_is_asked_with_images_alone():
     with Peer(answer) as peer:
         scores = remote("deqa", f"pickle+http://{peer.address}", batch=2)(images, [""] * 5, [{}] * 5)
     assert scores["deqa"].tolist() == [len(file_of(image, "JPEG")) for image in images]
+
+
+def test_lists_within_lists_of_a_small_pickle_are_an_error_and_are_not_expanded():
+    deep = [0.5]
+    for _ in range(25):
+        deep = [deep, deep]                                 # by reference, so that 250 bytes hold 2**25 numbers
+    with Peer(lambda number, body: (200, pickle.dumps({"outputs": deep}))) as peer:
+        started = time.process_time()
+        with pytest.raises(RewardError) as error:
+            remote("deqa", f"pickle+http://{peer.address}")(noise(2), [""] * 2, [{}] * 2)
+    assert one_line(error, peer.address, "TypeError", "list") and time.process_time() - started < 1
 
 
 PLAIN = {"a": [1, -2.5, True, None, "text", b"bytes", 2**70, (1, (2, 3)), {"b": [[], {}, ()]}], "s": {1, 2}, 3: float("inf")}

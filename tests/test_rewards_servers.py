@@ -18,7 +18,7 @@ from test_rewards_remote import OWN, Peer, one_line
 
 from config import ConfigError, parse_config, validate
 from engines import servers
-from rewards import RewardError, build_rewards, check_reward_weights
+from rewards import RewardError, Unanswered, build_rewards, check_reward_weights
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,26 @@ def test_pictures_that_the_reward_fails_on_are_asked_for_three_times_in_all():
         with pytest.raises(RewardError, match="failed 3 times; the last answer was 500") as error:
             reward(np.zeros((1, 4, 4, 3), np.uint8), [""], [{}])
     assert one_line(error) and len(one.requests) + len(other.requests) == 2 + 3
+
+
+def test_what_a_broken_server_fails_on_goes_to_one_that_works_though_it_is_busy_for_a_while():
+    def answer(number, body):
+        time.sleep(0.02)                                    # so that the broken server always has fewer requests
+        return (503, b"busy") if number in (3, 4) else (200, b'{"scores": [1], "metrics": {}}')
+
+    with Peer(lambda number, body: (500, b"broken")) as broken, Peer(answer) as sound:
+        reward = build_rewards({"any": 1.0}, urls={"any": [f"http://{broken.address}", f"http://{sound.address}"]}, batch=1)
+        assert reward(*part(12))["any"].tolist() == [1] * 12
+    assert len(broken.requests) > 1
+
+
+def test_pictures_that_fail_at_every_server_end_in_a_line_that_names_them_all():
+    def broken(*_):
+        raise Unanswered("500 KeyError", 500)
+
+    urls = ["http://a", "http://b", "http://c", "http://d"]
+    with pytest.raises(RewardError, match=f"^{' and '.join(urls)} failed 4 times; the last answer was 500 KeyError$"):
+        servers.Servers("any", dict.fromkeys(urls, broken), deadline=1).ask_all([part(1)])
 
 
 @pytest.mark.parametrize("urls, says", [(["http://a:1", "b:1"], "'b:1'"), ([], "''"), (["http://a:1", 5], "'5'")])

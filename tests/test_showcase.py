@@ -129,11 +129,13 @@ def test_while_an_export_draws_the_earlier_one_is_whole(gallery, studio):
 
 def test_an_export_replaces_the_earlier_one_and_leaves_other_files_alone(studio, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "pictures-holiday").mkdir()
     for prompt in ("one", "two"):
         with new_pictures(tmp_path) as pictures:
             page = write_gallery(studio, [[dataclasses.replace(REQUEST, prompt=prompt)]], pictures, "")
     assert "<h2>two</h2>" in page.read_text() and "<h2>one</h2>" not in page.read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "notes.txt", pictures.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["index.html", "notes.txt", "pictures-holiday", pictures.name])
     assert len(list(pictures.iterdir())) == 3
 
 

@@ -48,7 +48,7 @@ from learner import Learner
 from policy import Policy
 from rewards import RewardError, Rewards
 from tools import estimate
-from tools.floor import NETWORK, PIECES, Floor, matrix_product_rate, synchronize
+from tools.floor import NETWORK, PIECES, Floor, matrix_product_rate, synchronize, usable_cores
 
 PHASES = ("text", "rollout", "decode", "reward_wait", "replay", "reference", "optimizer", "gather",
           "waiting", "other")
@@ -218,7 +218,7 @@ class Setting:
         total, on_gpu = sum(phases.values()), self.device.type == "cuda"
         result = {
             "setting": self.name, "ranks": distributed.world_size(),
-            "device": torch.cuda.get_device_name(self.device) if on_gpu else f"CPU, {os.cpu_count()} cores",
+            "device": torch.cuda.get_device_name(self.device) if on_gpu else f"CPU, {usable_cores()} cores",
             "images": self.images, "plan": self.plan.splitlines(),
             "epoch_seconds": epoch, "epochs": self.seconds, "images_per_second": self.images / epoch,
             "floor_seconds": floor, "efficiency": floor / epoch,
@@ -253,7 +253,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024             # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def show(result: dict, first: dict) -> None:
@@ -347,7 +348,7 @@ def launch(settings: list[list[str]], ranks: int | None) -> None:
     """Replace this process by torchrun and its ranks. Mistakes are found first, and said in one line."""
     for words in settings:
         prepare(words)
-    ranks = ranks or torch.cuda.device_count() or os.cpu_count()
+    ranks = ranks or torch.cuda.device_count() or usable_cores()
     if ranks > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")            # as the launcher would, at greater length
     os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",

@@ -86,7 +86,7 @@ class Floor:
         """
         threads = {torch.get_num_threads()}
         if self.policy.device.type == "cpu":
-            threads |= {1, max(1, os.cpu_count() // distributed.world_size())}
+            threads |= {1, max(1, usable_cores() // distributed.world_size())}
         for piece in PIECES:
             training = piece in ("replay", "reference")
             own = self.config.train_batch if training else self.config.rollout_batch
@@ -146,6 +146,11 @@ def network_calls(policy: Policy, texts: list[str], guidance_scale: float) -> di
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
+
+def usable_cores() -> int:
+    """CPU cores that this process may use. An affinity, as of taskset, makes them fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":

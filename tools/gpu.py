@@ -3,9 +3,9 @@
     python -m tools.gpu [--only NAME ...] [--out DIR] [--limit SECONDS]
     python -m tools.gpu --smoke      on a CPU, with the bundled model: shows that this program itself works
 
-Sections run in the order of what they are worth. One is skipped if less time is left than it needs, and the last
-line says how to run it. Results are printed as they come and kept in DIR/gpu.json, beside those that other sections
-had there, and what the trainers said in DIR/logs.txt. The large models have random weights.
+Sections run in the order of what they are worth. One is skipped if less time is left than it needs, and the
+last line says how to run it. Results are printed as they come and kept in DIR/gpu.json, beside those that
+other sections had there, and what the trainers said in DIR/logs.txt. The large models have random weights.
 """
 
 import argparse
@@ -305,7 +305,7 @@ def levers(check: Check, name: str) -> None:
 
 
 @section("compile", 110)
-def compile(check: Check, name: str) -> None:
+def compiled_network(check: Check, name: str) -> None:
     """Seconds of a compiled network's calls, and the ratio, which must be exactly 1."""
     if check.smoke:
         return check.note(name, skipped="takes minutes on a CPU")
@@ -392,9 +392,14 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=560, help="seconds for everything")
     parser.add_argument("--smoke", action="store_true", help="small sizes, on a CPU, without a limit")
     given = parser.parse_args()
-    if distributed.own_device().type != "cuda" and not given.smoke:
-        parser.error("no GPU here: --smoke runs on a CPU")
-    check = Check(distributed.setup(), given.out.absolute(), given.limit, given.smoke)
+    try:
+        device = distributed.own_device()
+        if device.type != "cuda" and not given.smoke:
+            raise ValueError("no GPU here: --smoke runs on a CPU")
+        check = Check(device, given.out.absolute(), given.limit, given.smoke)
+        distributed.setup()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     for name, (needs, function) in SECTIONS.items():
         if name in given.only:
             check.run(name, needs, function)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from config import ATTENTION
+from harness.checkpoint import write_whole
 from policy import Policy
 from tools.floor import PIECES, network_calls, synchronize
 
@@ -23,16 +24,19 @@ class Check:
     """One run of the program: its time, its notes, its device, and the sizes that it checks."""
 
     def __init__(self, device: torch.device, out: Path, limit: float, smoke: bool):
-        """out: the folder of the results. limit: seconds. smoke: whether all sizes are small, for a CPU."""
+        """out: the folder of the results. limit: seconds. smoke: whether all sizes are small, for a CPU.
+
+        Raises ValueError or OSError, in one line, if `out` cannot be the folder of the results.
+        """
         self.device, self.out, self.limit, self.smoke = device, out, limit, smoke
         self.started, self.failed = time.time(), False
         self.skipped: list[str] = []                       # sections for which there was no time
-        self.runs = out / "trainers"
-        shutil.rmtree(self.runs, ignore_errors=True)
-        self.runs.mkdir(parents=True)
+        self.runs, self.results = out / "trainers", out / "gpu.json"
         # Keep what other sections found in an earlier run.
-        self.results = out / "gpu.json"
-        self.notes: dict[str, dict] = json.loads(self.results.read_text()) if self.results.exists() else {}
+        self.notes: dict[str, dict] = self.read_results()
+        self.write_results()                               # first, because it marks the trainers as ours
+        shutil.rmtree(self.runs, ignore_errors=True)
+        self.runs.mkdir()
         self.to_here = ["--output-dir", str(self.runs)]
         short = ["--group-size", "4", "--epochs", "3", "--eval-prompts", "4", "--save-every", "1",
                  "--rewards", "jpeg_compressibility", "1", *self.to_here]
@@ -47,13 +51,29 @@ class Check:
             self.sampling = dict(images=8, steps=10, trained=9, guidance=4.5)
             self.network = dict(model="random:sd35m", targets=ATTENTION, rank=32)
 
+    def read_results(self) -> dict[str, dict]:
+        """The notes of an earlier run, if there was one. Raises ValueError."""
+        if not self.results.exists():
+            if self.runs.exists():
+                raise ValueError(f"{self.runs} is not from an earlier run, which would have left "
+                                 f"{self.results.name} beside it: give another --out")
+            return {}
+        try:
+            return json.loads(self.results.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.results} is not whole ({error}): give another --out") from error
+
+    def write_results(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_whole(self.results, json.dumps(self.notes, indent=1, default=str) + "\n")
+
     def left(self) -> float:
         return self.limit - (time.time() - self.started)
 
     def note(self, name: str, **values) -> None:
         self.notes.setdefault(name, {}).update(values)
         print(f"[{time.time() - self.started:4.0f} s] {name}: {json.dumps(values, default=str)}", flush=True)
-        self.results.write_text(json.dumps(self.notes, indent=1, default=str) + "\n")
+        self.write_results()
 
     def require(self, name: str, what: str, holds: bool) -> None:
         """Say that `what` does not hold, and let the program end with 1."""
@@ -70,6 +90,8 @@ class Check:
         began = time.time()
         for note in [note for note in self.notes if note.partition(",")[0] == name]:   # of an earlier run
             del self.notes[note]
+        # As `own_device` does, because an earlier section may have failed while it was on.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         try:
             function(self, name)
         except Exception as error:

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import itertools
 import math
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -73,14 +74,15 @@ def rows_html(rows: dict[str, list[Picture]], requests: list[PictureRequest],
 
 @contextlib.contextmanager
 def new_pictures(directory: Path) -> Iterator[Path]:
-    """A new folder in `directory`, which replaces earlier ones in the end, and is removed after an error.
+    """A new folder in `directory`, which replaces an earlier gallery's in the end. An error removes it.
 
     Raises ValueError in one line, before anything is drawn, if no gallery can stand in `directory`.
     """
     place, index = f"--export {str(directory)!r}", directory / "index.html"
     pictures = directory / f"pictures-{secrets.token_hex(4)}"
     try:
-        if index.exists() and MARK not in index.read_text(errors="replace"):
+        earlier = index.read_text(errors="replace") if index.exists() else MARK
+        if MARK not in earlier:
             raise ValueError(f"{place} holds an index.html that is no gallery of this program, and stays: "
                              "give another directory")
         pictures.mkdir(parents=True)
@@ -92,9 +94,9 @@ def new_pictures(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(pictures, ignore_errors=True)
         raise
-    for older in directory.glob("pictures-*"):
-        if older != pictures:
-            shutil.rmtree(older, ignore_errors=True)
+    # Remove only what the earlier page shows, because another folder may be the user's.
+    for older in set(re.findall(r'src="(pictures-[0-9a-f]{8})/', earlier)):
+        shutil.rmtree(directory / older, ignore_errors=True)
 
 
 def write_gallery(studio: Studio, columns: list[list[PictureRequest]], pictures: Path, about: str) -> Path:
