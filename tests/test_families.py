@@ -15,7 +15,7 @@ import torch
 from diffusers import (DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
                        FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FluxPipeline, FluxTransformer2DModel,
                        StableDiffusion3Pipeline)
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapters
 import policy as policy_module
@@ -192,14 +192,45 @@ class Runs:
         return open, (str(self.path), "w")
 
 
-def test_a_pipeline_whose_file_is_missing_is_refused_in_one_line(model, tmp_path, caplog):
-    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    for file in (tmp_path / "transformer").glob("*.safetensors"):
-        file.unlink()
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def drop_first(file: Path) -> None:
+    """Leave out the first tensor by name."""
+    tensors = load_file(file)
+    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, file, {"format": "pt"})
+
+
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_3": "model"}
+UNREADABLE = [(f"{part}/{name}.safetensors", spoil, "cannot be loaded: .*" + part) for part, name in WEIGHTS.items() for spoil in (Path.unlink, cut)]
+INCOMPLETE = [
+    *((f"{part}/{name}.safetensors", drop_first, rf"is not whole: its {part} lacks \w[\w.]+\.(weight|bias);") for part, name in WEIGHTS.items()),
+    ("text_encoder/config.json", Path.unlink, "is not whole: its text_encoder lacks config.json;"),
+    *((f"{part}/{name}", Path.unlink, f"is not whole: its {part} lacks {what};") for part in ("tokenizer", "tokenizer_3")
+      for name, what in (("tokenizer_config.json", "tokenizer_config.json"), ("tokenizer.json", "its vocabulary")))]
+
+
+@pytest.mark.parametrize("file, spoil, says", UNREADABLE + INCOMPLETE)
+def test_a_pipeline_whose_files_are_not_whole_is_refused_in_one_line(model, file, spoil, says, tmp_path, caplog):
+    shutil.copytree(model, tmp_path / "sd3")
+    spoil(tmp_path / "sd3" / file)
     with pytest.raises(ValueError) as error:
-        make_policy(str(tmp_path))
-    assert str(error.value).startswith(f"--model {str(tmp_path)!r} cannot be loaded: ") and "\n" not in str(error.value)
+        make_policy(str(tmp_path / "sd3"))
+    assert re.match(re.escape(f"--model {str(tmp_path / 'sd3')!r} ") + says, str(error.value)) and "\n" not in str(error.value)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_to_load_a_pipeline_is_no_fault_of_its_files(model, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", fail)
+    with pytest.raises(type(error)) as found:
+        make_policy(model)
+    assert found.value is error
 
 
 def test_every_input_of_flux_matters(flux_model):
