@@ -160,14 +160,25 @@ class Policy:
     # ---- adapters ------------------------------------------------------------------------------------------
 
     def _new_adapter(self, rank: int, alpha: int, targets: tuple[str, ...] | str) -> PeftModel:
-        """Give the transformer an adapter that changes nothing yet. Raises ValueError if no layer has one."""
+        """Give the transformer an adapter that changes nothing yet.
+
+        targets: ends of layers' names, or one pattern. Raises ValueError if a target has no layer.
+        """
+        # Look for each target, because peft is content if one of them has a layer.
+        names = [f".{name}" for name, _ in self.pipe.transformer.named_modules()]
+        ends = () if isinstance(targets, str) else targets
+        unknown = [end for end in ends if not any(name.endswith(f".{end}") for name in names)]
+        way_out = f"the preset {self.family.preset} names those of its family"
+        if unknown:
+            raise ValueError(f"--lora-targets is {targets}: {self.model} has no layer "
+                             f"{', '.join(unknown)}; {way_out}")
         settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
                               target_modules=targets if isinstance(targets, str) else list(targets))
         try:
             return get_peft_model(self.pipe.transformer, settings)
         except ValueError as error:
-            raise ValueError(f"--lora-targets is {targets}: {self.model} has no such layer; the preset "
-                             f"{self.family.preset} names those of its family") from error
+            raise ValueError(f"--lora-targets is {targets}: {self.model} has no such layer; {way_out}"
+                             ) from error
 
     def add_adapter(self, name: str, lora_path: str) -> None:
         """Load another adapter onto the same weights. Raises ValueError, changing nothing, if it misfits."""

@@ -307,6 +307,11 @@ def test_a_resolution_that_the_model_cannot_tile_is_refused_with_what_it_takes(m
     assert str(resolution) in str(error.value) and "multiples of 8 up to 128" in str(error.value)
 
 
+def test_a_target_without_a_layer_is_refused_though_another_has_one(model):
+    with pytest.raises(ValueError, match=r"^--lora-targets is .*: .* has no layer attn.to_kk, q; the preset sd35m_ocr names"):
+        make_policy(model, lora_targets=("attn.to_q", "attn.to_kk", "q"))
+
+
 def test_a_model_is_checked_by_its_index_and_scheduler_alone(model, tmp_path, monkeypatch):
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
