@@ -74,7 +74,8 @@ class Policy:
 
     The network computes in `dtype`, and its frozen weights have that dtype. Trained weights are float32, or
     float64 if `dtype` is "float64". The reference policy is the network without its adapter, also when
-    training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the model.
+    training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the model, in the dtype of
+    the trained weights, because other weights would round otherwise and differ before training.
     """
 
     def __init__(self, model: str, device: torch.device, dtype: str = "float32", *,
@@ -117,7 +118,7 @@ class Policy:
         self.network = transformer = self.pipe.transformer.requires_grad_(full_finetune)
         self.reference = None
         if full_finetune and with_reference:
-            self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
+            self.reference = copy.deepcopy(transformer).requires_grad_(False)
         if lora_path and not full_finetune:
             self.network = load_adapter(transformer, lora_path, model)
         elif lora_rank and not full_finetune:

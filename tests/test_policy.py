@@ -176,6 +176,12 @@ def test_drift_is_the_mean_squared_difference_from_the_reference_at_sigma_1(mode
     assert drift.min() > 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_finetuning_in_half_precision_starts_with_a_drift_of_exactly_0(model, dtype):
+    policy = make_policy(model, dtype, full_finetune=True)
+    assert torch.equal(policy.drift(policy.encode(PROMPTS), start_noise(policy, 2), 4.5), torch.zeros(2))
+
+
 def test_drift_is_nan_where_full_finetuning_keeps_no_reference(model):
     policy = make_policy(model, full_finetune=True, with_reference=False)
     assert policy.drift(policy.encode(PROMPTS), start_noise(policy, 2)).isnan().all()
