@@ -191,6 +191,14 @@ class FLUX(Family):
     scheduler = dict(shift=3.0, use_dynamic_shifting=True)
     embedded_guidance = True
 
+    @staticmethod
+    def distilled(model: str, index: dict) -> bool:
+        try:
+            settings = diffusers_class(FLUX.transformer).load_config(model, subfolder="transformer")
+        except OSError:                                      # without settings, it will not load either
+            return False
+        return not settings.get("guidance_embeds")           # FLUX.1-schnell takes no guidance scale
+
     def tiling(self) -> tuple[int, int, int, int | None]:
         return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None
 

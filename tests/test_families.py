@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import adapters
 import policy as policy_module
 from families import FAMILIES, FLUX, SD3, diffusers_class
+from pipelines import is_distilled
 from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
 
@@ -96,8 +97,17 @@ def test_flux_without_guidance_embeddings_and_shift_as_schnell_is_ends_where_its
     noise = start_noise(policy)
     expected = pipeline_latents(load_pipeline(str(tmp_path)), noise, (16, 32), num_inference_steps=4)
     assert policy.schedule_arguments(4) == {"shift": 1.0, "sigma_min": 0.25, "shift_terminal": None}
-    for guidance_scale in (1.0, 3.5):
-        assert (policy_latents(policy, noise, 4, guidance_scale) - expected).abs().max() < 1e-5
+    assert (policy_latents(policy, noise, 4, 1.0) - expected).abs().max() < 1e-5
+
+
+def test_guidance_that_a_flux_network_does_not_take_is_refused_before_it_loads(flux_model, tmp_path):
+    check_model(flux_model, 3.5)
+    file = without_weights(flux_model, tmp_path) / "transformer" / "config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({**load_pipeline(flux_model).transformer.config, "guidance_embeds": False}))
+    assert is_distilled(str(tmp_path)) and check_model(str(tmp_path)) is FLUX
+    with pytest.raises(ValueError, match="^--guidance-scale is 3.5: .* is distilled to go without guidance; set it to 1"):
+        check_model(str(tmp_path), 3.5)
 
 
 def latents_agree(directory: Path, half: bool = False) -> None:
