@@ -24,13 +24,12 @@ from transformers.utils import logging as transformers_logging
 from adapters import fit_adapter, load_adapter
 from families import LENGTHS, Text
 from pipelines import check_model, compile_blocks, load_pipeline, random_text
+from sampler import Velocity
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 TEXT_CACHE = 2**31           # bytes of embeddings that stay in host memory: some 1,200 prompts of SD3.5
 DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 images of 512 x 512
-
-Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
