@@ -98,10 +98,11 @@ class Policy:
         # Every call of a network calls this first. It may raise to stop a rollout.
         self.before_call: Callable[[], None] = lambda: None
         if device.type == "cuda":
-            # Full precision forbids TF32, to which cuDNN rounds the inputs of convolutions by default.
+            # Full precision forbids TF32, to which cuDNN rounds the inputs of convolutions by default. Half
+            # precision allows it, also in the autoencoder.
             torch.backends.cudnn.allow_tf32 = dtype not in ("float32", "float64")
 
-        # The autoencoder stays in full precision, because its pictures are what rewards score.
+        # The autoencoder's weights have full precision, because its pictures are what rewards score.
         dtypes = {"default": self.dtype, "transformer": self.compute_dtype if full_finetune else self.dtype,
                   "vae": self.compute_dtype}
         family = check_model(model)
