@@ -37,9 +37,10 @@ DIFFUSERS = "0.42.1"              # the version whose pipelines these classes fo
 Text = tuple[Tensor, ...]
 LENGTHS = torch.int64
 # The autoencoder of SD3, FLUX.1 and Z-Image. They differ in its scaling and shift factors.
-KL = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-          block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-          use_quant_conv=False, use_post_quant_conv=False)
+AUTOENCODER_KL = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+    use_quant_conv=False, use_post_quant_conv=False)
 
 
 class Family:
@@ -148,7 +149,7 @@ class SD3(Family):
                       pos_embed_max_size=384, dual_attention_layers=tuple(range(13))),
         "sd35l": dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm",
                       pos_embed_max_size=192)}
-    vae = KL | dict(scaling_factor=1.5305, shift_factor=0.0609)
+    vae = AUTOENCODER_KL | dict(scaling_factor=1.5305, shift_factor=0.0609)
     scheduler = dict(shift=3.0)
     may_lack = ("text_encoder_3", "tokenizer_3")      # T5, whose embeddings are then zeros
 
@@ -187,9 +188,17 @@ class FLUX(Family):
     pipeline, transformer = "FluxPipeline", "FluxTransformer2DModel"
     preset = "flux_pickscore"
     published = {"flux": dict(guidance_embeds=True)}      # other settings are the class's defaults
-    vae = KL | dict(scaling_factor=0.3611, shift_factor=0.1159)
+    vae = AUTOENCODER_KL | dict(scaling_factor=0.3611, shift_factor=0.1159)
     scheduler = dict(shift=3.0, use_dynamic_shifting=True)
     embedded_guidance = True
+
+    @staticmethod
+    def distilled(model: str, index: dict) -> bool:
+        try:
+            settings = diffusers_class(FLUX.transformer).load_config(model, subfolder="transformer")
+        except OSError:                                      # without settings, it will not load either
+            return False
+        return not settings.get("guidance_embeds")           # FLUX.1-schnell takes no guidance scale
 
     def tiling(self) -> tuple[int, int, int, int | None]:
         return self.pipe.transformer.config.in_channels // 4, self.pipe.vae_scale_factor, 2, None

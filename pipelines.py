@@ -3,11 +3,12 @@
 Nothing here loads weights before the model's class and its scheduler are known to be supported.
 """
 
-import functools
 import inspect
 import json
 import math
+import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -153,22 +154,76 @@ def load_pipeline(family: type[Family], model: str, device: torch.device, dtypes
     """Load a pipeline from a directory or the hub, or make random:NAME on `device`.
 
     dtypes: those of "transformer" and "vae", and the "default" of other parts. Weights may be in safetensors
-    or .bin files, in full or in half precision. Raises ValueError in one line.
+    or .bin files, in full or in half precision. Raises ValueError in one line, also if files are not whole.
     """
     if model.startswith("random:"):
         return random_pipeline(family, model.removeprefix("random:"), device, dtypes)
+    index = read_index(model)
     # Pass None for the parts that the index leaves out, because diffusers would miss them.
-    left_out = {name: None for name, entry in read_index(model).items() if entry == [None, None]}
-    kind = diffusers_class(family.pipeline)
-    load = functools.partial(kind.from_pretrained, model, dtype=dtypes, **left_out)
-    try:
-        return load()
-    except (OSError, ValueError) as error:
+    parts = {name: None for name, entry in index.items() if entry == [None, None]}
+    parts |= load_text_encoders(model, index, dtypes["default"])
+    pipe = load_or_refuse(diffusers_class(family.pipeline).from_pretrained, model, dtype=dtypes, **parts)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            # diffusers leaves the weights that a file lacks on the meta device.
+            refuse_missing(model, name, [key for key, weight in part.named_parameters() if weight.is_meta])
+        elif name.startswith("tokenizer") and part is not None:
+            tokenizer = getattr(part, "tokenizer", part)             # a processor holds one
+            # A tokenizer without its vocabulary takes every word for the unknown token.
+            if tokenizer("a").input_ids == tokenizer("b").input_ids:
+                refuse_missing(model, name, ["its vocabulary"])
+    return pipe
+
+
+def load_text_encoders(model: str, index: dict, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """Load transformers' networks, and see that tokenizers have settings. Raises ValueError in one line.
+
+    The pipeline does not load them itself, because it would drop transformers' report of the weights that a
+    file lacks, which then have random values.
+    """
+    encoders = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or entry[0] != "transformers":
+            continue
+        kind = getattr(transformers, entry[1], object)
+        is_network = issubclass(kind, transformers.PreTrainedModel)
+        # A part without this file would take the settings that are its class's defaults.
+        settings = "config.json" if is_network else "tokenizer_config.json"
+        has_settings = is_network or name.startswith("tokenizer")
+        if has_settings and find_file("--model", model, f"{name}/{settings}") is None:
+            refuse_missing(model, name, [settings])
+        if is_network:
+            encoders[name], report = load_or_refuse(
+                kind.from_pretrained, model, subfolder=name, dtype=dtype, output_loading_info=True)
+            refuse_missing(model, name, sorted(report["missing_keys"]))
+    return encoders
+
+
+def refuse_missing(model: str, part: str, missing: list[str]) -> None:
+    """Raise ValueError in one line if there is anything missing."""
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(f"--model {model!r} is not whole: its {part} lacks {', '.join(missing[:3])}{more}; "
+                         "fetch its files again")
+
+
+def load_or_refuse(load: Callable, model: str, **settings):
+    """Load files of full precision, or else of half precision. Raises ValueError in one line.
+
+    An error of too little memory stays what it is, because the files are not its cause.
+    """
+    errors = []
+    for variant in {}, {"variant": "fp16"}:
         try:
-            return load(variant="fp16")
-        except (OSError, ValueError):
-            reason = " ".join(str(error).split())
-            raise ValueError(f"--model {model!r} cannot be loaded: {reason:.300}") from error
+            return load(model, **settings, **variant)
+        except Exception as error:
+            out_of_memory = re.search("out of memory|allocate memory", str(error))
+            if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and out_of_memory:
+                raise
+            errors.append(error)
+    part = f"{settings['subfolder']}: " if "subfolder" in settings else ""
+    reason = " ".join(str(errors[0]).split())
+    raise ValueError(f"--model {model!r} cannot be loaded: {part}{reason:.300}") from errors[0]
 
 
 def random_pipeline(family: type[Family], name: str, device: torch.device, dtypes: dict[str, torch.dtype]

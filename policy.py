@@ -24,13 +24,12 @@ from transformers.utils import logging as transformers_logging
 from adapters import fit_adapter, load_adapter
 from families import LENGTHS, Text
 from pipelines import check_model, compile_blocks, load_pipeline, random_text
+from sampler import Velocity
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 TEXT_CACHE = 2**31           # bytes of embeddings that stay in host memory: some 1,200 prompts of SD3.5
 DECODE_PIXELS = 2**20        # pixels that the autoencoder decodes at once: 4 images of 512 x 512
-
-Velocity = Callable[[Tensor, Tensor], Tensor]      # latents (B, C, H, W), sigma (B,) -> velocity (B, C, H, W)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -74,7 +73,8 @@ class Policy:
 
     The network computes in `dtype`, and its frozen weights have that dtype. Trained weights are float32, or
     float64 if `dtype` is "float64". The reference policy is the network without its adapter, also when
-    training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the model.
+    training goes on from `lora_path`. Under `full_finetune` it is a frozen copy of the model, in the dtype of
+    the trained weights, because other weights would round otherwise and differ before training.
     """
 
     def __init__(self, model: str, device: torch.device, dtype: str = "float32", *,
@@ -98,10 +98,11 @@ class Policy:
         # Every call of a network calls this first. It may raise to stop a rollout.
         self.before_call: Callable[[], None] = lambda: None
         if device.type == "cuda":
-            # Full precision forbids TF32, to which cuDNN rounds the inputs of convolutions by default.
+            # Full precision forbids TF32, to which cuDNN rounds the inputs of convolutions by default. Half
+            # precision allows it, also in the autoencoder.
             torch.backends.cudnn.allow_tf32 = dtype not in ("float32", "float64")
 
-        # The autoencoder stays in full precision, because its pictures are what rewards score.
+        # The autoencoder's weights have full precision, because its pictures are what rewards score.
         dtypes = {"default": self.dtype, "transformer": self.compute_dtype if full_finetune else self.dtype,
                   "vae": self.compute_dtype}
         family = check_model(model)
@@ -117,7 +118,7 @@ class Policy:
         self.network = transformer = self.pipe.transformer.requires_grad_(full_finetune)
         self.reference = None
         if full_finetune and with_reference:
-            self.reference = torch.nn.Module.to(copy.deepcopy(transformer), self.dtype).requires_grad_(False)
+            self.reference = copy.deepcopy(transformer).requires_grad_(False)
         if lora_path and not full_finetune:
             self.network = load_adapter(transformer, lora_path, model)
         elif lora_rank and not full_finetune:
@@ -160,14 +161,25 @@ class Policy:
     # ---- adapters ------------------------------------------------------------------------------------------
 
     def _new_adapter(self, rank: int, alpha: int, targets: tuple[str, ...] | str) -> PeftModel:
-        """Give the transformer an adapter that changes nothing yet. Raises ValueError if no layer has one."""
+        """Give the transformer an adapter that changes nothing yet.
+
+        targets: ends of layers' names, or one pattern. Raises ValueError if a target has no layer.
+        """
+        # Look for each target, because peft is content if one of them has a layer.
+        names = [f".{name}" for name, _ in self.pipe.transformer.named_modules()]
+        ends = () if isinstance(targets, str) else targets
+        unknown = [end for end in ends if not any(name.endswith(f".{end}") for name in names)]
+        way_out = f"the preset {self.family.preset} names those of its family"
+        if unknown:
+            raise ValueError(f"--lora-targets is {targets}: {self.model} has no layer "
+                             f"{', '.join(unknown)}; {way_out}")
         settings = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian",
                               target_modules=targets if isinstance(targets, str) else list(targets))
         try:
             return get_peft_model(self.pipe.transformer, settings)
         except ValueError as error:
-            raise ValueError(f"--lora-targets is {targets}: {self.model} has no such layer; the preset "
-                             f"{self.family.preset} names those of its family") from error
+            raise ValueError(f"--lora-targets is {targets}: {self.model} has no such layer; {way_out}"
+                             ) from error
 
     def add_adapter(self, name: str, lora_path: str) -> None:
         """Load another adapter onto the same weights. Raises ValueError, changing nothing, if it misfits."""

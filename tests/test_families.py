@@ -15,11 +15,12 @@ import torch
 from diffusers import (DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler,
                        FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, FluxPipeline, FluxTransformer2DModel,
                        StableDiffusion3Pipeline)
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapters
 import policy as policy_module
 from families import FAMILIES, FLUX, SD3, diffusers_class
+from pipelines import is_distilled
 from policy import Policy, check_model
 from sampler import replay, rollout, timestep_schedule
 
@@ -96,8 +97,17 @@ def test_flux_without_guidance_embeddings_and_shift_as_schnell_is_ends_where_its
     noise = start_noise(policy)
     expected = pipeline_latents(load_pipeline(str(tmp_path)), noise, (16, 32), num_inference_steps=4)
     assert policy.schedule_arguments(4) == {"shift": 1.0, "sigma_min": 0.25, "shift_terminal": None}
-    for guidance_scale in (1.0, 3.5):
-        assert (policy_latents(policy, noise, 4, guidance_scale) - expected).abs().max() < 1e-5
+    assert (policy_latents(policy, noise, 4, 1.0) - expected).abs().max() < 1e-5
+
+
+def test_guidance_that_a_flux_network_does_not_take_is_refused_before_it_loads(flux_model, tmp_path):
+    check_model(flux_model, 3.5)
+    file = without_weights(flux_model, tmp_path) / "transformer" / "config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({**load_pipeline(flux_model).transformer.config, "guidance_embeds": False}))
+    assert is_distilled(str(tmp_path)) and check_model(str(tmp_path)) is FLUX
+    with pytest.raises(ValueError, match="^--guidance-scale is 3.5: .* is distilled to go without guidance; set it to 1"):
+        check_model(str(tmp_path), 3.5)
 
 
 def latents_agree(directory: Path, half: bool = False) -> None:
@@ -192,14 +202,45 @@ class Runs:
         return open, (str(self.path), "w")
 
 
-def test_a_pipeline_whose_file_is_missing_is_refused_in_one_line(model, tmp_path, caplog):
-    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
-    for file in (tmp_path / "transformer").glob("*.safetensors"):
-        file.unlink()
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 2])
+
+
+def drop_first(file: Path) -> None:
+    """Leave out the first tensor by name."""
+    tensors = load_file(file)
+    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, file, {"format": "pt"})
+
+
+WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_3": "model"}
+UNREADABLE = [(f"{part}/{name}.safetensors", spoil, "cannot be loaded: .*" + part) for part, name in WEIGHTS.items() for spoil in (Path.unlink, cut)]
+INCOMPLETE = [
+    *((f"{part}/{name}.safetensors", drop_first, rf"is not whole: its {part} lacks \w[\w.]+\.(weight|bias);") for part, name in WEIGHTS.items()),
+    ("text_encoder/config.json", Path.unlink, "is not whole: its text_encoder lacks config.json;"),
+    *((f"{part}/{name}", Path.unlink, f"is not whole: its {part} lacks {what};") for part in ("tokenizer", "tokenizer_3")
+      for name, what in (("tokenizer_config.json", "tokenizer_config.json"), ("tokenizer.json", "its vocabulary")))]
+
+
+@pytest.mark.parametrize("file, spoil, says", UNREADABLE + INCOMPLETE)
+def test_a_pipeline_whose_files_are_not_whole_is_refused_in_one_line(model, file, spoil, says, tmp_path, caplog):
+    shutil.copytree(model, tmp_path / "sd3")
+    spoil(tmp_path / "sd3" / file)
     with pytest.raises(ValueError) as error:
-        make_policy(str(tmp_path))
-    assert str(error.value).startswith(f"--model {str(tmp_path)!r} cannot be loaded: ") and "\n" not in str(error.value)
+        make_policy(str(tmp_path / "sd3"))
+    assert re.match(re.escape(f"--model {str(tmp_path / 'sd3')!r} ") + says, str(error.value)) and "\n" not in str(error.value)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   torch.OutOfMemoryError("CUDA out of memory")])
+def test_too_little_memory_to_load_a_pipeline_is_no_fault_of_its_files(model, error, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", fail)
+    with pytest.raises(type(error)) as found:
+        make_policy(model)
+    assert found.value is error
 
 
 def test_every_input_of_flux_matters(flux_model):

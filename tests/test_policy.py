@@ -176,6 +176,12 @@ def test_drift_is_the_mean_squared_difference_from_the_reference_at_sigma_1(mode
     assert drift.min() > 1e-4
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_finetuning_in_half_precision_starts_with_a_drift_of_exactly_0(model, dtype):
+    policy = make_policy(model, dtype, full_finetune=True)
+    assert torch.equal(policy.drift(policy.encode(PROMPTS), start_noise(policy, 2), 4.5), torch.zeros(2))
+
+
 def test_drift_is_nan_where_full_finetuning_keeps_no_reference(model):
     policy = make_policy(model, full_finetune=True, with_reference=False)
     assert policy.drift(policy.encode(PROMPTS), start_noise(policy, 2)).isnan().all()
@@ -305,6 +311,11 @@ def test_a_resolution_that_the_model_cannot_tile_is_refused_with_what_it_takes(m
     with pytest.raises(ValueError) as error:
         Policy(model, CPU, "float32", resolution=resolution, max_sequence_length=TOKENS)
     assert str(resolution) in str(error.value) and "multiples of 8 up to 128" in str(error.value)
+
+
+def test_a_target_without_a_layer_is_refused_though_another_has_one(model):
+    with pytest.raises(ValueError, match=r"^--lora-targets is .*: .* has no layer attn.to_kk, q; the preset sd35m_ocr names"):
+        make_policy(model, lora_targets=("attn.to_q", "attn.to_kk", "q"))
 
 
 def test_a_model_is_checked_by_its_index_and_scheduler_alone(model, tmp_path, monkeypatch):
