@@ -152,8 +152,9 @@ def training_batches(draw: EpochDraw, update: int, advantages: Tensor,
 
     Row m is the trained step steps[m] of the sample at positions[m] of draw.indices. A row whose advantage is
     0 has no gradient unless there is a KL, so it is left out. In full precision a batch holds any rows, and
-    all are about even. In half precision it is a rollout batch at its samples' k-th trained step, in its order,
-    or even parts of it if config.train_batch is smaller. It is left out only if all of it has no advantage.
+    all are about even. In half precision it is a rollout batch at its samples' k-th trained step, in its
+    order, or even parts of it if config.train_batch is smaller. It is left out only if all of it has no
+    advantage.
     """
     trains = (advantages != 0).tolist() if not config.beta else [True] * len(advantages)
     position = {i: j for j, i in enumerate(draw.indices)}
