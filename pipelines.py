@@ -6,7 +6,6 @@ Nothing here loads weights before the model's class and its scheduler are known 
 import inspect
 import json
 import math
-import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 
 from adapters import find_file
 from families import FAMILIES, Family, Text, diffusers_class
@@ -154,7 +154,7 @@ def load_pipeline(family: type[Family], model: str, device: torch.device, dtypes
     """Load a pipeline from a directory or the hub, or make random:NAME on `device`.
 
     dtypes: those of "transformer" and "vae", and the "default" of other parts. Weights may be in safetensors
-    or .bin files, in full or in half precision. Raises ValueError in one line, also if files are not whole.
+    or .bin files, in full or in half precision. Raises ValueError in one line, also if a file lacks weights.
     """
     if model.startswith("random:"):
         return random_pipeline(family, model.removeprefix("random:"), device, dtypes)
@@ -209,6 +209,12 @@ def refuse_missing(model: str, part: str, missing: list[str]) -> None:
                          "fetch its files again")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU, the CPU or one of their libraries ran out of memory."""
+    signs = ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
 def load_or_refuse(load: Callable, model: str, **settings):
     """Load files of full precision, or else of half precision. Raises ValueError in one line.
 
@@ -218,9 +224,8 @@ def load_or_refuse(load: Callable, model: str, **settings):
     for variant in {}, {"variant": "fp16"}:
         try:
             return load(model, **settings, **variant)
-        except Exception as error:
-            out_of_memory = re.search("out of memory|allocate memory", str(error))
-            if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and out_of_memory:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            if is_out_of_memory(error):
                 raise
             errors.append(error)
     part = f"{settings['subfolder']}: " if "subfolder" in settings else ""

@@ -35,8 +35,7 @@ class Server:
     ask: Callable           # (send, images, prompts, metadata) -> Answer
     requests: int = 0       # that it has now
     seconds: float = 0.0    # that its last answer took
-    away: bool = False      # left out until it answers a look
-    busy: bool = False      # away only because it has too much to do
+    away: str = ""          # "busy" or "gone": left out until it answers a look
     slow: bool = False      # left out until it answers a request
 
 
@@ -62,7 +61,8 @@ class Servers:
             for number in waiting[:]:
                 if server := self.take_free(failed[number]):
                     waiting.remove(number)
-                    running[in_thread(self.request, server, parts[number])] = number, server, time.monotonic()
+                    job = in_thread(self.request, server, parts[number], failed[number].count(server))
+                    running[job] = number, server, time.monotonic()
             if not running:
                 self.wait_for_any()
             for job in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
@@ -108,25 +108,22 @@ class Servers:
             server.seconds = 0.0
         self.checked = True
 
-    def others(self, failed: list[Server]) -> list[Server]:
-        """Return the servers that are here, or soon are, and are none of those at which a part failed."""
-        return [s for s in self.servers if (s.busy or not s.away) and s not in failed]
-
     def stop_if_all_failed(self, failed: list[Server], error: Unanswered) -> None:
-        """Raise RewardError if a part failed at every server that is here, and at least 3 times."""
-        if len(failed) >= 3 and not self.others(failed):
+        """Raise RewardError if a part failed at every server that is not gone, and at least 3 times."""
+        if len(failed) >= 3 and all(s in failed or s.away == "gone" for s in self.servers):
             urls = " and ".join(without_user(url) for url in sorted({server.url for server in failed}))
             raise RewardError(f"{urls} failed {len(failed)} times; the last answer was {error}") from error
 
     def take_free(self, failed: list[Server]) -> Server | None:
         """Take the server with the fewest requests, and among equals the one that answered fastest.
 
-        failed: servers at which the part failed. It goes to one of them only where no other is here.
+        failed: servers at which the part failed. It goes there again only if no other is free.
         """
         with self.lock:
             # A server may answer while it is found to be slow. With nothing left to answer it is not slow.
-            free = [s for s in self.others(failed) or self.servers
-                    if not s.away and not (s.slow and s.requests) and s.requests < IN_FLIGHT]
+            free = [s for s in self.servers if failed.count(s) < 3
+                    and not s.away and not (s.slow and s.requests) and s.requests < IN_FLIGHT]
+            free = [s for s in free if s not in failed] or free
             server = min(free, key=lambda server: (server.requests, server.seconds), default=None)
             if server:
                 server.requests += 1
@@ -149,8 +146,12 @@ class Servers:
             self.say(server, f"is slow, {seconds:.0f} s where others took {max(others):.1f} s; they go on")
         return server.slow
 
-    def request(self, server: Server, part: Part) -> Answer:
-        """Ask one server once. Raises Unanswered, or RewardError where it refuses."""
+    def request(self, server: Server, part: Part, failures: int = 0) -> Answer:
+        """Ask one server once. Raises Unanswered, or RewardError where it refuses.
+
+        failures: how often the part failed there, after which the server gets a moment.
+        """
+        time.sleep(0.5 * failures)
         started = time.monotonic()
         try:
             answer = server.ask(self.send, *part)
@@ -175,19 +176,22 @@ class Servers:
         with self.lock:
             if server.away:
                 return
-            server.away, server.busy = True, error.status in (408, 429, 503)
-        if not server.busy:
+            busy = error.status in (408, 429, 503)
+            server.away = "busy" if busy else "gone"
+        if not busy:
             self.say(server, f"is gone ({error}); the others go on, and it is asked again")
-        in_thread(self.wait_until_back, server, max(LOOK_AGAIN[0], error.after), server.busy)
+        in_thread(self.wait_until_back, server, max(LOOK_AGAIN[0], error.after), busy)
 
     def wait_until_back(self, server: Server, seconds: float, quiet: bool) -> None:
         """Look at a server less and less often, until it answers at all, whatever it says."""
         address = server.url.rstrip("/").removesuffix("/score")
-        while server.away:
+        answers = False
+        while not answers:
             time.sleep(seconds)
             with contextlib.suppress(Exception):  # of any type, because this thread is nobody's
-                server.away = http_client().get(f"{address}/health", timeout=10).status_code >= 500
-            server.busy &= not server.away  # because a busy server would have answered the look
+                answers = http_client().get(f"{address}/health", timeout=10).status_code < 500
+            with self.lock:
+                server.away = "" if answers else "gone"  # also if it was busy, because it would have answered
             seconds = min(2 * seconds, LOOK_AGAIN[1])
         if not quiet:
             self.say(server, "is back")

@@ -43,7 +43,7 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
     rows += [("total", "", "eval/total"), ("spread of mean colours, of 255", "", "spread/eval")]
     card = TEMPLATES.get_template("card.md").render(
         card_data=data.to_yaml(), missing=missing, config=config, epoch=epoch, shown=shown, rows=rows,
-        command=re.sub(r"//[^/@\s]*@", "//", command),                   # without the passwords of URLs
+        command=re.sub(r"//[^/\s]*@", "//", command),                    # without the passwords of URLs
         # A family of one's own has the class itself, and diffusers' have its name there.
         module=getattr(FAMILIES[pipeline].pipeline, "__module__", "diffusers"),
         pipeline=pipeline, place=place, is_adapter=folder.name == "adapter",

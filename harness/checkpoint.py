@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -65,6 +66,8 @@ def continued(directory: Path, config: Config) -> Config:
         return config
     old = json.loads(saved.read_text())
     for name in changed_fields(old, config):
+        if old.get("eval_only") and name in EVAL_ONLY_MAY_CHANGE:
+            continue                             # the run begins now, and keeps no score of that evaluation
         raise ValueError(f"--{name.replace('_', '-')} is {to_dict(config)[name]!r}, but {config.run_name!r} "
                          f"was started with {old.get(name)!r}: give that, or choose another --run-name")
     for name, _ in sorted(old.get("prompt_files", {}).items() - prompt_files(config).items()):
@@ -185,8 +188,13 @@ def try_write(what: str, write: Callable, *arguments) -> bool:
 
 def checkpoints(directory: Path) -> list[Path]:
     """Checkpoints from which a run can go on, oldest first. `defect` tells whether one is sound."""
-    there = [p for p in (directory / "checkpoints").glob("epoch_*[0-9]") if (p / "state.pt").exists()]
+    there = [p for p in of_epochs(directory) if (p / "state.pt").exists()]
     return sorted(there, key=lambda p: int(p.name.removeprefix("epoch_")))
+
+
+def of_epochs(directory: Path) -> list[Path]:
+    """Directories of checkpoints, reduced ones too, and no copies of another name."""
+    return [p for p in (directory / "checkpoints").glob("epoch_*") if re.fullmatch(r"epoch_\d+", p.name)]
 
 
 def checkpoint_path(directory: Path, epoch: int) -> Path:
@@ -218,7 +226,7 @@ def save_checkpoint(directory: Path, epoch: int, save_weights: Callable[[Path], 
 def prune_checkpoints(directory: Path, newest: int, best: int | None) -> None:
     """Keep the `newest` checkpoints and that of epoch `best` whole, and only the adapter of the others."""
     kept = {*checkpoints(directory)[-newest:], checkpoint_path(directory, best or 0)}
-    for older in directory.glob("checkpoints/epoch_*[0-9]"):     # also what a killed run began to prune
+    for older in of_epochs(directory):           # also what a killed run began to prune
         if older not in kept and (older / "SHA256SUMS").exists():
             (older / "state.pt").unlink(missing_ok=True)         # first, to make room on a full disk
             shutil.rmtree(older / "transformer", ignore_errors=True)
@@ -259,9 +267,9 @@ def newest_whole(directory: Path, set_aside: bool) -> Path | None:
         defects[checkpoint] = what
     else:
         if not defects:
-            if weights := list((directory / "checkpoints").glob("epoch_*[0-9]")):
-                raise ValueError(f"no checkpoint in {weights[0].parent} has a state.pt to go on from: copy "
-                                 "one back, or choose another --run-name to begin anew")
+            if of_epochs(directory):
+                raise ValueError(f"no checkpoint in {directory / 'checkpoints'} has a state.pt to go on from: "
+                                 "copy one back, or choose another --run-name to begin anew")
             return None
         newest, what = next(iter(defects.items()))
         raise ValueError(f"no checkpoint in {newest.parent} is whole ({newest.name}: {what}): restore one "

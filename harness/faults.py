@@ -18,6 +18,7 @@ import distributed
 from config import Config
 from harness import signals
 from harness.checkpoint import try_write
+from pipelines import is_out_of_memory
 from prompts import Prompt
 from rewards import NonFiniteScore, RewardError
 from sampler import replay
@@ -44,12 +45,6 @@ class DoesNotFit(RuntimeError):
 
 
 LESS_MEMORY = "lower --{}; --gradient-checkpointing and --offload-text-encoders save memory too"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU, the CPU or one of their libraries ran out of memory."""
-    signs = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager
@@ -120,7 +115,7 @@ def skippable(learner, samples, batches: list, backward: Callable, advantages: T
         quantity = str(error)
         found = find_non_finite(learner, samples, batches, backward, advantages, where, quantity, config)
         found, stops = zip(*distributed.gather_objects((found, signals.stop_asked())))
-        if any(stops):                   # not all was computed again
+        if any(stops) and not any(found):        # not all was computed again
             raise Interrupted from None
         now_finite = ", but every batch of it was when computed again: suspect memory or the machine"
         said = next(filter(None, found), now_finite)

@@ -32,6 +32,7 @@ from PIL import Image, ImageOps
 from config import refuse_repeated
 from harness.checkpoint import read_metrics, write_whole
 from harness.templates import ASSETS, TEMPLATES
+from rewards import without_user
 
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
 THUMBNAIL = 256          # pixels of the longer side
@@ -201,9 +202,12 @@ def read_run(directory: Path, name: str, page_folder: Path) -> dict:
         raise ValueError(f"{directory} holds no run: neither metrics.jsonl nor images/epoch_*/")
     names = dict.fromkeys(key for m in metrics for key, value in m.items()
                           if key != "epoch" and isinstance(value, (int, float)))
+    config = json.loads((directory / "config.json").read_text())
+    for pair in config.get("reward_urls", []):               # older runs kept passwords
+        pair[1] = without_user(pair[1])
     return {"name": name, "epochs": [m["epoch"] for m in metrics],
             "metrics": {key: [plain(m.get(key)) for m in metrics] for key in names},
-            "evaluations": evaluations, "config": json.loads((directory / "config.json").read_text())}
+            "evaluations": evaluations, "config": config}
 
 
 def evaluation_folders(directory: Path) -> dict[int, Path]:

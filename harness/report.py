@@ -61,13 +61,8 @@ class Statistics:
         *sums, counted, _, stop = every_rank.sum(0).tolist()
         if stop:
             raise Interrupted
-        replayed = max(counted, 1)
-        self._update = {name: value / (rows if name == "policy_loss" else replayed)
-                        for name, value in zip(self.NAMES, sums)}
-        if not counted:
-            self._update["ratio"] = 1.0
-        self._update |= {"rows": rows, "replayed": replayed,
-                         "ratio_deviation": every_rank[:, -2].max().item()}
+        self._update = dict(zip(self.NAMES, sums)) | {
+            "rows": rows, "replayed": counted, "ratio_deviation": every_rank[:, -2].max().item()}
         if not np.isfinite(sums).all():
             raise NonFiniteUpdate("loss")
 
@@ -106,9 +101,12 @@ class Statistics:
         """Means over the epoch's rows, gradient norms, and how often an update overflowed or was left out."""
         known = {} if self.before is None else {"ratio_deviation_before": self.before}
         if self.updates:
-            for name in self.NAMES:
-                rows = [update["rows" if name == "policy_loss" else "replayed"] for update in self.updates]
-                known[name] = float(np.average([update[name] for update in self.updates], weights=rows))
+            total = {name: sum(update[name] for update in self.updates)
+                     for name in (*self.NAMES, "rows", "replayed")}
+            known |= {name: total[name] / max(total["replayed"], 1) for name in self.NAMES}
+            known["policy_loss"] = total["policy_loss"] / total["rows"]
+            if not total["replayed"]:
+                known["ratio"] = 1.0
             known["ratio_deviation"] = max(update["ratio_deviation"] for update in self.updates)
             known["grad_norm"] = float(np.mean([update["grad_norm"] for update in self.updates]))
         return known | {"overflows": self.overflows, "skipped_updates": self.skipped}

@@ -153,8 +153,12 @@ def make_policy(config: Config, device: torch.device) -> Policy:
         distributed.sum_gradients(policy.parameters)
     for p in policy.parameters:
         p.grad = None
-    for steps in (config.num_steps, config.eval_num_steps):    # a model's schedule may need more than one
-        timestep_schedule(steps, **policy.schedule_arguments(steps))
+    for field in ("num_steps", "eval_num_steps"):          # a model's schedule may need more than one
+        try:
+            steps = getattr(config, field)
+            timestep_schedule(steps, **policy.schedule_arguments(steps))
+        except ValueError as error:
+            raise ValueError(f"--{field.replace('_', '-')} does not fit {config.model}: {error}") from error
     policy.before_call = raise_if_stopping
     return policy
 

@@ -98,6 +98,7 @@ def test_checkpoints_without_a_state_are_an_error_and_nothing_is_begun_anew(tmp_
 def test_the_newest_checkpoint_is_that_of_the_highest_epoch_however_long_its_name(tmp_path):
     for epoch in (99_999, 100_000):
         save(tmp_path, epoch, newest=1)
+        (tmp_path / "checkpoints" / "epoch_00001_copy2").mkdir(exist_ok=True)      # a user's, which is left alone
     assert epochs(checkpoints(tmp_path)) == [100_000] and newest_whole(tmp_path, set_aside=True).name == "epoch_100000"
 
 
@@ -119,6 +120,16 @@ def test_batches_that_an_evaluation_chose_are_not_those_of_training(tmp_path):
         _, lock, continued = open_run(config)
         lock.close()
         assert (continued.rollout_batch, continued.train_batch) == expected
+
+
+def test_a_run_that_an_evaluation_began_trains_with_other_evaluations(tmp_path):
+    looked_at = Config(output_dir=str(tmp_path), run_name="run", eval_only=True, eval_prompts=500)
+    (tmp_path / "run").mkdir()
+    write_settings(tmp_path / "run", looked_at, "tiny_ocr")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    _, lock, config = open_run(replace(looked_at, eval_only=False, eval_prompts=128))
+    lock.close()
+    assert config.eval_prompts == 128
 
 
 def test_a_state_that_would_run_code_is_refused_before_it_does(tmp_path):

@@ -45,6 +45,11 @@ def test_a_stop_while_an_update_is_searched_for_a_fault_is_a_stop_and_no_diagnos
     monkeypatch.setattr(distributed, "gather_objects", lambda own: [own])
     with pytest.raises(Interrupted):
         update()
+    # What another rank has found is told all the same.
+    monkeypatch.setattr(distributed, "gather_objects", lambda own: [own, (" on rank 1 for prompt 'a'", False)])
+    learner.skip = lambda error, updates: (_ for _ in ()).throw(error)
+    with pytest.raises(NonFinite, match="the loss of epoch 1, update 0 is not finite on rank 1 for prompt 'a'"):
+        update()
 
 
 def test_a_policy_is_interrupted_only_where_a_task_may_end(monkeypatch):

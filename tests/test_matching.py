@@ -80,18 +80,18 @@ def test_micro_batches_come_together_in_their_order():
 SCHEDULE = timestep_schedule(AWM.num_steps)
 
 
-def test_shares_are_a_function_of_seed_epoch_and_sample_alone():
-    shares, alone = (draw_sigmas(AWM, 5, samples, SCHEDULE) for samples in ([0, 7], [7]))
-    assert torch.equal(shares[:, 1:], alone)
+def test_sigmas_are_a_function_of_seed_epoch_and_sample_alone():
+    drawn, alone = (draw_sigmas(AWM, 5, samples, SCHEDULE) for samples in ([0, 7], [7]))
+    assert torch.equal(drawn[:, 1:], alone)
     others = [draw_sigmas(*key, [7], SCHEDULE) for key in ((replace(AWM, seed=2), 5), (AWM, 6))]
-    assert len(torch.cat([shares.flatten(), *map(torch.flatten, others)]).unique()) == 4 * 3
+    assert len(torch.cat([drawn.flatten(), *map(torch.flatten, others)]).unique()) == 4 * 3
 
 
 def test_each_part_of_the_schedule_has_a_noising_of_each_image():
-    shares = draw_sigmas(replace(AWM, window_size=4), 1, list(range(200)), SCHEDULE)
+    drawn = draw_sigmas(replace(AWM, window_size=4), 1, list(range(200)), SCHEDULE)
     borders = SCHEDULE[::2].double()                                        # of 4 parts of its 8 steps
-    assert ((shares <= borders[:-1, None]) & (shares > borders[1:, None])).all()
-    assert (shares.std(1) > 0.2 * (borders[:-1] - borders[1:])).all()       # evenly between a step's ends: .29 of them
+    assert ((drawn <= borders[:-1, None]) & (drawn > borders[1:, None])).all()
+    assert (drawn.std(1) > 0.2 * (borders[:-1] - borders[1:])).all()       # evenly between a step's ends: .29 of them
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------------

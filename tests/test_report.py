@@ -67,15 +67,16 @@ def alone(monkeypatch):
 
 
 def test_what_is_watched_is_a_mean_over_the_rows_that_were_replayed_and_the_loss_over_all(alone):
-    """Four of ten rows, and then two of ten, have an advantage."""
+    """Four of ten rows, then none of ten, and then two of ten have an advantage."""
     statistics = Statistics()
-    for replayed in (4, 2):
+    for replayed in (4, 0, 2):
         ones = torch.ones(replayed)
-        statistics.add(ones * 0, policy_loss=ones, approx_kl=ones * 1e-6, clip_fraction_high=ones, ratio=ones * 1.5)
+        if replayed:
+            statistics.add(ones * 0, policy_loss=ones, approx_kl=ones * 1e-6, clip_fraction_high=ones, ratio=ones * 1.5)
         statistics.end_backward(10)
         statistics.end_update(0.5, may_overflow=False)
     metrics = statistics.metrics()
-    assert metrics["policy_loss"] == pytest.approx(0.3) and metrics["approx_kl"] == pytest.approx(1e-6)
+    assert metrics["policy_loss"] == pytest.approx(0.2) and metrics["approx_kl"] == pytest.approx(1e-6)
     assert metrics["clip_fraction_high"] == 1 and metrics["ratio"] == 1.5 and metrics["grad_norm"] == 0.5
 
 

@@ -202,6 +202,31 @@ def test_what_a_broken_server_fails_on_goes_to_one_that_works_though_it_is_busy_
     assert len(broken.requests) > 1
 
 
+@pytest.mark.parametrize("other", ["busy", "silent"])
+def test_what_fails_once_goes_back_there_while_another_server_has_no_time(monkeypatch, other):
+    """The other one answers a look, so it counts as here."""
+    def ask(send, images, prompts, metadata):
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise Unanswered("500 out of memory", 500)
+        return np.ones(len(images)), {}
+
+    def has_no_time(send, images, prompts, metadata):
+        if other == "busy":
+            raise Unanswered("503", 503)
+        time.sleep(0 if not asked_other else 8)
+        asked_other.append(1)
+        return np.ones(len(images)), {}
+
+    asked, asked_other = [], []
+    monkeypatch.setattr(servers, "SLOW", 0.3)
+    monkeypatch.setattr(servers, "LOOK_AGAIN", (0.1, 0.3))
+    monkeypatch.setattr(servers.http_client(), "get", lambda *_, **__: httpx2.Response(200))
+    started = time.monotonic()
+    answers = servers.Servers("any", {"http://a": ask, "http://b": has_no_time}, deadline=20).ask_all([part(1)] * 6)
+    assert len(answers) == 6 and time.monotonic() - started < 5
+
+
 def test_pictures_that_fail_at_every_server_end_in_a_line_that_names_them_all():
     def broken(*_):
         raise Unanswered("500 KeyError", 500)

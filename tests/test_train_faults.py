@@ -374,7 +374,8 @@ def test_a_schedule_that_needs_more_steps_is_one_line_before_training(train_here
     with pytest.raises(Stopped) as stopped:
         train_here(f"one-{field}", **{**CHEAP, "timestep_fraction": 1, field: 1})
     (line,) = errors_in(capsys.readouterr().err)
-    assert stopped.value.code == 2 and "num_steps is 1: at least 2 is needed" in line
+    assert stopped.value.code == 2 and f"--{field.replace('_', '-')} does not fit" in line
+    assert "num_steps is 1: at least 2 is needed" in line
 
 
 def test_a_run_whose_output_nobody_reads_goes_on(start):

@@ -59,8 +59,8 @@ class Check:
                                  f"{self.results.name} beside it: give another --out")
             return {}
         try:
-            return json.loads(self.results.read_text())
-        except ValueError as error:
+            return dict(json.loads(self.results.read_text()))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{self.results} is not whole ({error}): give another --out") from error
 
     def write_results(self) -> None:
