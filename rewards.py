@@ -165,8 +165,8 @@ def build_rewards(weights: dict[str, float], start_thread: Callable = lambda: No
     """Build the `Rewards` of `weights`, name -> weight. The rest is as `build_reward` takes and raises it."""
     check_reward_weights(weights, urls)
     for model in models:
-        if not any(f"{model}.".startswith(f"{name}.") for name in {*weights, *REGISTRY} - {*urls}):
-            raise ValueError(f"no local reward has a model {model!r}; name one, or as pickscore.processor")
+        if not any(f"{model}.".startswith(f"{name}.") for name in (*weights, *REGISTRY)):
+            raise ValueError(f"no reward has a model {model!r}; name a reward, or as pickscore.processor")
     components = {name: build_reward(name, urls, models, **options) for name in weights}
     return Rewards(weights, components, start_thread)
 

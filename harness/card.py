@@ -24,6 +24,11 @@ def find_license(model: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
+def without_paths(command: str) -> str:
+    """Return a torchrun command as others type it, without this machine's paths of Python and torchrun."""
+    return re.sub(r"^\S*python\S* \S*/(?=torchrun )", "", command)
+
+
 def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, command: str,
                license: dict[str, str], history: list[dict], epoch: int) -> None:
     """Write README.md into `folder`, an adapter's or a transformer's, which will be moved to `place`.
@@ -43,7 +48,7 @@ def write_card(folder: Path, place: Path, config: Config, pipeline: str, *, comm
     rows += [("total", "", "eval/total"), ("spread of mean colours, of 255", "", "spread/eval")]
     card = TEMPLATES.get_template("card.md").render(
         card_data=data.to_yaml(), missing=missing, config=config, epoch=epoch, shown=shown, rows=rows,
-        command=re.sub(r"//[^/\s]*@", "//", command),                    # without the passwords of URLs
+        command=without_paths(re.sub(r"//[^/\s]*@", "//", command)),     # without the passwords of URLs
         # A family of one's own has the class itself, and diffusers' have its name there.
         module=getattr(FAMILIES[pipeline].pipeline, "__module__", "diffusers"),
         pipeline=pipeline, place=place, is_adapter=folder.name == "adapter",

@@ -241,6 +241,11 @@ class Run:
         say(f"{self.directory}: {config.model} on {distributed.world_size()} x {self.policy.device}, "
             f"{weights:,} trained weights, {len(self.prompts)} prompts, {len(self.test_prompts)} for "
             f"evaluation, rewards: {rewards}")
+        if {p.text for p in self.test_prompts} <= {p.text for p in self.prompts}:
+            warn("the evaluation's prompts are trained on, so its score is not held out: a directory with "
+                 "train.txt and test.txt keeps them apart")
+        if config.eval_only and not checkpoint:
+            say(f"evaluating the model as it is, because {self.directory} has no checkpoint")
         if not config.eval_only:
             say(self.plan)
         if checkpoint:

@@ -68,6 +68,8 @@ def test_a_run_without_evaluation_has_no_scores_and_says_so(tmp_path):
 def test_a_password_in_the_command_stays_out_of_the_card(tmp_path):
     text = card_of(tmp_path, command="train.py --reward-urls ocr http://me:secret@host:1/x --run-name a").text
     assert "train.py --reward-urls ocr http://host:1/x --run-name a" in text and "secret" not in text
+    text = card_of(tmp_path, command="/home/me/bin/python3 /home/me/bin/torchrun --nproc_per_node=2 train.py --lr 1").text
+    assert "\ntorchrun --nproc_per_node=2 train.py --lr 1\n" in text and "/home" not in text
 
 
 def test_a_command_with_bytes_that_are_no_text_still_gets_a_card(tmp_path):

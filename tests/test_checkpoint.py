@@ -90,7 +90,7 @@ def test_checkpoints_without_a_state_are_an_error_and_nothing_is_begun_anew(tmp_
     for epoch in (1, 2):
         save(tmp_path, epoch)
         (tmp_path / "checkpoints" / f"epoch_{epoch:05d}" / "state.pt").unlink()
-    with pytest.raises(ValueError, match="no checkpoint in .*checkpoints has a state.pt .*--run-name"):
+    with pytest.raises(ValueError, match="no checkpoint in .*checkpoints has its state.pt: .*--run-name"):
         newest_whole(tmp_path, set_aside=True)
     assert epochs(sorted((tmp_path / "checkpoints").iterdir())) == [1, 2]
 

@@ -653,12 +653,6 @@ def test_a_served_reward_has_not_the_name_of_a_column_that_a_run_has_itself(name
     assert one_line(error, f"a reward cannot be called {name!r}")
 
 
-def test_a_model_of_a_reward_that_is_served_elsewhere_is_refused():
-    with pytest.raises(ValueError) as error:
-        build_rewards({"geneval": 1.0}, urls={"geneval": "http://host:1"}, models={"geneval": "/nowhere"})
-    assert one_line(error, "no local reward has a model 'geneval'")
-
-
 def test_a_file_that_parses_a_command_line_is_one_line_and_prints_nothing(own_rewards, tmp_path, capfd):
     (tmp_path / "parsing_rewards.py").write_text(
         "import argparse\nparser = argparse.ArgumentParser()\nparser.add_argument('--needed', required=True)\n"
