@@ -268,8 +268,8 @@ def newest_whole(directory: Path, set_aside: bool) -> Path | None:
     else:
         if not defects:
             if of_epochs(directory):
-                raise ValueError(f"no checkpoint in {directory / 'checkpoints'} has its state.pt: copy one back, "
-                                 "or choose another --run-name to begin anew")
+                raise ValueError(f"no checkpoint in {directory / 'checkpoints'} has its state.pt: copy one "
+                                 "back, or choose another --run-name to begin anew")
             return None
         newest, what = next(iter(defects.items()))
         raise ValueError(f"no checkpoint in {newest.parent} is whole ({newest.name}: {what}): restore one "
