@@ -138,7 +138,7 @@ class Config:
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
-    """torch.compile the transformer's blocks: minutes at the start, then fewer and larger kernels."""
+    """torch.compile the transformer's blocks: slow at the start, then fewer and larger kernels."""
     offload_text_encoders: bool = False
     """Text encoders wait in host memory and visit the device while an epoch's new prompts are encoded."""
     reward_threads: int = 1

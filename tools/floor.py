@@ -94,6 +94,8 @@ class Floor:
             if training and not self.config.half_precision:
                 most *= self.config.trained_steps                  # but several steps go into one
             batches = {min(most, batch) for batch in (-(-own // 4), -(-own // 2), own, 2 * own)}
+            if self.config.compile and piece in NETWORK:       # each size would be compiled by itself
+                batches = {min(most, own)}
             candidates = [(batch, n) for batch in sorted(batches) for n in sorted(threads)]
             needed = any(distributed.gather_objects(self.rows[piece] > 0))
             if needed and piece not in self.fastest:
