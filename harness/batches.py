@@ -4,6 +4,7 @@ The plan is arithmetic on the settings and the number of ranks. Sizes that were 
 trials.
 """
 
+import contextlib
 import math
 import time
 import traceback
@@ -162,9 +163,12 @@ def try_batch(policy: Policy, texts: list[str], guidance_scale: float, training:
     on_gpu = policy.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(policy.device)
+    # A compiled network runs as it is written here, because compiling it for each size would take minutes.
+    # Compiled, it needs less memory.
+    eager = torch.compiler.set_stance("force_eager") if policy.compiled else contextlib.nullcontext()
     started = time.perf_counter()
     try:
-        with torch.set_grad_enabled(training):
+        with eager, torch.set_grad_enabled(training):
             v = velocity(latents, latents.new_full((size,), 0.5))
             if training:
                 v.sum().backward()

@@ -109,8 +109,9 @@ def test_what_others_hold_on_a_gpu_is_not_available(shared_gpu):
 def test_a_single_image_passes_if_it_runs_and_more_only_if_they_leave_a_fifth(shared_gpu):
     """The tensors are on a GPU without values."""
     shared_gpu(used=10)
-    policy = SimpleNamespace(device=GPU, parameters=[], latent_shape=(1, 2, 2), compute_dtype=torch.float32,
-                             encode=lambda texts: texts, velocity=lambda text, scale: lambda latents, sigma: latents)
+    policy = SimpleNamespace(device=GPU, parameters=[], compiled=False, latent_shape=(1, 2, 2),
+                             compute_dtype=torch.float32, encode=lambda texts: texts,
+                             velocity=lambda text, scale: lambda latents, sigma: latents)
     memory = available_memory(policy)
     with FakeTensorMode():
         trial = lambda size: batches.try_batch(policy, ["a"] * size, 1.0, training=False, memory=memory)
@@ -125,8 +126,9 @@ def test_a_gpu_that_holds_not_one_image_is_told_with_the_plan_and_the_way_out(sh
 
     shared_gpu(used=0)
     monkeypatch.setattr(distributed, "world_size", lambda: 1)
-    policy = SimpleNamespace(device=GPU, parameters=[], latent_shape=(1, 2, 2), compute_dtype=torch.float32,
-                             encode=lambda texts: texts, velocity=lambda text, scale: velocity)
+    policy = SimpleNamespace(device=GPU, parameters=[], compiled=False, latent_shape=(1, 2, 2),
+                             compute_dtype=torch.float32, encode=lambda texts: texts,
+                             velocity=lambda text, scale: velocity)
     config = dataclasses.replace(Config(), rollout_batch=0, train_batch=0)
     with FakeTensorMode(), pytest.raises(DoesNotFit, match="not one image fits: --gradient-checkpointing, "
                                          "--offload-text-encoders, or a lower --resolution; the plan was: epoch"):

@@ -1,6 +1,7 @@
 """The pipeline as a velocity model: what it computes is what diffusers computes; what trains is what should."""
 
 import json
+import math
 import shutil
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from peft import PeftModel
 
 import adapters
 import policy as policy_module
+from harness.batches import try_batch
 from policy import Policy, check_model
 from sampler import rollout, timestep_schedule
 
@@ -214,6 +216,15 @@ def test_a_compiled_policy_samples_with_gradients_and_drops_them(model, monkeypa
     assert not policy.reference_velocity(text, 4.5)(latents, sigma).requires_grad
     assert policy.velocity(text, 4.5)(latents, sigma).requires_grad
     assert with_gradients == [compile, False, True]
+
+
+def test_the_search_for_batch_sizes_compiles_nothing(model):
+    torch._dynamo.reset()                                # forgets what other tests compiled
+    policy, frames = make_policy(model, compile=True), torch._dynamo.utils.counters["frames"]
+    before = frames.copy()
+    assert try_batch(policy, PROMPTS, 4.5, training=False, memory=math.inf) > 0
+    assert try_batch(policy, PROMPTS, 4.5, training=True, memory=math.inf) > 0
+    assert frames == before
 
 
 # ------------------------------------------------------------------------------------------------ calls of the network
