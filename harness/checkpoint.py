@@ -68,8 +68,11 @@ def continued(directory: Path, config: Config) -> Config:
     for name in changed_fields(old, config):
         if old.get("eval_only") and name in EVAL_ONLY_MAY_CHANGE:
             continue                             # the run begins now, and keeps no score of that evaluation
-        raise ValueError(f"--{name.replace('_', '-')} is {to_dict(config)[name]!r}, but {config.run_name!r} "
-                         f"was started with {old.get(name)!r}: give that, or choose another --run-name")
+        present, before = to_dict(config)[name], old.get(name)
+        if present == before:                    # a path that leads elsewhere from here
+            present, before = os.path.realpath(present), old["places"][name]
+        raise ValueError(f"--{name.replace('_', '-')} is {present!r}, but {config.run_name!r} was started with "
+                         f"{before!r}: give that, or choose another --run-name")
     for name, _ in sorted(old.get("prompt_files", {}).items() - prompt_files(config).items()):
         raise ValueError(f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} "
                          "was started: put the old one back, or choose another --run-name")
@@ -85,8 +88,11 @@ def changed_fields(saved: dict, config: Config) -> list[str]:
     def same(name: str) -> bool:
         # A run of an older version, which lacks a setting, did what its default says.
         old, new = saved.get(name, defaults[name]), present[name]
-        if name in PLACES:                                       # however the path is written
-            return places.get(name, os.path.realpath(old or "")) == os.path.realpath(new)
+        if name in PLACES:
+            # However the path is written, it must lead to the same place. Where nothing is left of that, a
+            # run was moved together with what it names.
+            place = places.get(name, os.path.realpath(old or ""))
+            return place == os.path.realpath(new) or old == new and not os.path.exists(place)
         return old == new
 
     free = MAY_CHANGE | (EVAL_ONLY_MAY_CHANGE if config.eval_only else set())

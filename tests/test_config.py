@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import config
 from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
 from harness.batches import batch_plan, describe
-from harness.checkpoint import changed_fields
+from harness.checkpoint import changed_fields, continued, write_settings
 from sampler import timestep_schedule
 
 
@@ -157,6 +158,22 @@ def test_a_continued_run_may_change_the_machine_and_the_length_alone():
     assert changed_fields(saved, dataclasses.replace(Config(), seed=2)) == ["seed"]
     assert changed_fields(saved, dataclasses.replace(Config(), rewards=(("rapidocr", 1.0),))) == ["rewards"]
     assert changed_fields(saved, dataclasses.replace(Config(), resolution=(24, 56), beta=0.1)) == ["resolution", "beta"]
+
+
+def test_a_run_that_was_moved_with_its_model_goes_on_and_a_copy_of_it_is_told_both_paths(tmp_path, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    (old / "model").mkdir(parents=True)
+    (old / "run").mkdir()
+    settings = dataclasses.replace(Config(), model="model", rollout_batch=1, train_batch=1)
+    monkeypatch.chdir(old)
+    write_settings(Path("run"), settings, "tiny_ocr")
+    Path("run/metrics.jsonl").touch()
+    shutil.copytree(old, new)
+    monkeypatch.chdir(new)
+    with pytest.raises(ValueError, match=f"--model is '{new / 'model'}', but '' was started with '{old / 'model'}'"):
+        continued(Path("run"), settings)
+    shutil.rmtree(old)
+    assert continued(Path("run"), settings) == settings
 
 
 # ------------------------------------------------------------------------------------------------------- trained steps
