@@ -118,8 +118,11 @@ def adapter_files(lora_path: str) -> list[Path]:
                 return files
     deeper = [path.parent for name in (PEFT_FILES[1], DIFFUSERS_FILE) for depth in (1, 2, 3)
               for path in place.glob("*/" * depth + name)]
+    # The last whole checkpoint: epoch_00012, and neither epoch_00003 nor epoch_00015.corrupt
+    last = max(deeper, default=None,
+               key=lambda path: [int(number) for number in re.findall(r"[-_](\d+)/", f"{path}/")])
     single = sorted(place.glob("*.safetensors"))
-    hint = (f"give {deeper[0]}" if deeper else f"give a file in it, such as {single[0]}" if single
+    hint = (f"give {last}" if deeper else f"give a file in it, such as {single[0]}" if single
             else "an adapter in one file under another name is given by that file, ending in .safetensors")
     raise ValueError(f"--lora-path {lora_path!r} holds no adapter: it has neither {' and '.join(PEFT_FILES)} "
                      f"nor {DIFFUSERS_FILE}; {hint}")

@@ -269,7 +269,7 @@ def gather_scores(scores: dict[str, np.ndarray], rows: list[int],
     for part, at in gather_objects((scores, rows)):
         for name, values in part.items():
             if name not in whole:
-                whole[name] = torch.full((total, *values.shape[1:]), torch.nan)
+                whole[name] = torch.full((total, *values.shape[1:]), torch.nan, dtype=torch.float32)
             whole[name][at] = torch.from_numpy(values)
     return whole
 

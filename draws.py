@@ -34,7 +34,9 @@ def generator(*key: int) -> torch.Generator:
 def draw_noise(seed: int, purpose: int, epoch: int, samples: list[int], count: int, shape: tuple) -> Tensor:
     """Standard normal (count, B, *shape) float32, a function of (seed, purpose, epoch, sample) alone."""
     streams = [generator(seed, purpose, epoch, i) for i in samples]
-    return torch.stack([torch.randn(count, *shape, generator=stream) for stream in streams], 1)
+    # A reward that loads a network beside this may change the default dtype for a while.
+    return torch.stack([torch.randn(count, *shape, generator=stream, dtype=torch.float32)
+                        for stream in streams], 1)
 
 
 def draw_sigmas(config: Config, epoch: int, samples: list[int], sigmas: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Nothing here loads weights before the model's class and its scheduler are known 
 import inspect
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -216,7 +217,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def load_or_refuse(load: Callable, model: str, **settings):
-    """Load files of full precision, or else of half precision. Raises ValueError in one line.
+    """Load files of full precision, or where there are none those of half precision. ValueError in one line.
 
     An error of too little memory stays what it is, because the files are not its cause.
     """
@@ -228,6 +229,9 @@ def load_or_refuse(load: Callable, model: str, **settings):
             if is_out_of_memory(error):
                 raise
             errors.append(error)
+        # A damaged file, or a hub that does not answer, is no reason to take other weights.
+        if not re.search("no file named|does not appear to have", str(errors[0])):
+            break
     part = f"{settings['subfolder']}: " if "subfolder" in settings else ""
     reason = " ".join(str(errors[0]).split())
     raise ValueError(f"--model {model!r} cannot be loaded: {part}{reason:.300}") from errors[0]

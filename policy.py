@@ -150,6 +150,13 @@ class Policy:
             raise ValueError(f"--resolution is {resolution}: the scheduler of {self.model} would shift times "
                              f"by {shift:.3g}, which must be above 0; give another resolution")
 
+    def checksum(self) -> int:
+        """Return a number by which ranks see whether they hold the same weights, to the bit."""
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return sum(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64).item()
+                   for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)
+                   for p in part.parameters())
+
     def schedule_arguments(self, num_steps: int) -> dict[str, float | None]:
         """Return keywords for `sampler.timestep_schedule`: the pipeline's own schedule at this resolution."""
         return self.family.schedule(num_steps, self.tokens)

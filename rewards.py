@@ -35,12 +35,14 @@ import math
 import os
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool  # of daemon threads, for which the end of a program does not wait
 from typing import Any
 from unittest.mock import patch
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 from PIL import Image
@@ -48,6 +50,7 @@ from PIL import Image
 Reward = Callable[[np.ndarray, list[str], list[dict]], Any]
 Columns = dict[str, np.ndarray]
 Places = dict[str, Any]  # reward -> a path, a URL or a list of URLs
+ANSWERED: dict[str, float] = {}  # URL -> when it last answered this process, by time.monotonic()
 IN_FLIGHT = 4  # requests of one served reward at once, because pictures travel while others are scored
 
 
@@ -82,7 +85,7 @@ class Rewards:
         """Return each component's scores by name, its metrics as "name/metric", and their "total".
 
         All are (B,) float32; only metrics may be NaN. `images`: (B, H, W, 3) uint8, B >= 1; `prompts`,
-        `metadata`: B each. Raises ValueError for other inputs, and RewardError as `score_and_check` does.
+        `metadata`: B each. Raises ValueError for other inputs, RewardError, and of these NonFiniteScore.
         """
         if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[3:] != (3,):
             found = f"{getattr(images, 'dtype', type(images).__name__)} {tuple(getattr(images, 'shape', ()))}"
@@ -93,7 +96,11 @@ class Rewards:
 
         def score(name: str) -> Columns:
             self.start_thread()
-            return score_and_check(name, self.components[name], images, prompts, metadata)
+            columns = score_and_check(name, self.components[name], images, prompts, metadata)
+            for value, text in zip(columns[name], prompts):
+                if not math.isfinite(value):
+                    raise NonFiniteScore(f"reward {name!r} is {value} for prompt {one_line(repr(text), 80)}")
+            return columns
 
         with ThreadPool(len(self.components)) as threads:
             # Wait for all, also if one fails, because no reward may still run when the next call begins.
@@ -106,11 +113,7 @@ class Rewards:
 
 def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequence[str],
                     metadata: Sequence[dict]) -> Columns:
-    """Call one reward; return {name: scores, "name/metric": metric}, each (B,) float32, or raise RewardError.
-
-    The reward gets copies, because what it writes must not reach the kept pictures or another reward. Its
-    pictures are read-only besides, so that a reward that writes to them learns of it.
-    """
+    """Call a reward on copies; return {name: scores, "name/metric": metric}, (B,) float32, or RewardError."""
     images, metrics = images.copy(), {}
     images.flags.writeable = False
     try:
@@ -120,17 +123,13 @@ def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequ
         columns = {f"{name}/{key}": to_column(f"{name}/{key}", metrics[key], len(prompts)) for key in metrics}
         for column in columns.values():  # because an infinite metric would make every mean infinite
             column[~np.isfinite(column)] = np.nan
-        columns = {name: to_column(name, scores, len(prompts)), **columns}
+        return {name: to_column(name, scores, len(prompts)), **columns}
     except RewardError:
         raise
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: a reward must not end the run
         batch = f"for a batch of {len(prompts)} that starts with prompt {one_line(repr(prompts[0]), 80)}"
         hint = "; pictures are read-only, so work on images.copy()" if "read-only" in str(error) else ""
         raise RewardError(f"reward {name!r} failed {batch}: {one_line(error, 300)}{hint}") from error
-    for score, prompt in zip(columns[name], prompts):
-        if not math.isfinite(score):
-            raise NonFiniteScore(f"reward {name!r} is {score} for prompt {one_line(repr(prompt), 80)}")
-    return columns
 
 
 def to_column(name: str, values: Any, count: int) -> np.ndarray:
@@ -214,8 +213,7 @@ def import_reward(name: str) -> Callable:
     # A file that parses the command line of this program would make argparse print a usage and exit.
     parses = ValueError("it parses a command line when it is imported")
     with one_line_errors(problem), patch("argparse.ArgumentParser.error", side_effect=parses):
-        # No file of this directory hides a built-in reward.
-        built_in = importlib.import_module(module) if name in REGISTRY else None
+        built_in = importlib.import_module(module) if name in REGISTRY else None  # which no file here hides
         reward = getattr(built_in or import_module(module, os.getcwd()), attribute)
         inspect.signature(reward)  # raises if it is no function
     return reward
@@ -252,10 +250,7 @@ def one_line_errors(problem: str, *passing: type) -> Iterator[None]:
 
 
 def check_reward_weights(weights: dict[str, float], urls: Places = {}) -> None:
-    """Raise ValueError, in one line, unless `weights` can be built. Loads no engine.
-
-    Each reward is known, importable or served (`urls`: name -> URL); each weight is finite, and one is not 0.
-    """
+    """Raise ValueError, in one line, unless `weights` can be built or asked at `urls`. Loads no engine."""
     known = f"known: {', '.join(REGISTRY)}, or your own as my_file:my_function"
     if not any(weights.values()):
         raise ValueError(f"no reward has a weight other than 0 (given: {list(weights)}); {known}")
@@ -295,7 +290,7 @@ URL = (r"(?P<scheme>pickle\+|openai\+|)(?P<address>https?://(?:[^\s/?#@]*@)?"
 
 
 def without_user(url: str) -> str:
-    """Return a URL without "user:password@", to be shown."""
+    """Return a URL without "user:password@"."""
     return re.sub(r"^(\w[\w+.-]*:/*)?[^/]*@", r"\1", url)
 
 
@@ -375,32 +370,30 @@ def read_answer(count: int, scores: Sequence, metrics: dict[str, Sequence]) -> t
 
 class Unanswered(Exception):
     """A server gave no answer for now. `status`: its own or 0. `after`: seconds that it asks to wait."""
-
     def __init__(self, answer: str, status: int = 0, after: str = "") -> None:
         super().__init__(answer)
         self.status, self.after = status, float(after) if re.fullmatch(r"\d{1,9}", after) else 0.0
 
 
 def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request: Any) -> Any:
-    """Do as `post_once`, and ask a server that gives no answer again, for `deadline` seconds.
+    """Do as `post_once`, and ask a server again that has given this process no answer for `deadline` seconds.
 
-    It is asked less and less often, and not before its Retry-After. One that answers 500, a failure of its
-    own, is asked three times in all. Raises RewardError after that, in one line with the last answer.
+    It is asked less and less often, not before its Retry-After, and three times in all if it answers 500, a
+    failure of its own. Raises RewardError after that, in one line with the last answer.
     """
-    end, wait, failures, said = time.monotonic() + deadline, 0.25, 0, False
+    wait, failures, said, started = 0.25, 0, False, time.monotonic()
+    left_of = lambda: max(started, ANSWERED.get(url, 0.0)) + deadline - time.monotonic()
     server, start = without_user(url), f"; start it with: {how_to_start}" if how_to_start else ""
     while True:
         try:
-            # At most half of the deadline, so that a machine that vanished without a word is asked twice.
-            return post_once(url, max(min(deadline / 2, end - time.monotonic()), 0.1), **request)
+            return post_once(url, max(left_of(), 0.1), **request)
         except Unanswered as error:
             answer = error
-        failures, left = failures + (answer.status == 500), end - time.monotonic()
+        failures, left = failures + (answer.status == 500), left_of()
         if failures == 3:
             raise RewardError(f"{server} failed 3 times; the last answer was {answer}")
         if left <= 0:
-            none = f"{server} did not answer in {deadline:g} s"
-            raise RewardError(f"{none}; the last answer was {answer}{start}")
+            raise RewardError(f"{server} did not answer in {deadline:g} s; the last answer: {answer}{start}")
         if not said and deadline - left > 3:
             print(f"waiting up to {left:.0f} s more for {server}: {answer}", file=sys.stderr, flush=True)
             said = True
@@ -412,8 +405,7 @@ def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request
 def post_once(url: str, seconds: float, **request: Any) -> Any:
     """POST, and return the httpx2.Response of status 2xx. `request`: `json` or `content`, and `headers`.
 
-    Raises Unanswered where no answer comes in `seconds`, or one of status 5xx, 408 or 429; and RewardError in
-    one line for any other status.
+    Raises Unanswered without an answer in `seconds`, or for status 5xx, 408, 429; else RewardError.
     """
     client = http_client()
     import httpx2
@@ -424,6 +416,7 @@ def post_once(url: str, seconds: float, **request: Any) -> Any:
             httpx2.ProxyError) as error:
         raise Unanswered(one_line(error, 400)) from error
     if response.is_success:
+        ANSWERED[url] = time.monotonic()
         return response
     status, answer = response.status_code, one_line(f"{response.status_code} {response.text}", 400)
     if status >= 500 or status in (408, 429):
@@ -441,8 +434,14 @@ def http_client() -> Any:
         import httpx2
     except ImportError as error:
         raise RewardError("a served reward needs the package httpx2: pip install httpx2") from error
-    here = dict.fromkeys(("all://localhost", "all://127.0.0.0/8", "all://[::1]"))
-    return httpx2.Client(limits=httpx2.Limits(max_connections=None), mounts=here)
+    limits, names = httpx2.Limits(max_connections=None), ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")
+    # Probe silent connections, because a machine that vanished is as silent as a reward at work.
+    probes = [(socket.IPPROTO_TCP, getattr(socket, name), 15) for name in names if hasattr(socket, name)]
+    probes.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
+    direct = httpx2.HTTPTransport(limits=limits, socket_options=probes)
+    places = ["all://localhost", "all://127.0.0.0/8", "all://[::1]"]
+    places += ["all://"] * ("all" not in getproxies())         # where a proxy for all has its place
+    return httpx2.Client(limits=limits, mounts=dict.fromkeys(places, direct))
 
 
 if __name__ == "__main__":

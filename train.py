@@ -23,7 +23,7 @@ from grpo import clipped_loss, gaussian_kl, guard_log_ratio, ratio_statistics, w
 from harness.faults import LESS_MEMORY, on_all_ranks, skippable, tensors_of, within_memory
 from harness.report import Statistics, mean_scores, progress, reward_metrics, spreads
 from harness.run import Run, launch
-from harness.scoring import Scorer
+from harness.scoring import Scorer, fill_unanswered
 from learner import Learner
 from matching import NoisedImages, NoisedRows, noise_again
 from policy import Policy, Text, to_device
@@ -46,6 +46,7 @@ def train(run: Run) -> None:
             # 1. Draw this rank's part of the epoch's N samples, and 2. score their images beside that.
             samples = sample(policy, run.scorer, run.prompts, config, epoch)
             scores = distributed.gather_scores(samples.scores, samples.draw.indices, len(group_ids))   # (N,)
+            fill_unanswered(scores, dict(config.rewards), group_ids)
 
             # 3. Compute by how much each sample beat the others of its prompt.
             advantages = weighted_advantages(scores, dict(config.rewards), group_ids,
@@ -209,8 +210,7 @@ def evaluate(learner: Learner, scorer: Scorer, prompts: list[Prompt],
     images = np.concatenate(distributed.gather_objects(kept.numpy()))       # by rank, and so by prompt
     scores = distributed.gather_scores(scores, mine, len(prompts))          # name -> (prompts,)
     metrics = mean_scores("eval", scores) | spreads("eval", scores.pop("thumbnail"))
-    scores.pop("drift", None)                                               # of the policy, not of an image
-    return metrics, images, {name: v[:len(images)].tolist() for name, v in scores.items()}
+    return metrics, images, {name: v[:len(images)].tolist() for name, v in scores.items() if name != "drift"}
 
 
 @on_all_ranks

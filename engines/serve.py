@@ -173,7 +173,7 @@ def define_forms() -> SimpleNamespace:
     class ScoreResponse(BaseModel):
         """A number for each image, in their order."""
 
-        scores: list[float]
+        scores: list[float | None] = Field(description="null is a score that is not finite")
         metrics: dict[str, list[float | None]] = Field(description="null says nothing about an image")
 
     class Health(BaseModel):
@@ -257,8 +257,11 @@ class RequestReader:
             raise HTTPException(422, one_line(str(error), 500)) from None
 
 
-async def collect_scores(name: str, scorer: BatchScorer, parts: list[Part]) -> dict[str, Any]:
-    """Score the parts of a request and return the form of an answer, or raise an HTTPException."""
+async def collect_scores(name: str, scorer: BatchScorer, parts: list[Part], request: Any) -> dict[str, Any]:
+    """Score the parts of a request and return the form of an answer, or raise an HTTPException.
+
+    What waits for a client that left is dropped, because it may ask again and would wait for itself.
+    """
     from fastapi import HTTPException
 
     try:
@@ -267,7 +270,15 @@ async def collect_scores(name: str, scorer: BatchScorer, parts: list[Part]) -> d
         full = f"{scorer.held} images wait already; ask again"
         raise HTTPException(503, full, {"Retry-After": "1"}) from None
     try:
-        outcomes = [await asyncio.wrap_future(part.scores) for part in parts]
+        futures = [asyncio.wrap_future(part.scores) for part in parts]
+        while (await asyncio.wait(futures, timeout=1))[1]:  # some are pending
+            if await request.is_disconnected():
+                for part in parts:
+                    part.scores.cancel()
+                raise HTTPException(400, "the client left")
+        outcomes = [future.result() for future in futures]
+    except HTTPException:
+        raise
     except asyncio.CancelledError:
         raise HTTPException(503, "the server is being stopped") from None
     except BaseException as error:
@@ -339,7 +350,7 @@ def make_app(name: str, reward: Reward, batch: int = 16, max_request_mb: int = 2
         check_headers(request.headers, token)
         async with reader.body_slots:
             parts = await reader.receive(request)
-        return JSONResponse(await collect_scores(name, scorer, parts), headers={"X-Reward": name})
+        return JSONResponse(await collect_scores(name, scorer, parts, request), headers={"X-Reward": name})
 
     @app.get("/health", response_model=forms.health)
     async def health():

@@ -26,6 +26,7 @@ from typing import IO
 import torch
 
 from config import PLACES, PRESETS, Config, to_dict
+from prompts import BUILT_IN
 from rewards import without_user
 
 # What a continued run may change: the machine, its length, what is looked at and what is kept.
@@ -71,8 +72,8 @@ def continued(directory: Path, config: Config) -> Config:
         present, before = to_dict(config)[name], old.get(name)
         if present == before:                    # a path that leads elsewhere from here
             present, before = os.path.realpath(present), old["places"][name]
-        raise ValueError(f"--{name.replace('_', '-')} is {present!r}, but {config.run_name!r} was started with "
-                         f"{before!r}: give that, or choose another --run-name")
+        raise ValueError(f"--{name.replace('_', '-')} is {present!r}, but {config.run_name!r} was started "
+                         f"with {before!r}: give that, or choose another --run-name")
     for name, _ in sorted(old.get("prompt_files", {}).items() - prompt_files(config).items()):
         raise ValueError(f"{name} in --prompts {config.prompts!r} has changed since run {config.run_name!r} "
                          "was started: put the old one back, or choose another --run-name")
@@ -127,6 +128,8 @@ def take_lock(directory: Path) -> IO:
 
 def prompt_files(config: Config) -> dict[str, str]:
     """Name -> checksum of the files that --prompts names, none for a built-in set."""
+    if config.prompts in BUILT_IN:               # which wins over a directory of that name
+        return {}
     place = Path(config.prompts)
     files = [place] if place.is_file() else [*place.glob("train*"), *place.glob("test*")]
     return {path.name: checksum(path) for path in files if path.is_file()}

@@ -153,6 +153,11 @@ def make_policy(config: Config, device: torch.device) -> Policy:
         distributed.sum_gradients(policy.parameters)
     for p in policy.parameters:
         p.grad = None
+    if distributed.world_size() > 1:
+        checksums = distributed.gather_objects(policy.checksum())
+        if others := [rank for rank, found in enumerate(checksums) if found != checksums[0]]:
+            raise ValueError(f"rank {others[0]} has other weights of {config.model} than rank 0: fetch its "
+                             "files again there, or give --model a directory that all nodes see")
     for field in ("num_steps", "eval_num_steps"):          # a model's schedule may need more than one
         try:
             steps = getattr(config, field)
@@ -177,8 +182,10 @@ def start(arguments: list[str], evaluate: Callable, held: contextlib.ExitStack) 
     if is_main():
         directory, lock, config = open_run(config)
         held.enter_context(lock)
-        found = directory, config, newest_whole(directory, set_aside=not config.eval_only)
-    directory, config, checkpoint = distributed.broadcast_object(found)
+        checkpoint = newest_whole(directory, set_aside=not config.eval_only)
+        found = directory, config, checkpoint, train_prompts, test_prompts
+    # The main rank's prompts are those of all, because a file may differ between nodes.
+    directory, config, checkpoint, train_prompts, test_prompts = distributed.broadcast_object(found)
     # A machine's first rank builds its rewards first, because engines may fetch models without a lock.
     goes_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not goes_first:

@@ -79,11 +79,27 @@ def probe(rewards: Rewards, prompt: Prompt, resolution: tuple[int, int]) -> None
     """Score a grey picture, so that a reward that cannot work raises RewardError now and not after hours."""
     with own_random_streams():
         rewards(np.full((1, *resolution, 3), 128, np.uint8), [prompt.text], [prompt.metadata])
+    torch.set_default_dtype(torch.float32)       # which a reward may change for all threads
 
 
 def thumbnails(images: Tensor) -> Tensor:
     """Shrink pictures (B, H, W, 3) uint8 to (B, 3, 8, 8) float32. A value is the mean of a part."""
     return torch.nn.functional.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), 8)
+
+
+def fill_unanswered(scores: dict[str, Tensor], weights: dict[str, float], group_ids: Tensor) -> None:
+    """Give a picture that a reward could not score the mean of its group's others, in place.
+
+    Then it has no advantage over them. The reward marks it by a 1 in its metric "unanswered". Its own guess
+    knows only some of the group. scores: name -> (N,), with "total". group_ids: (N,).
+    """
+    for name, weight in weights.items():
+        silent = scores.get(f"{name}/unanswered", torch.zeros(0)) == 1                   # (N,)
+        for group in group_ids[silent].unique() if len(silent) else ():
+            mine, others = group_ids == group, (group_ids == group) & ~silent
+            filled = scores[name][others if others.any() else mine].mean()
+            scores["total"][mine & silent] += weight * (filled - scores[name][mine & silent])
+            scores[name][mine & silent] = filled
 
 
 class Scorer:

@@ -445,6 +445,14 @@ def test_what_holds_no_adapter_of_ours_is_refused(model, tmp_path):
     assert "no whole safetensors file" in refusal(adapted, model, tmp_path / "empty")
 
 
+def test_a_run_in_place_of_an_adapter_is_told_its_last_whole_checkpoint(model, tmp_path):
+    for name in ("epoch_00009", "epoch_00012", "epoch_00010", "epoch_00015.corrupt", "partial"):
+        (tmp_path / "checkpoints" / name / "adapter").mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "adapter" / "adapter_model.safetensors").touch()
+    message = refusal(read_adapter, str(tmp_path))
+    assert f"give {tmp_path / 'checkpoints/epoch_00012/adapter'}" in message
+
+
 @pytest.mark.parametrize("edit", [
     lambda c: c.pop("target_modules"), lambda c: c.clear(), lambda c: c.update(peft_type="FOO"), lambda c: c.update(r="four"),
     lambda c: c.update(r=0), lambda c: c.update(target_modules=["no.such.layer"]), lambda c: c.update(unknown_field=1, r=-1), None])

@@ -13,7 +13,7 @@ import pytest
 import config
 from config import PRESETS, Config, ConfigError, parse_config, to_dict, validate
 from harness.batches import batch_plan, describe
-from harness.checkpoint import changed_fields, continued, write_settings
+from harness.checkpoint import changed_fields, continued, prompt_files, write_settings
 from sampler import timestep_schedule
 
 
@@ -158,6 +158,15 @@ def test_a_continued_run_may_change_the_machine_and_the_length_alone():
     assert changed_fields(saved, dataclasses.replace(Config(), seed=2)) == ["seed"]
     assert changed_fields(saved, dataclasses.replace(Config(), rewards=(("rapidocr", 1.0),))) == ["rewards"]
     assert changed_fields(saved, dataclasses.replace(Config(), resolution=(24, 56), beta=0.1)) == ["resolution", "beta"]
+
+
+def test_a_directory_with_the_name_of_a_built_in_set_says_nothing_of_that_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("words", "mine"):
+        Path(name).mkdir()
+        Path(name, "train.txt").write_text("a cat\n")
+    assert prompt_files(dataclasses.replace(Config(), prompts="words")) == {}
+    assert list(prompt_files(dataclasses.replace(Config(), prompts="mine"))) == ["train.txt"]
 
 
 def test_a_run_that_was_moved_with_its_model_goes_on_and_a_copy_of_it_is_told_both_paths(tmp_path, monkeypatch):

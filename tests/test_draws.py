@@ -23,6 +23,16 @@ def test_the_noise_of_a_sample_does_not_depend_on_its_batch():
     assert torch.equal(together[:, 1:2], draw_noise(1, TRAIN_NOISE, 5, [7], 2, (3, 4)))
 
 
+def test_noise_is_the_same_while_another_thread_has_changed_the_default_dtype():
+    expected = draw_noise(1, TRAIN_NOISE, 5, [0, 7], 2, (3, 4))
+    torch.set_default_dtype(torch.bfloat16)                  # as transformers does while it loads a network
+    try:
+        found = draw_noise(1, TRAIN_NOISE, 5, [0, 7], 2, (3, 4))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
 def test_no_two_samples_epochs_seeds_or_purposes_share_noise():
     keys = [(1, TRAIN_NOISE, 5, [0, 1, 2]), (1, TRAIN_NOISE, 6, [0]), (2, TRAIN_NOISE, 5, [0]), (1, EVAL_NOISE, 5, [0]),
             (1, GROUP_NOISE, 5, [0])]

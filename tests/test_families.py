@@ -179,6 +179,19 @@ def test_weights_in_files_of_half_precision_load(each_model, tmp_path, parts):
     latents_agree(tmp_path, half=True)
 
 
+def test_a_damaged_file_is_refused_although_one_of_half_precision_lies_beside_it(each_model, tmp_path):
+    shutil.copytree(each_model, tmp_path, dirs_exist_ok=True)
+    DiffusionPipeline.from_pretrained(each_model, dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")
+    for part in ("transformer", next(p.name for p in Path(each_model).glob("text_encoder*"))):
+        damaged = next(path for path in (tmp_path / part).glob("*model.safetensors"))
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:-1000])
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            make_policy(str(tmp_path))
+        damaged.write_bytes(whole)
+    make_policy(str(tmp_path))
+
+
 def test_weights_in_bin_files_load_and_run_no_code(each_model, tmp_path):
     load_pipeline(each_model).save_pretrained(tmp_path, safe_serialization=False)
     for encoder in tmp_path.glob("text_encoder*/model.safetensors"):                      # transformers no longer writes others

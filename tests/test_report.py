@@ -1,5 +1,6 @@
 """What a run says of its pictures' diversity, and of its waiting for rewards."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -8,9 +9,10 @@ import torch
 from helpers import CHEAP, metrics_of
 
 import distributed
+from grpo import weighted_advantages
 from harness.report import Statistics, spread_shares, spreads
 from harness.run import Run
-from harness.scoring import thumbnails
+from harness.scoring import fill_unanswered, thumbnails
 
 
 def pictures(*colours, size=(24, 64)):
@@ -104,3 +106,18 @@ def test_reward_wait_is_what_a_reward_adds_beyond_the_sampling(train_here, tmp_p
     directory = train_here(module, rewards=(f"{module}:score", 1), **CHEAP, epochs=2, rollout_batch=2)
     for metrics in metrics_of(directory)[1:]:
         assert least <= metrics["reward_wait"] < most and metrics["reward_wait"] < metrics["seconds"]
+
+
+def test_a_picture_that_a_judge_left_unanswered_gets_its_groups_mean_and_no_advantage():
+    """Groups are split over calls and ranks, so the judge's own guess knows only some of a group."""
+    group_ids, nan = torch.arange(3).repeat_interleave(4), math.nan
+    judged = torch.tensor([0.2, 0.2, 1.0, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    scores = {"judge": judged.clone(), "judge/unanswered": torch.tensor([0, 1.0, 0, 0, 1, 1, 1, 1, 0, 0, 0, nan]),
+              "jpeg": torch.ones(12), "total": 2 * judged + 1}
+    fill_unanswered(scores, {"judge": 2.0, "jpeg": 1.0}, group_ids)
+    expected = judged.clone()
+    expected[1], expected[4:8] = 2.1 / 3, 0.45
+    torch.testing.assert_close(scores["judge"], expected)
+    torch.testing.assert_close(scores["total"], 2 * expected + 1)
+    advantages = weighted_advantages(scores, {"judge": 2.0, "jpeg": 1.0}, group_ids)
+    assert advantages[[1, 4, 5, 6, 7]].abs().max() < 1e-6 and advantages[0] < -0.1

@@ -4,6 +4,7 @@ Only servers that others wrote are played by a few lines here.
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -63,6 +64,9 @@ def tagged(images, prompts, metadata):
     return np.zeros(len(images))
 
 tagged.check_prompt = lambda prompt, metadata: metadata["tag"]
+
+def of_dark(images, prompts, metadata):
+    return np.where(images.mean((1, 2, 3)) < 1, np.nan, 1.0)
 '''
 
 
@@ -374,6 +378,31 @@ def test_a_full_server_says_when_to_ask_again_and_a_client_that_does_gets_every_
     assert remote("own:slow", url, batch=1)(noise(6), [""] * 6, [{}] * 6)["total"].tolist() == [0] * 6
 
 
+def test_a_score_that_is_not_finite_is_known_as_such_at_the_client_and_asked_for_once(serve):
+    url, images = serve("own:of_dark")[1], noise(2)
+    images[1] = 0
+    with pytest.raises(rewards.NonFiniteScore) as error:
+        remote("own:of_dark", url)(images, ["light", "dark"], [{}] * 2)
+    assert one_line(error, "'own:of_dark' is nan", "'dark'")
+    health = httpx2.get(f"{url}/health").json()
+    assert (health["scored"], health["refused"]) == (2, 0)
+
+
+def test_what_a_client_that_left_waits_for_is_not_scored(serve):
+    url = serve("own:slow", "--batch", "1")[1]
+
+    def leave(_):
+        request = {"images": [base64.b64encode(file_of(noise(1)[0])).decode()], "prompts": [""], "metadata": [{}]}
+        with contextlib.suppress(rewards.Unanswered):        # the first ones are answered
+            rewards.post_once(f"{url}/score", 0.7, json=request)
+
+    with ThreadPoolExecutor(40) as pool:                     # 6 s of work
+        list(pool.map(leave, range(40)))
+    health = lambda: httpx2.get(f"{url}/health").json()
+    wait_until(lambda: health()["waiting"] == 0, 5)
+    assert health()["scored"] < 30
+
+
 # ---------------------------------------------------------------- many clients
 
 
@@ -551,6 +580,30 @@ class Peer(ThreadingHTTPServer):
     def __exit__(self, *error):
         self.shutdown()
         super().__exit__(*error)
+
+
+def test_the_deadline_counts_from_the_last_answer_that_the_server_gave_this_process():
+    started = time.monotonic()
+    busy = lambda body: body == b"late" and time.monotonic() - started < 2
+    with Peer(lambda number, body: (503, b"busy") if busy(body) else (200, b"ok")) as peer:
+        url = f"http://{peer.address}/"
+        with ThreadPoolExecutor(1) as pool:
+            late = pool.submit(rewards.post, url, content=b"late", deadline=0.8)
+            while not late.done():
+                rewards.post(url, content=b"other", deadline=5)
+                time.sleep(0.1)
+        assert late.result().content == b"ok" and time.monotonic() - started > 2
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the system does not list its connections")
+def test_a_silent_connection_is_probed():
+    def answer(number, body):
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        ours = [line for line in lines if line[2].endswith(f":{peer.server_port:04X}") and line[3] == "01"]
+        return 200, ours[0][5].encode()                      # "02:..." while a timer of probes runs
+
+    with Peer(answer) as peer:
+        assert rewards.post(f"http://{peer.address}/", content=b"abc").content.startswith(b"02:")
 
 
 SCORED = json.dumps({"scores": [0.5, 1.5], "metrics": {"m": [None, 2]}}).encode()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from helpers import (
     CHEAP, ROOT, Stopped, equal, errors_in, metrics_of, replace_call, run_here, wait_until, weights_of, without_times)
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import distributed
 import harness.run
@@ -109,6 +111,60 @@ def test_a_continued_run_whose_seed_differs_is_refused_with_both_values(command,
     assert "--seed is 3" in line and "with 1:" in line and "--run-name" in line
     assert (directory / "metrics.jsonl").read_text() == before
     assert json.loads((directory / "config.json").read_text())["seed"] == 1
+
+
+# ----------------------------------------------------------------------------------------------- nodes that hold other files
+
+@pytest.fixture
+def start_nodes(start, model, tmp_path, monkeypatch):
+    """`start_nodes(name, change)`: two nodes of one rank; `change(rank, directory)` makes what differs. Code, stderr of each."""
+    def run(name: str, change) -> list[tuple[int, str]]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        processes = []
+        for rank in range(2):
+            node = tmp_path / str(rank)
+            shutil.copytree(model, node / "model")
+            (node / "own.py").write_text("def score(images, prompts, metadata):\n"
+                                         "    open('seen', 'a').write(''.join(f'{p}\\n' for p in prompts))\n"
+                                         "    return images.mean((1, 2, 3))\n")
+            change(rank, node)
+            for variable, value in dict(RANK=rank, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=1,
+                                        MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items():
+                monkeypatch.setenv(variable, str(value))
+            processes.append(start(name, [], cwd=node, path=node, rewards=("own:score", 1), **{
+                **CHEAP, "model": "model", "groups_per_epoch": 3, "epochs": 1, "prompts": "p"})[0])
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+        return [(process.returncode, error) for process, error in zip(processes, errors)]
+    return run
+
+
+def write_prompts(directory, *words: str) -> None:
+    directory.mkdir()
+    for split in ("train", "test"):
+        (directory / f"{split}.txt").write_text("".join(f'the word "{word}"\n' for word in words))
+
+
+def test_all_ranks_train_on_the_main_ranks_prompts(start_nodes, tmp_path):
+    """Otherwise a group that is split between nodes would have two prompts under one baseline."""
+    ended = start_nodes("prompts-differ", lambda rank, node: write_prompts(node / "p", *(("lamp", "ring"), ("coin", "wolf"))[rank]))
+    assert [code for code, _ in ended] == [0, 0], ended
+    seen = [(tmp_path / str(rank) / "seen").read_text().split("\n") for rank in range(2)]
+    assert not any("coin" in line or "wolf" in line for line in seen[0] + seen[1]) and len(seen[1]) > 6
+
+
+def test_a_node_that_holds_other_weights_is_told_in_one_line(start_nodes):
+    def change(rank, node):
+        write_prompts(node / "p", "lamp", "ring")
+        path = next((node / "model" / "text_encoder").glob("*.safetensors"))
+        tensors = load_file(path)
+        name = next(iter(tensors))
+        tensors[name] = tensors[name] * (1 + rank)
+        save_file(tensors, path, {"format": "pt"})
+
+    ended = start_nodes("weights-differ", change)
+    for code, error in ended:
+        assert code == 2 and "rank 1 has other weights of model than rank 0" in errors_in(error)[0], ended
 
 
 # ---------------------------------------------------------------------------------------------------- rewards that fail

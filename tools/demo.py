@@ -333,7 +333,9 @@ def make_studio(options: DemoOptions, config: Config, adapters: tuple[str, ...])
     with noting(notes, bool(options.rewards), "The run's rewards cannot be had, so nothing is scored: {}. "
                                               "Others: --rewards name weight"):
         rewards = build_rewards(
-            weights, device=str(device), models=dict(config.reward_models), deadline=REWARD_DEADLINE,
+            weights, device=str(device), deadline=REWARD_DEADLINE,
+            models={model: place for model, place in config.reward_models
+                    if any(f"{model}.".startswith(f"{name}.") for name in weights)},
             urls={name: url for name, url in config.urls.items() if name in weights}) if weights else None
     with noting(notes, bool(options.prompts), "The run's prompts cannot be had: {}. Others: --prompts SET"):
         examples = load_examples(options, config)
