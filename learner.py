@@ -7,7 +7,6 @@ end.
 import contextlib
 import math
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -123,11 +122,6 @@ class Learner:
             self.scaler.update(FIRST_SCALE)      # the update has halved it in vain
         if is_main():
             tqdm.write(f"warning: {error}; skipped, {self.skipped} of {most} updates", file=sys.stderr)
-
-    def save_weights(self, directory: Path) -> None:
-        """The averaged weights, for use."""
-        with self.average.applied():
-            self.policy.save(directory)
 
 
 class WeightAverage:

@@ -78,21 +78,19 @@ def text_reward(make_reader: Callable[[], Reader], count: int, share: int) -> Re
     for _ in range(count):
         free.put(make_reader())
 
-    def score(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    def score(images: np.ndarray, targets: list[str]) -> list[float]:
         reader = free.get()
         try:
             texts = reader(images)
         finally:
             free.put(reader)
-        pairs = zip(map(quoted_text, prompts), texts, strict=True)
-        return np.array([text_score(target, text) for target, text in pairs], np.float32)
+        return [text_score(*pair) for pair in zip(targets, texts, strict=True)]
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict]) -> np.ndarray:
-        for prompt in prompts:
-            quoted_text(prompt)
+        targets = [quoted_text(prompt) for prompt in prompts]
         parts = [slice(start, start + share) for start in range(0, len(images), share)]
-        scores = threads.map(score, [images[part] for part in parts], [prompts[part] for part in parts])
-        return np.concatenate(list(scores))
+        scores = threads.map(score, [images[part] for part in parts], [targets[part] for part in parts])
+        return np.array([value for part in scores for value in part], np.float32)
 
     return reward
 
@@ -116,34 +114,6 @@ def rapidocr_engine(**params: Any) -> Any:
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         "EngineConfig.onnxruntime.enable_cpu_mem_arena": True,  # which is a tenth faster
         **params})
-
-
-def rapidocr_reader() -> Reader:
-    """Build a reader of scenes by rapidocr, whose wheel holds its models.
-
-    A picture's lines are joined by a space, in reading order.
-    """
-    # The reference runs with these limits of PaddleOCR 2.x. rapidocr's own enlarge 512 x 512 to 736 x 736,
-    # which takes twice the time.
-    engine = rapidocr_engine(**{"Det.limit_type": "max", "Det.limit_side_len": 960})
-    return lambda images: [" ".join(engine(image).txts or ()) for image in to_bgr(images)]
-
-
-def rapidocr_line_reader() -> Reader:
-    """Build a reader of pictures of one word by rapidocr's recogniser, without detection.
-
-    Pictures are scaled to a height of 48, so the time grows with their width at that height.
-    """
-    # rapidocr widens a batch to its widest picture, starting from rec_img_shape. Start from a square, because
-    # the default start, 320, is mostly padding for a short word.
-    engine = rapidocr_engine(**{"Rec.rec_img_shape": [3, 48, 48], "Rec.rec_batch_num": LINE_BATCH})
-
-    def read(images: np.ndarray) -> list[str]:
-        padding = -len(images) % LINE_BATCH
-        lines = [*to_bgr(images), *[np.zeros_like(images[0])] * padding]
-        return list(engine.recognize_txt(lines).txts[: len(images)])
-
-    return read
 
 
 def paddle_model(kind: str, model: str) -> dict[str, str]:
@@ -184,13 +154,37 @@ def paddleocr_reader(detection: str = "", recognition: str = "") -> Reader:
 # ---------------------------------------------------------------- the rewards
 
 def rapidocr(*, threads: int = 1) -> Reward:
-    """Build the text reward of scenes by rapidocr, with an engine on each of `threads` cores."""
-    return text_reward(rapidocr_reader, threads, 1)
+    """Build the text reward of scenes by rapidocr, with an engine on each of `threads` cores.
+
+    A picture's lines are joined by a space, in reading order. The package's wheel holds its models.
+    """
+    def make_reader() -> Reader:
+        # The reference runs with these limits of PaddleOCR 2.x. rapidocr's own enlarge 512 x 512 to 736 x
+        # 736, which takes twice the time.
+        engine = rapidocr_engine(**{"Det.limit_type": "max", "Det.limit_side_len": 960})
+        return lambda images: [" ".join(engine(image).txts or ()) for image in to_bgr(images)]
+
+    return text_reward(make_reader, threads, 1)
 
 
 def rapidocr_line(*, threads: int = 1) -> Reward:
-    """Build the text reward of pictures of one word by rapidocr, an engine on each of `threads` cores."""
-    return text_reward(rapidocr_line_reader, threads, LINE_BATCH)
+    """Build the text reward of pictures of one word by rapidocr's recogniser, without detection.
+
+    Pictures are scaled to a height of 48, so the time grows with their width at that height.
+    """
+    def make_reader() -> Reader:
+        # rapidocr widens a batch to its widest picture, starting from rec_img_shape. Start from a square,
+        # because the default start, 320, is mostly padding for a short word.
+        engine = rapidocr_engine(**{"Rec.rec_img_shape": [3, 48, 48], "Rec.rec_batch_num": LINE_BATCH})
+
+        def read(images: np.ndarray) -> list[str]:
+            padding = -len(images) % LINE_BATCH
+            lines = [*to_bgr(images), *[np.zeros_like(images[0])] * padding]
+            return list(engine.recognize_txt(lines).txts[: len(images)])
+
+        return read
+
+    return text_reward(make_reader, threads, LINE_BATCH)
 
 
 def paddleocr(*, threads: int = 1, detection: str = "", recognition: str = "") -> Reward:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from adapters import find_file, is_hub_id
 from config import Config
 from families import FAMILIES
-from harness.templates import TEMPLATES
+from harness.gallery import TEMPLATES
 
 
 def find_license(model: str) -> dict[str, str]:

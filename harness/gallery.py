@@ -27,13 +27,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from PIL import Image, ImageOps
 
 from config import refuse_repeated
 from harness.checkpoint import read_metrics, write_whole
-from harness.templates import ASSETS, TEMPLATES
 from rewards import without_user
 
+# Pages and cards are assets/*.html, *.md and *.css, filled in by jinja2.
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+TEMPLATES = Environment(loader=FileSystemLoader(ASSETS), autoescape=select_autoescape(), trim_blocks=True)
 UPLOT = ASSETS / "vendor" / "uplot-1.6.32"
 THUMBNAIL = 256          # pixels of the longer side
 

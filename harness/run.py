@@ -377,7 +377,8 @@ class Run:
 
     def save_weights(self, epoch: int, directory: Path) -> None:
         """Write the averaged weights, and the model card beside them."""
-        self.learner.save_weights(directory)
+        with self.learner.average.applied():
+            self.policy.save(directory)
         for folder in filter(Path.is_dir, directory.iterdir()):
             try:
                 write_card(folder, checkpoint_path(self.directory, epoch) / folder.name, self.config,

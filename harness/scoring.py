@@ -139,8 +139,14 @@ class Scorer:
         "thumbnail" is no score but (samples, 3, 8, 8). A metric that a batch says nothing about is NaN there.
         Raises what scoring raised, or Interrupted at a stop signal.
         """
+        started = time.perf_counter()
         try:
-            self._wait()
+            # A failed reward is raised at once, and a signal waits for no slow reward.
+            while wait(self.pending, timeout=0.2).not_done:
+                self._raise_failed()
+                if signals.stop_asked():
+                    raise Interrupted
+            self.waited += time.perf_counter() - started
             parts = [future.result() for future in self.pending]
         finally:
             self._forget()
@@ -172,16 +178,6 @@ class Scorer:
         except NonFiniteScore as error:
             path = save_debug_tensors(self.config, where, prompts, images=images)
             raise NonFiniteScore(f"{where}: {error}; the pictures are in {path}") from error
-
-    def _wait(self) -> None:
-        """Wait for all scores. A failed reward is raised at once, and a signal waits for no slow reward."""
-        started = time.perf_counter()
-        while wait(self.pending, timeout=0.2).not_done:
-            self._raise_failed()
-            if signals.stop_asked():
-                raise Interrupted
-        self.waited += time.perf_counter() - started
-        self._raise_failed()
 
     def _raise_failed(self) -> None:
         for future in self.pending:

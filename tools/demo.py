@@ -28,8 +28,8 @@ import torch
 
 from config import PRESETS, Config, parse_options, refuse_unknown
 from harness.faults import is_out_of_memory
+from harness.gallery import ASSETS
 from harness.program import run_as_program
-from harness.templates import ASSETS
 from pipelines import check_model, is_distilled
 from policy import Policy
 from prompts import Prompt, load_prompts
@@ -228,11 +228,9 @@ def connect(page, parts: SimpleNamespace, studio: Studio) -> None:
 
     def draw(prompt, negative, seed, count, steps, guidance, height, width, strength, names,
              progress=gr.Progress()):
-        def make_requests() -> list[PictureRequest]:
-            without = negative if guidance != 1 else ""
-            first = PictureRequest(prompt, seed, steps, guidance, (height, width), without, strength)
-            return requests_of(first, count)
-
+        without = negative if guidance != 1 else ""
+        make_requests = lambda: requests_of(PictureRequest(
+            prompt, seed, steps, guidance, (height, width), without, strength), count)
         yield from draw_rows(studio, make_requests, names, progress)
 
     def add(path, chosen):

@@ -173,10 +173,9 @@ def sd35m_float16(check: Check, name: str) -> None:
     policy.pipe.transformer.enable_gradient_checkpointing()
     network_speed(check, f"{name}, checkpointed", policy, guidance, (2,) if on_cpu else (8, 32))
     policy.pipe.transformer.disable_gradient_checkpointing()
-    preset = PRESETS["tiny_ocr" if on_cpu else "sd35m_ocr"]
-    config = replace(preset, rollout_batch=0, train_batch=0, dtype="float16")
-    if on_cpu:
-        config = replace(config, groups_per_epoch=2, group_size=4)
+    sizes = dict(groups_per_epoch=2, group_size=4) if on_cpu else {}
+    config = replace(PRESETS["tiny_ocr" if on_cpu else "sd35m_ocr"], rollout_batch=0, train_batch=0,
+                     dtype="float16", **sizes)
     train_prompts = load_prompts(config.prompts, "train")
     seconds, config = check.timed(lambda: choose_batches(policy, train_prompts, config))
     check.note(name, chosen_batches=(config.rollout_batch, config.train_batch), choosing_s=round(seconds, 1))
@@ -249,27 +248,21 @@ def kill_and_resume(check: Check, name: str) -> None:
         check.said("resumed", "continuing after epoch 1") and check.said("resumed", "is saved")))
 
 
+@section("compiled bench", 240)
 @section("bench", 110)
-def bench(check: Check, name: str, compiled: bool = False) -> None:
-    log = name.replace(" ", "_")
-    words = ["--group-size", "4", "--groups-per-epoch", "2", "--updates-per-epoch", "1",
+def bench(check: Check, name: str) -> None:
+    """An epoch; compiled, in turns with it as it is. Compiling takes minutes before them."""
+    log, compiled = name.replace(" ", "_"), name == "compiled bench"
+    if compiled and check.smoke:
+        return check.note(name, skipped="takes minutes on a CPU")
+    model = ["tiny_ocr"] if check.smoke else ["sd35m_ocr_1gpu", "--model", "random:sd35m"]
+    words = [*model, "--group-size", "4", "--groups-per-epoch", "2", "--updates-per-epoch", "1",
              "--rollout-batch", "8", "--train-batch", "8", "--rewards", "jpeg_compressibility", "1",
              *check.to_here]
-    model = ["tiny_ocr"] if check.smoke else ["sd35m_ocr_1gpu", "--model", "random:sd35m"]
-    words = [*model, *words]
-    if compiled:
-        words = [*words, "--", *words, "--compile"]
+    words += ["--", *words, "--compile"] * compiled
     own = ["--rounds", "2", "--ranks", "1", "--json", str(check.out / f"{log}.json")]
     process = check.start(log, [*words, *own], program="tools.bench")
     check.finish(name, log, process, 330 if compiled else 140)
-
-
-@section("compiled bench", 240)
-def compiled_bench(check: Check, name: str) -> None:
-    """The same epoch with --compile and without it, in turns. Compiling takes minutes before them."""
-    if check.smoke:
-        return check.note(name, skipped="takes minutes on a CPU")
-    bench(check, name, compiled=True)
 
 
 # ---- levers: what a network call costs with each on and off ------------------------------------------------
@@ -306,11 +299,13 @@ def levers(check: Check, name: str) -> None:
         check.note(name, **{f"profile, {PIECES[piece]}": {"launches": launches, "ms": longest}})
 
 
+@section("compile with cuDNN's attention", 110)
 @section("compile", 110)
-def compiled_network(check: Check, name: str, cudnn: bool = False) -> None:
+def compiled_network(check: Check, name: str) -> None:
     """Seconds of a compiled network's calls, and the ratio, which must be exactly 1."""
     if check.smoke:
         return check.note(name, skipped="takes minutes on a CPU")
+    cudnn = name != "compile"
     torch._dynamo.reset()
     torch.backends.cuda.enable_cudnn_sdp(cudnn)
     images, guidance = check.sampling["images"], check.sampling["guidance"]
@@ -326,11 +321,6 @@ def compiled_network(check: Check, name: str, cudnn: bool = False) -> None:
         first, _ = check.timed(call)
         seconds, _ = check.timed(call, 5)
         check.note(name, **{PIECES[piece]: {"first s": round(first, 1), "ms": round(1e3 * seconds, 1)}})
-
-
-@section("compile with cuDNN's attention", 110)
-def compiled_with_cudnn(check: Check, name: str) -> None:
-    compiled_network(check, name, cudnn=True)
 
 
 # ---- other networks, ranks and precisions ------------------------------------------------------------------
@@ -349,13 +339,8 @@ def other_family(check: Check, name: str) -> None:
 
 
 section("flux bfloat16", 60)(other_family)
-
-
-@section("sd35m bfloat16", 45)
-def sd35m_bfloat16(check: Check, name: str) -> None:
-    check_laws(check, name, "bfloat16", check.sampling, check.network)
-
-
+section("sd35m bfloat16", 45)(
+    lambda check, name: check_laws(check, name, "bfloat16", check.sampling, check.network))
 for smallest in ("z_image", "flux2_klein_4b", "qwen_image"):
     section(f"{smallest} bfloat16", 60)(other_family)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness.checkpoint import write_whole
-from harness.templates import TEMPLATES
+from harness.gallery import TEMPLATES
 from rewards import picture_file
 from tools.studio import Picture, PictureRequest, Studio
 
@@ -100,11 +100,7 @@ def new_pictures(directory: Path) -> Iterator[Path]:
 
 
 def write_gallery(studio: Studio, columns: list[list[PictureRequest]], pictures: Path, about: str) -> Path:
-    """Draw requests, a list for each prompt, with the base and each adapter; return the page of them.
-
-    pictures: a folder of `new_pictures`. The page beside it is replaced when all is drawn.
-    Raises ValueError, OSError.
-    """
+    """Draw each prompt's requests with the base and all adapters into `pictures`; return the page."""
     names = ["", *studio.adapters]
     scores, problems, sections = {name: [] for name in names}, [], []
     with tqdm(total=sum(map(len, columns)) * len(names), desc="pictures", leave=False, disable=None) as bar:
