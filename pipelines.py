@@ -229,8 +229,8 @@ def load_or_refuse(load: Callable, model: str, **settings):
             if is_out_of_memory(error):
                 raise
             errors.append(error)
-        # A damaged file, or a hub that does not answer, is no reason to take other weights.
-        if not re.search("no file named|does not appear to have", str(errors[0])):
+        # A damaged file, or a part that is missing, is no reason to take other weights.
+        if not re.search("no file named|does not appear to have(?!.*checkpoint index)", str(errors[0])):
             break
     part = f"{settings['subfolder']}: " if "subfolder" in settings else ""
     reason = " ".join(str(errors[0]).split())

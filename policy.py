@@ -151,11 +151,15 @@ class Policy:
                              f"by {shift:.3g}, which must be above 0; give another resolution")
 
     def checksum(self) -> int:
-        """Return a number by which ranks see whether they hold the same weights, to the bit."""
-        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return sum(p.detach().view(integers[p.element_size()]).sum(dtype=torch.int64).item()
-                   for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)
-                   for p in part.parameters())
+        """Return a number by which ranks see that they hold other weights: the sum of all 8-byte words."""
+        total, parts = 0, [*self.pipe.components.values(), self.reference]
+        for part in filter(lambda part: isinstance(part, torch.nn.Module), parts):
+            for weight in part.state_dict().values():
+                flat = weight.flatten().view(torch.int8)
+                flat = flat.clone() if flat.storage_offset() % 8 else flat         # so that words are whole
+                words = len(flat) // 8 * 8
+                total += flat[:words].view(torch.int64).sum().item() + flat[words:].sum().item()
+        return total
 
     def schedule_arguments(self, num_steps: int) -> dict[str, float | None]:
         """Return keywords for `sampler.timestep_schedule`: the pipeline's own schedule at this resolution."""

@@ -113,7 +113,7 @@ class Rewards:
 
 def score_and_check(name: str, reward: Reward, images: np.ndarray, prompts: Sequence[str],
                     metadata: Sequence[dict]) -> Columns:
-    """Call a reward on copies; return {name: scores, "name/metric": metric}, (B,) float32, or RewardError."""
+    """Call a reward on copies of its own. Returns {name: scores, "name/metric": metric}, (B,) float32."""
     images, metrics = images.copy(), {}
     images.flags.writeable = False
     try:
@@ -213,7 +213,7 @@ def import_reward(name: str) -> Callable:
     # A file that parses the command line of this program would make argparse print a usage and exit.
     parses = ValueError("it parses a command line when it is imported")
     with one_line_errors(problem), patch("argparse.ArgumentParser.error", side_effect=parses):
-        built_in = importlib.import_module(module) if name in REGISTRY else None  # which no file here hides
+        built_in = importlib.import_module(module) if name in REGISTRY else None  # no own file hides it
         reward = getattr(built_in or import_module(module, os.getcwd()), attribute)
         inspect.signature(reward)  # raises if it is no function
     return reward
@@ -405,7 +405,7 @@ def post(url: str, *, deadline: float = 600.0, how_to_start: str = "", **request
 def post_once(url: str, seconds: float, **request: Any) -> Any:
     """POST, and return the httpx2.Response of status 2xx. `request`: `json` or `content`, and `headers`.
 
-    Raises Unanswered without an answer in `seconds`, or for status 5xx, 408, 429; else RewardError.
+    Raises Unanswered without an answer in `seconds` or for 5xx, 408 and 429, and RewardError for others.
     """
     client = http_client()
     import httpx2
@@ -434,9 +434,10 @@ def http_client() -> Any:
         import httpx2
     except ImportError as error:
         raise RewardError("a served reward needs the package httpx2: pip install httpx2") from error
-    limits, names = httpx2.Limits(max_connections=None), ("TCP_KEEPIDLE", "TCP_KEEPALIVE", "TCP_KEEPINTVL")
-    # Probe silent connections, because a machine that vanished is as silent as a reward at work.
-    probes = [(socket.IPPROTO_TCP, getattr(socket, name), 15) for name in names if hasattr(socket, name)]
+    limits = httpx2.Limits(max_connections=None)
+    # Probe silent connections, but for proxies', because a machine that vanished is as silent as one at work.
+    timers = {"TCP_KEEPIDLE": 15, "TCP_KEEPALIVE": 15, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 3}       # 60 s
+    probes = [(socket.IPPROTO_TCP, getattr(socket, k), v) for k, v in timers.items() if hasattr(socket, k)]
     probes.append((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1))
     direct = httpx2.HTTPTransport(limits=limits, socket_options=probes)
     places = ["all://localhost", "all://127.0.0.0/8", "all://[::1]"]

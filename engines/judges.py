@@ -65,9 +65,9 @@ def judge_reward(name: str, ask: Ask, pattern: str, max_unanswered: float) -> Re
     """Return the reward of a judge: its score over 5. Metric `unanswered`: 1 for a picture without a score.
 
     `pattern` finds the score in an answer. A judge that gives none is asked once more. A picture without one
-    gets the mean of those with its prompt in this call, or else of the last 1,000 pictures. Whoever knows its
-    whole group can do better. If all of the last 1,000 lack a score, or more than the share `max_unanswered`,
-    a RewardError shows the last answer.
+    gets the mean of those with its prompt in this call, or else of the last 1,000 pictures. The trainer puts
+    its whole group's mean there (harness/scoring.py). If all of the last 1,000 lack a score, or more than the
+    share `max_unanswered`, a RewardError shows the last answer.
     """
     lock = threading.Lock()
     recent = collections.deque(maxlen=1000)  # scores, NaN for none

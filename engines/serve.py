@@ -106,6 +106,14 @@ class BatchScorer:
             self.waiting.extend(parts)
             self.changed.notify()
 
+    def drop(self, parts: list[Part]) -> None:
+        """Take back what still waits of these parts."""
+        with self.changed:
+            for part in [part for part in parts if part in self.waiting]:
+                self.waiting.remove(part)
+                self.held -= len(part.images)
+                self.held_bytes -= part.images.nbytes
+
     def take(self) -> list[Part]:
         """Take the oldest part, and later ones of its picture size as long as they fit into its batch."""
         with self.changed:
@@ -273,10 +281,11 @@ async def collect_scores(name: str, scorer: BatchScorer, parts: list[Part], requ
         futures = [asyncio.wrap_future(part.scores) for part in parts]
         while (await asyncio.wait(futures, timeout=1))[1]:  # some are pending
             if await request.is_disconnected():
-                for part in parts:
-                    part.scores.cancel()
+                scorer.drop(parts)
+                for future in futures:
+                    future.cancel()
                 raise HTTPException(400, "the client left")
-        outcomes = [future.result() for future in futures]
+        outcomes = await asyncio.gather(*futures)
     except HTTPException:
         raise
     except asyncio.CancelledError:
@@ -331,7 +340,7 @@ def make_app(name: str, reward: Reward, batch: int = 16, max_request_mb: int = 2
         return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     refusals = {
-        400: "The client left before its request was whole, or it is no HTTP",
+        400: "The client left, or its request is no HTTP",
         401: "The bearer token is missing or another",
         413: f"More than {max_request_mb} MB, as sent or decoded, or more than {max_waiting} images",
         415: "The content type is not application/json",

@@ -91,9 +91,10 @@ def changed_fields(saved: dict, config: Config) -> list[str]:
         old, new = saved.get(name, defaults[name]), present[name]
         if name in PLACES:
             # However the path is written, it must lead to the same place. Where nothing is left of that, a
-            # run was moved together with what it names.
+            # run was moved together with what it names by a relative path.
             place = places.get(name, os.path.realpath(old or ""))
-            return place == os.path.realpath(new) or old == new and not os.path.exists(place)
+            moved = old == new and not os.path.isabs(new) and not os.path.exists(place)
+            return moved or place == os.path.realpath(new)
         return old == new
 
     free = MAY_CHANGE | (EVAL_ONLY_MAY_CHANGE if config.eval_only else set())
@@ -143,7 +144,8 @@ def write_settings(directory: Path, config: Config, preset: str) -> None:
     config = replace(config, reward_urls=tuple((name, without_user(url)) for name, url in config.reward_urls))
     settings, published = to_dict(config), to_dict(PRESETS[preset])
     differs = {name: value for name, value in published.items() if settings[name] != value}
-    places = {name: os.path.realpath(settings[name]) for name in PLACES if os.path.exists(settings[name])}
+    places = {name: os.path.realpath(settings[name]) for name in PLACES
+              if os.path.exists(settings[name]) and settings[name] not in BUILT_IN}
     more = dict(preset=preset, differs_from_preset=differs, places=places, prompt_files=prompt_files(config))
     write_whole(directory / "config.json", json.dumps({**settings, **more}, indent=1))
 

@@ -90,16 +90,18 @@ def thumbnails(images: Tensor) -> Tensor:
 def fill_unanswered(scores: dict[str, Tensor], weights: dict[str, float], group_ids: Tensor) -> None:
     """Give a picture that a reward could not score the mean of its group's others, in place.
 
-    Then it has no advantage over them. The reward marks it by a 1 in its metric "unanswered". Its own guess
-    knows only some of the group. scores: name -> (N,), with "total". group_ids: (N,).
+    Then it has no advantage over them. The reward marks it by a 1 in its metric "unanswered", and its own
+    guess is left, which comes from a part of the group. scores: name -> (N,), with "total". group_ids: (N,).
     """
-    for name, weight in weights.items():
-        silent = scores.get(f"{name}/unanswered", torch.zeros(0)) == 1                   # (N,)
-        for group in group_ids[silent].unique() if len(silent) else ():
+    for name in weights:
+        silent = scores.get(f"{name}/unanswered", torch.zeros(len(group_ids))) == 1      # (N,)
+        for group in group_ids[silent].unique():
             mine, others = group_ids == group, (group_ids == group) & ~silent
-            filled = scores[name][others if others.any() else mine].mean()
-            scores["total"][mine & silent] += weight * (filled - scores[name][mine & silent])
-            scores[name][mine & silent] = filled
+            # In float64, because the mean of equal scores has to be that score.
+            known = scores[name][others if others.any() else mine]
+            scores[name][mine & silent] = known.double().mean().float()
+    if any(f"{name}/unanswered" in scores for name in weights):
+        scores["total"] = sum(weight * scores[name] for name, weight in weights.items())
 
 
 class Scorer:

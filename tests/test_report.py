@@ -121,3 +121,7 @@ def test_a_picture_that_a_judge_left_unanswered_gets_its_groups_mean_and_no_adva
     torch.testing.assert_close(scores["total"], 2 * expected + 1)
     advantages = weighted_advantages(scores, {"judge": 2.0, "jpeg": 1.0}, group_ids)
     assert advantages[[1, 4, 5, 6, 7]].abs().max() < 1e-6 and advantages[0] < -0.1
+
+    scores = {"judge": torch.tensor([0.6] * 7 + [0.2]), "judge/unanswered": torch.tensor([0.0] * 7 + [1]), "total": torch.ones(8)}
+    fill_unanswered(scores, {"judge": 1.0}, torch.zeros(8, dtype=torch.int64))
+    assert (scores["judge"] == scores["judge"][0]).all() and torch.equal(scores["total"], scores["judge"])

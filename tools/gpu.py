@@ -251,7 +251,7 @@ def kill_and_resume(check: Check, name: str) -> None:
 @section("compiled bench", 240)
 @section("bench", 110)
 def bench(check: Check, name: str) -> None:
-    """An epoch; compiled, in turns with it as it is. Compiling takes minutes before them."""
+    """An epoch; compiled, in turns with it as it is."""
     log, compiled = name.replace(" ", "_"), name == "compiled bench"
     if compiled and check.smoke:
         return check.note(name, skipped="takes minutes on a CPU")
@@ -302,7 +302,7 @@ def levers(check: Check, name: str) -> None:
 @section("compile with cuDNN's attention", 110)
 @section("compile", 110)
 def compiled_network(check: Check, name: str) -> None:
-    """Seconds of a compiled network's calls, and the ratio, which must be exactly 1."""
+    """Seconds of a compiled network's calls, and the ratio, which must be 1 without cuDNN's attention."""
     if check.smoke:
         return check.note(name, skipped="takes minutes on a CPU")
     cudnn = name != "compile"
