@@ -179,6 +179,7 @@ def test_weights_in_files_of_half_precision_load(each_model, tmp_path, parts):
     latents_agree(tmp_path, half=True)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_refused_although_one_of_half_precision_lies_beside_it(each_model, tmp_path):
     shutil.copytree(each_model, tmp_path, dirs_exist_ok=True)
     DiffusionPipeline.from_pretrained(each_model, dtype=torch.float16).save_pretrained(tmp_path, variant="fp16")

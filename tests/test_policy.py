@@ -218,6 +218,7 @@ def test_a_compiled_policy_samples_with_gradients_and_drops_them(model, monkeypa
     assert with_gradients == [compile, False, True]
 
 
+@pytest.mark.slow
 def test_the_search_for_batch_sizes_compiles_nothing(model):
     torch._dynamo.reset()                                # forgets what other tests compiled
     policy, frames = make_policy(model, compile=True), torch._dynamo.utils.counters["frames"]
