@@ -209,7 +209,7 @@ def build_reward(name: str, urls: Places = {}, models: Places = {}, *, threads: 
 def import_reward(name: str) -> Callable:
     """Import an entry of REGISTRY, `my_file:function` of this directory, or `path/to/file.py:function`."""
     module, _, attribute = REGISTRY.get(name, name).rpartition(":")
-    problem = f"reward {name!r}: cannot import {module!r} from {os.getcwd()}"
+    problem = f"reward {name!r}: cannot import {attribute!r} of {module!r} from {os.getcwd()}"
     # A file that parses the command line of this program would make argparse print a usage and exit.
     parses = ValueError("it parses a command line when it is imported")
     with one_line_errors(problem), patch("argparse.ArgumentParser.error", side_effect=parses):

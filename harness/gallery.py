@@ -5,7 +5,7 @@
 writes the page of a run, or one page that compares several. A run keeps, beside `config.json` and
 `metrics.jsonl`, which this file does not write:
 
-    runs/<name>/images/epoch_00010/000.png ...   held-out prompts, always with the same noise
+    runs/<name>/images/epoch_00010/000.png ...   the evaluation's prompts, always with the same noise
     runs/<name>/images/epoch_00010/000.webp      a smaller copy of a picture larger than a thumbnail
     runs/<name>/images/epoch_00010/images.json   {"size": [w, h], "prompts": [...], "scores": {name: [...]}}
     runs/<name>/index.html                       all of it on one page, which opens offline, from the disk

@@ -342,14 +342,15 @@ class Run:
 
     def warn_of_collapse(self, metrics: dict) -> None:
         """Say once that the pictures have become alike, because a score does not show it."""
-        sets = (("spread/group_share", "pictures of a group"), ("spread/eval_share", "held-out pictures"))
+        sets = (("spread/group_share", "pictures of a group"),
+                ("spread/eval_share", "pictures of the evaluation"))
         for name, pictures in sets:
             if metrics.get(name, 1) < 1 / 3 and not any(m.get(name, 1) < 1 / 3 for m in self.record.history):
                 warn(f"the {pictures} differ by {metrics[name]:.0%} of what they did before training, by "
                      "their mean colour; --shared-start-noise with a late --window-range keeps diversity")
 
     def evaluate(self, epoch: int) -> dict[str, float]:  # all ranks
-        """Metrics of the held-out prompts. The images go to the page."""
+        """Metrics of the evaluation's prompts. The images go to the page."""
         metrics, images, scores = self.evaluate_policy(self.learner, self.eval_scorer, self.test_prompts,
                                                        self.config)
         with signals.taking_its_time():          # because many large pictures take a while
@@ -401,8 +402,10 @@ class Run:
         first, last = evaluated[0], evaluated[-1]
         after = f", {last['eval/total']:.4f} after {last['epoch']} epochs" if last is not first else ""
         say(f"eval/total {first['eval/total']:.4f} before training{after}")
+        if last is not first and max(m["eval/total"] for m in evaluated[1:]) <= first["eval/total"]:
+            say("no evaluation after training was above the one before it")
         if "spread/eval_share" in last:
-            say(f"spread of the held-out pictures' mean colours, of 255: {first['spread/eval']:.1f} before "
+            say(f"spread of the evaluation's mean colours, of 255: {first['spread/eval']:.1f} before "
                 f"training, {last['spread/eval']:.1f} after ({last['spread/eval_share']:.0%})")
         if (directory / "index.html").exists():
             say(f"images and curves: {directory / 'index.html'}")

@@ -48,7 +48,7 @@ def test_what_is_not_known_is_left_out_with_a_line_to_fill_in(tmp_path):
 
 def test_scores_are_those_before_training_and_the_last_up_to_the_checkpoint(tmp_path):
     text = card_of(tmp_path, history=HISTORY, eval_rewards=("ocr", "pickscore")).text
-    assert "| held-out prompts | weight | epoch 0 | epoch 2 |" in text and "9.0" not in text
+    assert "| prompts of the evaluation | weight | epoch 0 | epoch 2 |" in text and "9.0" not in text
     assert "| ocr | 0.5 | 0.5000 | 1.5000 |" in text and "| total |  | 0.2500 | 0.7500 |" in text
     assert "| pickscore | 0 | - | - |" in text and "| spread of mean colours, of 255 |  | 70.0000 | - |" in text
 
