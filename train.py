@@ -46,7 +46,7 @@ def train(run: Run) -> None:
             # 1. Draw this rank's part of the epoch's N samples, and 2. score their images beside that.
             samples = sample(policy, run.scorer, run.prompts, config, epoch)
             scores = distributed.gather_scores(samples.scores, samples.draw.indices, len(group_ids))   # (N,)
-            fill_unanswered(scores, dict(config.rewards), group_ids)
+            fill_unanswered(scores, dict(config.rewards), group_ids)        # where a judge gave no score
 
             # 3. Compute by how much each sample beat the others of its prompt.
             advantages = weighted_advantages(scores, dict(config.rewards), group_ids,
